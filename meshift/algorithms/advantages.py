@@ -1,0 +1,162 @@
+"""Rewards per token, generalised advantage estimation, advantage and value normalisation, the KL controller.
+
+Pure arithmetic over ragged tensors: no models here. Sources: Schulman et al. 2016 (GAE), Ziegler et al. 2019
+(KL penalty and its controller), Schulman 2020 (k1, k2, k3), Xu et al. 2024 (normalisation as used for PPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshift.batch import Ragged
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens the policy drew, in nats.
+
+    With d = logprob - ref_logprob: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
+    k3 = exp(-d) - 1 + d (unbiased, never negative).
+    """
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    return torch.expm1(-difference) + difference
+
+
+def token_rewards(kl: Ragged, kl_coef: float, scores: Tensor, scored: Tensor) -> Ragged:
+    """`-kl_coef * kl` at every completion token, plus the score at the last token of the rows in `scored` [n]."""
+    rewards = -kl_coef * kl.values
+    last = kl.starts + kl.lengths - 1
+    rewards[last[scored]] += scores[scored]
+    return Ragged(rewards, kl.lengths)
+
+
+def gae(rewards: Ragged, values: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
+    """Advantages and returns of every completion token, both [completion].
+
+    `values` has one entry more per row than `rewards`: the value after the last token, which is zero where the
+    sequence has ended and the critic's bootstrap where it was cut off.
+    A_t = delta_t + gamma * lam * A_{t+1}, delta_t = r_t + gamma * V_{t+1} - V_t; return_t = A_t + V_t
+    (Schulman et al. 2016, equations 11 and 16).
+    """
+    num_rows, width = len(rewards), int(rewards.lengths.max()) if len(rewards) else 0
+    reward_grid = _to_grid(rewards, width)
+    value_grid = _to_grid(values, width + 1)
+    inside = torch.arange(width) < rewards.lengths[:, None]
+    advantage = torch.zeros(num_rows, dtype=reward_grid.dtype)
+    advantages = torch.zeros_like(reward_grid)
+    for t in range(width - 1, -1, -1):
+        delta = reward_grid[:, t] + gamma * value_grid[:, t + 1] - value_grid[:, t]
+        advantage = torch.where(inside[:, t], delta + gamma * lam * advantage, 0.0)
+        advantages[:, t] = advantage
+    returns = advantages + value_grid[:, :-1]
+    return Ragged(advantages[inside], rewards.lengths), Ragged(returns[inside], rewards.lengths)
+
+
+def _to_grid(ragged: Ragged, width: int) -> Tensor:
+    grid = ragged.values.new_zeros(len(ragged), width)
+    grid[torch.arange(width) < ragged.lengths[:, None]] = ragged.values
+    return grid
+
+
+def whiten(values: Tensor, eps: float = 1e-8) -> Tensor:
+    """Zero mean, unit variance over all entries: the tokens of the whole global batch. Statistics in fp64."""
+    exact = values.double()
+    return ((exact - exact.mean()) / torch.sqrt(exact.var(unbiased=False) + eps)).to(values.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+    variance = returns.double().var(unbiased=False)
+    if variance == 0:
+        return 0.0
+    return float(1.0 - (returns.double() - values.double()).var(unbiased=False) / variance)
+
+
+@dataclass
+class ValueNorm:
+    """Running mean and variance of returns, in fp64. Part of a checkpoint.
+
+    `ema`: exponential moving averages with decay `beta`, debiased by 1 - beta^n (as Adam's moments are);
+    `cumulative`: over everything ever seen; `none`: the identity.
+    """
+
+    kind: str
+    beta: float = 0.99995
+    weight: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean of the returns seen."""
+        return self.first / self.weight if self.weight > 0 else 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns seen, at least 0.01; 1 before any was seen."""
+        if self.weight == 0:
+            return 1.0
+        return max(self.second / self.weight - self.mean**2, 1e-4) ** 0.5
+
+    def update(self, returns: Tensor) -> None:
+        """Take one step's returns in."""
+        if self.kind == "none":
+            return
+        exact = returns.double()
+        # Averages that start at zero and the weight that undoes it decay alike, which is the debiasing.
+        keep, add = (self.beta, 1.0 - self.beta) if self.kind == "ema" else (1.0, float(exact.numel()))
+        self.weight = keep * self.weight + add
+        self.first = keep * self.first + add * float(exact.mean())
+        self.second = keep * self.second + add * float(exact.square().mean())
+
+    def normalise(self, returns: Tensor) -> Tensor:
+        """Returns in the critic's units."""
+        return ((returns.double() - self.mean) / self.std).to(returns.dtype) if self.kind != "none" else returns
+
+    def denormalise(self, values: Tensor) -> Tensor:
+        """The critic's outputs in the rewards' units."""
+        return (values.double() * self.std + self.mean).to(values.dtype) if self.kind != "none" else values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"weight": self.weight, "first": self.first, "second": self.second}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.weight, self.first, self.second = state["weight"], state["first"], state["second"]
+
+
+@dataclass
+class KLController:
+    """The coefficient of the KL penalty: fixed, or steered towards a target. Part of a checkpoint.
+
+    Adaptive (Ziegler et al. 2019, section 2.2): with the *positive* KL of a step,
+    `coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon)`.
+    """
+
+    coef: float
+    adaptive: bool = False
+    target: float = 6.0
+    horizon: int = 10000
+
+    def update(self, kl: float, num_sequences: int) -> None:
+        """Take one step's KL in: in nats, positive where the policy has moved away from the reference."""
+        if self.adaptive:
+            error = min(0.2, max(-0.2, kl / self.target - 1.0))
+            self.coef *= 1.0 + error * num_sequences / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.coef = state["coef"]

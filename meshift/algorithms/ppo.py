@@ -1,0 +1,224 @@
+"""PPO with a critic, a reference and a reward: the whole method as one graph of calls.
+
+Source: "Is DPO Superior to PPO for LLM Alignment?" (Xu et al. 2024), whose three keys are one config line each:
+`data.batch_size` (a large batch), `ppo.whiten_advantages`, and `reference.sync_ref_model` (EMA reference).
+It knows nothing of devices, of how texts are sampled, or of where rewards come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshift.algorithms.advantages import (
+    KLController,
+    ValueNorm,
+    explained_variance,
+    gae,
+    kl_estimate,
+    token_rewards,
+    whiten,
+)
+from meshift.algorithms.losses import PolicyLoss, ValueLoss
+from meshift.batch import Batch, Outcome, Ragged
+from meshift.config import PPORunConfig
+from meshift.generation.rollout import SamplingTask
+from meshift.graph.calls import Call, Graph, HostCall, ModelCall, SyncCall
+from meshift.training.engine import TrainTask
+from meshift.training.readings import SequenceScores, TokenLogprobs, TokenValues
+
+ROLLOUT_INPUTS = ("prompts", "index")
+
+
+class PPO:
+    """The method and what it remembers between steps: the KL coefficient and the returns' statistics."""
+
+    def __init__(self, config: PPORunConfig, sampling: SamplingTask) -> None:
+        self.config = config
+        self.sampling = sampling
+        ppo = config.ppo
+        self.kl = KLController(ppo.kl_coef, ppo.adaptive_kl, ppo.kl_target, ppo.kl_horizon)
+        self.value_norm = ValueNorm(ppo.value_norm, ppo.value_norm_beta)
+
+    def graph(
+        self, reward_functions: Callable[[Batch], Outcome] | None = None, columns: tuple[str, ...] = ()
+    ) -> Graph:
+        """The calls of a step. `reward_functions` reads tokens and the named `columns`, writes one score a row."""
+        rollout = ("tokens", "completion_lengths", *self.sampling.support_keys)
+        calls: list[Call] = [
+            ModelCall(
+                name="rollout",
+                role="actor",
+                kind="generate",
+                task=self.sampling,
+                reads=ROLLOUT_INPUTS,
+                writes=(*rollout, "logprobs", "truncated", "version"),
+            )
+        ]
+        score_keys = []
+        if self.config.reward.model_name_or_path is not None:
+            scoring = SequenceScores(key="model_scores")
+            calls.append(_infer("score", "reward", scoring, ("tokens",), "model_scores"))
+            score_keys.append("model_scores")
+        if reward_functions is not None:
+            reads = ("tokens", "completion_lengths", *columns)
+            calls.append(
+                HostCall(
+                    name="reward_functions",
+                    function=reward_functions,
+                    reads=reads,
+                    writes=("function_scores",),
+                )
+            )
+            score_keys.append("function_scores")
+        calls += [
+            _infer("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
+            _infer("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
+            HostCall(
+                name="advantages",
+                function=self.advantages,
+                reads=(*score_keys, "values", "logprobs", "ref_logprobs", "truncated"),
+                writes=("scores", "advantages", "returns"),
+            ),
+            ModelCall(
+                name="train_actor",
+                role="actor",
+                kind="train",
+                task=self._task(self._policy_loss()),
+                reads=(*rollout, "logprobs", "advantages", "version"),
+            ),
+            ModelCall(
+                name="train_critic",
+                role="critic",
+                kind="train",
+                task=self._task(ValueLoss(cliprange_value=self.config.ppo.cliprange_value)),
+                reads=("tokens", "completion_lengths", "values", "returns"),
+            ),
+        ]
+        reference = self.config.reference
+        if reference.sync_ref_model:
+            calls.append(
+                SyncCall(
+                    name="sync_reference",
+                    source="actor",
+                    target="reference",
+                    rate=reference.ref_model_mixup_alpha,
+                    every=reference.ref_model_sync_steps,
+                )
+            )
+        return Graph(tuple(calls), frozenset((*ROLLOUT_INPUTS, *columns)))
+
+    def advantages(self, batch: Batch) -> Outcome:
+        """Scores and KL to rewards per token, to advantages and normalised returns, over the whole batch."""
+        ppo = self.config.ppo
+        scores = self._total_score(batch)
+        truncated = batch["truncated"].values.bool() & (not ppo.length_limit_is_end)
+        rewarded, scored = self._truncation_rule(scores.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
+        logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
+        penalty = kl_estimate(logprobs.values, ref_logprobs.values, ppo.kl_estimator)
+        rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
+        values = self._values(batch["values"], truncated)
+        advantages, returns = gae(rewards, values, ppo.gamma, ppo.lam)
+        self.value_norm.update(returns.values)
+        kl = Ragged(logprobs.values - ref_logprobs.values, logprobs.lengths).sum_rows()
+        metrics = {
+            **self._score_metrics(batch, scores),
+            "objective/kl": float(kl.mean()),
+            "objective/kl_coef": self.kl.coef,
+            "objective/rlhf_reward": float((rewarded * scored).mean() - self.kl.coef * kl.mean()),
+            "objective/no_score_fraction": float((~scored).float().mean()),
+            **_length_metrics(logprobs.lengths, batch["truncated"].values),
+            "critic/values/mean": float(values.drop_last().values.mean()),
+            "critic/returns/mean": float(returns.values.mean()),
+            "critic/advantages/mean": float(advantages.values.mean()),
+            "critic/vf_explained_var": explained_variance(values.drop_last().values, returns.values),
+        }
+        self.kl.update(self._controlled_kl(kl, logprobs.lengths), len(batch))
+        final = whiten(advantages.values) if ppo.whiten_advantages else advantages.values
+        written = {
+            "scores": Ragged.scalars(scores),
+            "advantages": Ragged(final, advantages.lengths),
+            "returns": Ragged(self.value_norm.normalise(returns.values), returns.lengths),
+        }
+        return Outcome(batch=Batch(written), metrics=metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"kl": self.kl.state_dict(), "value_norm": self.value_norm.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.kl.load_state_dict(state["kl"])
+        self.value_norm.load_state_dict(state["value_norm"])
+
+    def _total_score(self, batch: Batch) -> Tensor:
+        total = torch.zeros(len(batch))
+        if "model_scores" in batch:
+            total = total + self.config.reward.weight * batch["model_scores"].values
+        if "function_scores" in batch:
+            total = total + batch["function_scores"].values
+        return total
+
+    def _truncation_rule(self, scores: Tensor, truncated: Tensor) -> tuple[Tensor, Tensor]:
+        penalty = self.config.ppo.missing_eos_penalty
+        if penalty is None:
+            return scores, ~truncated
+        return torch.where(truncated, scores - penalty, scores), torch.ones_like(truncated)
+
+    def _values(self, raw: Ragged, truncated: Tensor) -> Ragged:
+        values = self.value_norm.denormalise(raw.values).clone()  # not the batch's own
+        last = raw.starts + raw.lengths - 1
+        values[last[~truncated]] = 0.0  # nothing comes after an end
+        return Ragged(values, raw.lengths)
+
+    def _controlled_kl(self, kl: Tensor, lengths: Tensor) -> float:
+        if self.config.ppo.kl_target_unit == "sequence":
+            return float(kl.mean())
+        return float(kl.sum() / lengths.sum())
+
+    def _score_metrics(self, batch: Batch, scores: Tensor) -> dict[str, float]:
+        metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
+        if "model_scores" in batch:
+            metrics["reward/reward_model"] = float(batch["model_scores"].values.mean())
+        return metrics
+
+    def _reading(self, key: str, *, entropy: bool = False) -> TokenLogprobs:
+        return TokenLogprobs(
+            key=key,
+            temperature=self.config.generation.temperature,
+            with_entropy=entropy,
+            entropy_gradient=self.config.ppo.entropy_coef > 0,
+            stop_token_ids=self.sampling.params.stop_token_ids,
+        )
+
+    def _policy_loss(self) -> PolicyLoss:
+        ppo = self.config.ppo
+        return PolicyLoss(
+            reading=self._reading("new_logprobs", entropy=True),
+            clip_ratio_low=ppo.clip_ratio_low,
+            clip_ratio_high=ppo.clip_ratio_high,
+            dual_clip=ppo.dual_clip,
+            entropy_coef=ppo.entropy_coef,
+            max_importance_ratio=ppo.max_importance_ratio,
+            max_update_kl=ppo.max_update_kl,
+        )
+
+    def _task(self, loss: PolicyLoss | ValueLoss) -> TrainTask:
+        ppo = self.config.ppo
+        return TrainTask(loss=loss, num_epochs=ppo.num_ppo_epochs, num_mini_batches=ppo.num_mini_batches)
+
+
+def _infer(name: str, role: str, reading: Any, reads: tuple[str, ...], key: str) -> ModelCall:
+    return ModelCall(name=name, role=role, kind="infer", task=reading, reads=reads, writes=(key,))
+
+
+def _length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
+    return {
+        "response_length/mean": float(lengths.double().mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/min": float(lengths.min()),
+        "response_length/clip_ratio": float(truncated.float().mean()),
+    }

@@ -1,0 +1,40 @@
+"""The errors a user can cause. One sentence each: what was wrong, where, and what to do.
+
+The command line turns a `MeshiftError` into its sentence and its exit code, never into a traceback.
+"""
+
+
+class MeshiftError(Exception):
+    """The run failed in a way that has a plain explanation. Exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(MeshiftError):
+    """What the user gave (a key, a file, a row, a folder) is wrong. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration key or value is wrong; the message names the key."""
+
+
+class DataError(InputError):
+    """A data file or row is wrong; the message names the file and the line."""
+
+
+class ModelError(InputError):
+    """A model folder is missing, incomplete or of an unsupported architecture."""
+
+
+class RewardError(MeshiftError):
+    """A reward function raised, or returned something that is no list of numbers."""
+
+
+class StaleWeightsError(MeshiftError):
+    """Two parties to one step hold different versions of the same weights."""
+
+
+class NonFiniteError(MeshiftError):
+    """A loss, a gradient or a log-probability is NaN or infinite."""

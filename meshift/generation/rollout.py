@@ -1,0 +1,75 @@
+"""From a batch of prompts to a batch of completions: the task of a `generate` call.
+
+It knows nothing of rewards or training; it packs what the engine drew under the keys that `training.readings`
+and the algorithms read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meshift.batch import Batch, Ragged
+from meshift.generation.engine import GenerationEngine, Progress
+from meshift.generation.params import Completion, Request, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingTask:
+    """How a step's completions are drawn. Sequence i of the run draws from the stream (seed, i)."""
+
+    params: SamplingParams
+    seed: int
+
+    @property
+    def support_keys(self) -> tuple[str, ...]:
+        """Keys that say which tokens could have been drawn; none where every token could."""
+        restricted = ("support", "support_counts") if self.params.truncates else ()
+        early = ("num_stop_forbidden",) if self.params.min_new_tokens > 0 else ()
+        return restricted + early
+
+
+def rollout(
+    engine: GenerationEngine,
+    task: SamplingTask,
+    batch: Batch,
+    version: int,
+    on_progress: Progress | None = None,
+) -> Batch:
+    """Complete every prompt of the batch with weights of the given version.
+
+    Reads `prompts` and `index` (the sequence's number in the run, [1]); neighbouring rows with the same prompt
+    share its prefill. Writes `tokens` (prompt and completion), `completion_lengths` [1], `logprobs`
+    [completion], `truncated` [1] bool, `version` [1], and the task's support keys.
+    """
+    prompts = [row.tolist() for row in batch["prompts"].rows()]
+    requests = [
+        Request(tokens=tokens, index=index)
+        for tokens, index in zip(prompts, batch["index"].values.tolist(), strict=True)
+    ]
+    completions = engine.generate_requests(requests, task.params, seed=task.seed, on_progress=on_progress)
+    sequences = [[*prompt, *c.tokens] for prompt, c in zip(prompts, completions, strict=True)]
+    fields = {
+        "tokens": Ragged.from_rows(sequences, torch.int64),
+        "completion_lengths": Ragged.scalars([len(c.tokens) for c in completions], torch.int64),
+        "logprobs": Ragged.from_rows([c.logprobs for c in completions], torch.float32),
+        "truncated": Ragged.scalars([c.truncated for c in completions], torch.bool),
+        "version": Ragged.scalars([version] * len(completions), torch.int64),
+    }
+    if "support" in task.support_keys:
+        fields.update(_support(completions))
+    if "num_stop_forbidden" in task.support_keys:
+        fields["num_stop_forbidden"] = Ragged.scalars([c.num_stop_forbidden for c in completions], torch.int64)
+    return Batch(fields)
+
+
+def _support(completions: Sequence[Completion]) -> dict[str, Ragged]:
+    """Allowed ids of every token, concatenated per sequence, and how many each token has."""
+    per_row = [[torch.from_numpy(ids) for ids in c.support or []] for c in completions]
+    counts = [[ids.numel() for ids in row] for row in per_row]
+    return {
+        "support": Ragged.from_rows([torch.cat(row) for row in per_row], torch.int32),
+        "support_counts": Ragged.from_rows(counts, torch.int64),
+    }

@@ -1,0 +1,48 @@
+"""What stands on top of the decoder's rows: logits over the vocabulary, or one number per row."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meshift.models.config import DecoderConfig, HeadKind
+
+
+class LanguageModelHead(nn.Module):
+    """[N, hidden] -> logits [N, vocab].
+
+    Tied, it has no parameter of its own and reads the embedding's weight at every call, so that a replaced or
+    moved embedding is never missed.
+    """
+
+    def __init__(self, config: DecoderConfig, embedding: nn.Embedding) -> None:
+        super().__init__()
+        # A tuple keeps the embedding from being registered as a child of the head.
+        self._tied_to = (embedding,) if config.tie_word_embeddings else None
+        if self._tied_to is None:
+            self.weight = nn.Parameter(embedding.weight.new_empty(config.vocab_size, config.hidden_size))
+            nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def projection(self) -> Tensor:
+        """The matrix [vocab, hidden] that makes logits, wherever it lives."""
+        return self.weight if self._tied_to is None else self._tied_to[0].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab] in the weights' dtype."""
+        return F.linear(hidden, self.projection)
+
+
+class ScalarHead(nn.Module):
+    """[N, hidden] -> [N]: a value or a reward per row, without a bias."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(config.hidden_size, 1, bias=False).weight.detach())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N] in the weights' dtype."""
+        return F.linear(hidden, self.weight).squeeze(-1)
+
+
+def make_head(config: DecoderConfig, kind: HeadKind, embedding: nn.Embedding) -> nn.Module:
+    """The head of a kind; `embedding` is read by a tied language-model head."""
+    return LanguageModelHead(config, embedding) if kind == "lm" else ScalarHead(config)

@@ -1,0 +1,193 @@
+"""Hugging Face folders and hub ids in: a filled `Decoder`, or a tokenizer.
+
+Knows nothing of `pypi:` names, of layouts or of our own checkpoints; the layers above resolve those.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meshift.errors import ModelError
+from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.decoder import Decoder
+from meshift.models.hf.families import FAMILIES, HEAD_NAMES, hf_name, read_config
+from meshift.models.hf.files import WeightFiles, read_json
+from meshift.models.shards import Shard, shard_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The folder of a model: a local folder whenever it exists, else a hub id, downloaded or from the cache.
+
+    Raises `ModelError` where there is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file; give the folder that holds config.json and the safetensors.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(HUB_FILES)))
+    # OSError covers no network, no such repository and no access (requests' and the hub's own errors).
+    except (HFValidationError, OSError, ValueError) as error:
+        raise ModelError(
+            f"'{name_or_path}' is no local folder and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): "
+            "check the spelling, the network and `hf auth login`, or give a local folder."
+        ) from error
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    head: HeadKind = "lm",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Decoder:
+    """A `Decoder` filled from a local folder or a hub id.
+
+    `dtype` None keeps the stored one (the embedding's, should the file mix several). A head that the checkpoint
+    does not hold starts at zero (value) or is drawn from `seed` with std 1 / sqrt(hidden + 1) (reward; Stiennon
+    et al. 2020, arXiv:2009.01325). Raises `ModelError`.
+    """
+    directory = resolve_model(name_or_path)
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = Decoder(config, head)
+    files = WeightFiles(directory)
+    names = {hf_name(config, head, name): name for name in shard_table(config, head)}
+    fresh = _check(config, head, names, files)
+    tensors = _read(files, {theirs: ours for theirs, ours in names.items() if theirs not in fresh}, dtype)
+    if fresh:
+        kept = tensors["embedding.weight"].dtype
+        tensors["head.weight"] = _new_head(config, head, seed).to(kept)
+    _assign(model, tensors, torch.device(device))
+    return model
+
+
+def load_config(directory: Path) -> DecoderConfig:
+    """The decoder's numbers from a folder's config.json. Raises `ModelError`."""
+    raw = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    return read_config(
+        raw, str(directory / "config.json"), read_json(generation) if generation.is_file() else None
+    )
+
+
+def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a local folder or a hub id. Raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    directory = resolve_model(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}): copy "
+            "tokenizer.json and tokenizer_config.json of the model into it."
+        ) from error
+
+
+def _check(config: DecoderConfig, head: HeadKind, names: Mapping[str, str], files: WeightFiles) -> frozenset[str]:
+    """Hold the files against the shard table; returns the head's name if it has to be made new."""
+    table = shard_table(config, head)
+    ours = {theirs: table[name] for theirs, name in names.items()}
+    missing = sorted(set(ours) - set(files.shapes))
+    fresh = frozenset(missing) & {HEAD_NAMES["value"]}
+    if fresh and FAMILIES[config.family].classifier in (config.hf.get("architectures") or ()):
+        fresh = frozenset()  # a reward model without its head is torn, not new
+    if set(missing) - fresh:
+        _complain_of_missing(files, [name for name in missing if name not in fresh])
+    _check_unexpected(config, head, set(ours), files)
+    _check_shapes(ours, files)
+    if head == "lm" and config.tie_word_embeddings and HEAD_NAMES["lm"] in files.shapes:
+        _check_tie(hf_name(config, head, "embedding.weight"), files)
+    return fresh
+
+
+def _complain_of_missing(files: WeightFiles, missing: list[str]) -> None:
+    if missing == [HEAD_NAMES["lm"]]:
+        raise ModelError(
+            f"{files.directory} holds no {HEAD_NAMES['lm']}, and its config does not tie it to the embedding: "
+            "it is no language model (a reward model or a critic?), so load it with another head."
+        )
+    raise ModelError(
+        f"{files.directory} lacks the tensor {missing[0]}{_and_more(missing)}, which its config.json calls for."
+    )
+
+
+def _check_unexpected(config: DecoderConfig, head: HeadKind, known: set[str], files: WeightFiles) -> None:
+    # Another head's weights are left where they are: a language model may start a critic and the reverse.
+    pattern = FAMILIES[config.family].ignored
+    extra = set(files.shapes) - known - set(HEAD_NAMES.values())
+    unexpected = sorted(name for name in extra if not re.fullmatch(pattern, name))
+    if unexpected:
+        raise ModelError(
+            f"{files.directory} holds the tensor {unexpected[0]}{_and_more(unexpected)}, which its "
+            "config.json has no place for: the config and the weights are not of one model."
+        )
+
+
+def _check_shapes(ours: Mapping[str, Shard], files: WeightFiles) -> None:
+    for name, shard in ours.items():
+        found = files.shapes.get(name, shard.shape)
+        if found != shard.shape:
+            raise ModelError(
+                f"{files.directory}: the tensor {name} is {list(found)}, but config.json calls for "
+                f"{list(shard.shape)}: the config and the weights are not of one model."
+            )
+
+
+def _check_tie(embedding: str, files: WeightFiles) -> None:
+    """A tied model's file may repeat the embedding as lm_head, but not contradict it."""
+    stored = dict(files.read([embedding, HEAD_NAMES["lm"]]))
+    if not torch.equal(stored[embedding], stored[HEAD_NAMES["lm"]]):
+        raise ModelError(
+            f"{files.directory}: config.json ties the head to the embedding, but {HEAD_NAMES['lm']} differs "
+            f"from {embedding}: set tie_word_embeddings to false if the weights are right."
+        )
+
+
+def _read(files: WeightFiles, names: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Our name -> a tensor that owns its memory, all of one dtype."""
+    # The copy frees the weights from the mapped file: overwriting that file must not change a live model.
+    tensors = {names[name]: _copy(tensor, dtype) for name, tensor in files.read(names)}
+    kept = dtype or tensors["embedding.weight"].dtype
+    return {name: tensor.to(kept) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype or tensor.dtype, copy=True)
+
+
+def _new_head(config: DecoderConfig, head: HeadKind, seed: int) -> Tensor:
+    """Fresh scalar head [1, hidden] in fp32."""
+    if head == "value":
+        return torch.zeros(1, config.hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, config.hidden_size, generator=generator) * (config.hidden_size + 1) ** -0.5
+
+
+def _assign(model: Decoder, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put each tensor in the place of its meta parameter."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(tensor.to(device)))
+
+
+def _and_more(names: Iterable[str]) -> str:
+    rest = len(list(names)) - 1
+    return f" (and {rest} more)" if rest else ""

@@ -1,0 +1,145 @@
+"""A `Decoder` out, as a plain Hugging Face folder that `transformers` loads.
+
+An unmodified model comes out bit for bit as it was read. Knows nothing of our own checkpoints or of layouts.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meshift.errors import ModelError
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.models.hf.families import FAMILIES, hf_name
+from meshift.models.hf.files import INDEX, SINGLE
+from meshift.models.shards import shard_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SHARD_BYTES = 5 * 10**9
+CLASSIFIER_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+def save_model(
+    model: Decoder,
+    directory: Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json, safetensors (several with an index above `max_shard_bytes`) and the tokenizer's files.
+
+    Everything is written aside and then renamed, so a new folder appears whole or not at all. In a folder that
+    exists, old weights go first and config.json comes last: broken off midway it lacks weights, and never mixes
+    two models. Other files there stay. Raises `ModelError` where the folder cannot be written.
+    """
+    aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        _write_weights(aside, _named_tensors(model), max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(aside))
+        if model.head_kind == "lm" and model.config.generation is not None:
+            _write_json(aside / "generation_config.json", model.config.generation)
+        _write_json(aside / "config.json", output_config(model, tokenizer))
+        _move_into_place(aside, directory)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"The model could not be saved to {directory} ({error}): check the path, its permissions and the free "
+            "space."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def output_config(model: Decoder, tokenizer: "PreTrainedTokenizerBase | None" = None) -> dict[str, Any]:
+    """The raw config.json the model came with, with what its head and dtype now call for."""
+    config = dict(model.config.hf)
+    family = FAMILIES[model.config.family]
+    config["dtype" if "torch_dtype" not in config else "torch_dtype"] = _dtype_name(model)
+    if model.head_kind == "lm":
+        if config.get("architectures") == [family.classifier]:
+            config = {key: value for key, value in config.items() if key not in CLASSIFIER_KEYS}
+        return {**config, "architectures": [family.causal]}
+    labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    # transformers scores the last token that is no padding, and refuses batches where it cannot tell.
+    padding = {"pad_token_id": _padding(config, tokenizer)}
+    return {**config, "architectures": [family.classifier], **labels, **padding}
+
+
+def _padding(config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase | None") -> int | None:
+    """The config's padding token, else the tokenizer's, else the (first) end-of-sequence token."""
+    if config.get("pad_token_id") is not None:
+        return config["pad_token_id"]
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    end = config.get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
+
+
+def _dtype_name(model: Decoder) -> str:
+    return str(model.embedding.weight.dtype).removeprefix("torch.")
+
+
+def _named_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Their name -> the parameter, held against the shard table."""
+    head: HeadKind = model.head_kind
+    parameters = dict(model.named_parameters())
+    table = shard_table(model.config, head)
+    if {name: tuple(p.shape) for name, p in parameters.items()} != {n: s.shape for n, s in table.items()}:
+        raise ModelError("The model's parameters no longer match its config, so it cannot be saved.")
+    return {hf_name(model.config, head, name): parameters[name].detach() for name in table}
+
+
+def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    groups = list(_groups(tensors, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        content = {name: tensors[name].cpu().contiguous() for name in names}
+        save_file(content, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+
+
+def _groups(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, as many to a file as fit; a tensor larger than a file has one to itself."""
+    group: list[str] = []
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if group and num_bytes + tensor.nbytes > max_shard_bytes:
+            yield group
+            group, num_bytes = [], 0
+        group.append(name)
+        num_bytes += tensor.nbytes
+    yield group
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_into_place(aside: Path, directory: Path) -> None:
+    if not directory.exists():
+        aside.rename(directory)
+        return
+    for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
+        old.unlink(missing_ok=True)
+    for path in sorted(aside.iterdir(), key=_arrival):
+        os.replace(path, directory / path.name)
+
+
+def _arrival(path: Path) -> int:
+    """Weights, then the index that makes them count, then config.json."""
+    return 2 if path.name == "config.json" else 1 if path.name == INDEX else 0

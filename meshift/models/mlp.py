@@ -1,0 +1,43 @@
+"""The gated MLP (Shazeer 2020, arXiv:2002.05202) and the activations configs may name."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meshift.errors import ModelError
+from meshift.models.config import DecoderConfig
+
+# The keys are the names that Hugging Face configs use.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": F.silu,
+        "swish": F.silu,
+        "gelu": F.gelu,
+        "gelu_new": partial(F.gelu, approximate="tanh"),
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "relu": F.relu,
+    }
+)
+
+
+class MLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise ModelError(
+                f"The activation '{config.activation}' (hidden_act in config.json) is not supported; choose "
+                f"one of {', '.join(ACTIVATIONS)}."
+            )
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))

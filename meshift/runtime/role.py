@@ -1,0 +1,104 @@
+"""A role in this process: one decoder, its training engine and, for an actor, its generation engine.
+
+In one process with one layout, generation reads the trainer's own tensors and nothing is copied. It knows nothing
+of algorithms; `step.py` calls its verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from meshift.batch import Batch, Outcome
+from meshift.config import TrainableConfig
+from meshift.errors import StaleWeightsError
+from meshift.generation.engine import GenerationEngine
+from meshift.generation.rollout import SamplingTask, rollout
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.runtime.models import open_model
+from meshift.training.engine import TrainingEngine, TrainTask
+from meshift.training.optimizer import learning_rate
+from meshift.training.readings import Reading
+
+
+def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> LocalRole:
+    """A role that only reads or generates, from a model's name."""
+    return LocalRole(name, open_model(model, head, dtype), TrainableConfig())
+
+
+class LocalRole:
+    """Meets `step.Role` with one model on one device."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Decoder,
+        config: TrainableConfig,
+        *,
+        trainable: bool = False,
+        max_steps: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.config = config
+        self.max_steps = max_steps
+        self.seed = seed
+        self.trainer = TrainingEngine(model, config, trainable=trainable)
+        self.generator: GenerationEngine | None = None
+        self._mixed: dict[str, torch.Tensor] = {}
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return self.trainer.version
+
+    def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
+        """Give the role a generation engine over its own weights."""
+        self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode)
+        return self
+
+    def generate(self, task: SamplingTask, batch: Batch) -> Outcome:
+        """Sample completions; `perf/generated_tokens` counts them."""
+        assert self.generator is not None, f"role {self.name} has no generation engine"
+        completed = rollout(self.generator, task, batch, self.version)
+        num_tokens = int(completed["completion_lengths"].values.sum())
+        return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
+
+    def infer(self, task: Reading, batch: Batch) -> Outcome:
+        """Read without gradients."""
+        return Outcome(batch=self.trainer.infer(task, batch))
+
+    def train(self, task: TrainTask, batch: Batch, *, step: int) -> Outcome:
+        """Update. Raises `StaleWeightsError` if other weights than these drew the batch."""
+        if "version" in batch:
+            drawn = set(batch["version"].values.tolist())
+            if drawn != {self.version}:
+                raise StaleWeightsError(
+                    f"role {self.name} has weights of version {self.version}, but the batch was sampled by "
+                    f"version {sorted(drawn)}: the generator did not get the last update"
+                )
+        rate = learning_rate(self.config, step, self.max_steps)
+        updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
+        prefix = {"actor": "actor/", "critic": "critic/"}.get(self.name, "")
+        metrics = {**task.loss.summarise(updates), f"{prefix}lr": rate}
+        if self.generator is not None:
+            metrics["sync/version"] = self.version
+        return Outcome(metrics=metrics)
+
+    @torch.no_grad()
+    def mix(self, source: Any, rate: float) -> None:
+        """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once.
+
+        A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution.
+        """
+        own = dict(self.model.named_parameters())
+        for name, weight in source.trainer.master_weights().items():
+            if name not in self._mixed:
+                self._mixed[name] = own[name].detach().float().clone()
+            average = self._mixed[name]
+            average.lerp_(weight.to(average), rate)
+            own[name].copy_(average)

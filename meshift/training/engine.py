@@ -1,0 +1,173 @@
+"""The training engine: packed micro-batches through the decoder, forwards to read, backwards to learn.
+
+It knows nothing of algorithms: what is read is a `Reading`, what is learned a `Loss`. The loss of an update is a
+mean over the units (tokens, pairs) of the *whole* mini-batch, so its gradient does not depend on how many
+micro-batches carry it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from meshift.batch import Batch, Ragged, micro_batches
+from meshift.config import TrainableConfig
+from meshift.errors import NonFiniteError
+from meshift.models.attention import PackedAttention, packed_positions
+from meshift.models.decoder import Decoder
+from meshift.training.optimizer import MasterAdamW, freeze_layers
+from meshift.training.readings import Reading, detach
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """A loss over one micro-batch, as sums over its units; the engine divides by the mini-batch's count.
+
+    `total` carries the gradient. `sums` become means over the mini-batch, `maxima` stay maxima.
+    """
+
+    total: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """What an update minimises."""
+
+    @property
+    def reading(self) -> Reading:
+        """What the loss reads from the model."""
+
+    def count(self, batch: Batch) -> int:
+        """Units (tokens, pairs) of a mini-batch: what the loss is a mean over."""
+
+    def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
+        """The loss of a micro-batch from the reading's outputs."""
+
+    def stop_reason(self, stats: Mapping[str, float]) -> str | None:
+        """Why this update and the rest of the step's must not be made, or None."""
+
+    def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Metrics of the step from the statistics of its updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """A loss, and how often and in how many parts a batch is gone through."""
+
+    loss: Loss
+    num_epochs: int = 1
+    num_mini_batches: int = 1
+
+
+class TrainingEngine:
+    """One decoder with forwards and, given an optimizer's config, updates. `version` counts the updates."""
+
+    def __init__(self, model: Decoder, config: TrainableConfig, *, trainable: bool) -> None:
+        self.model = model
+        self.config = config
+        self.version = 0
+        self.optimizer: MasterAdamW | None = None
+        if trainable:
+            freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
+            self.optimizer = MasterAdamW(model, config)
+
+    def infer(self, reading: Reading, batch: Batch) -> Batch:
+        """The reading of every row, without gradients, in the batch's row order."""
+        parts = micro_batches(reading.sizes(batch), self.config.max_tokens_per_micro_batch)
+        with torch.no_grad():
+            pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
+        order = torch.tensor([row for part in parts for row in part])
+        return Batch.concat(pieces).index(torch.argsort(order))
+
+    def train(self, task: TrainTask, batch: Batch, *, rate: float, seed: int) -> list[dict[str, float]]:
+        """Update the weights; one dictionary of statistics per update, the last with `early_stop` if stopped.
+
+        Mini-batches are drawn anew each epoch from `seed`. Raises `NonFiniteError` before a NaN or infinite
+        loss or gradient can touch the weights.
+        """
+        assert self.optimizer is not None, "this engine was built without an optimizer"
+        updates: list[dict[str, float]] = []
+        for rows in mini_batch_rows(len(batch), task.num_epochs, task.num_mini_batches, seed):
+            stats = self.accumulate(task.loss, batch.index(rows))
+            updates.append(stats)
+            reason = task.loss.stop_reason(stats)
+            if reason is not None:
+                stats["early_stop"] = 1.0
+                self.optimizer.discard()
+                break
+            stats["grad_norm"] = self.optimizer.step(rate)
+            if not math.isfinite(stats["grad_norm"]):
+                raise NonFiniteError(
+                    f"the gradient norm of update {len(updates)} is {stats['grad_norm']}; weights are unchanged: "
+                    "lower learning_rate, or look for extreme rewards in samples.jsonl"
+                )
+            self.version += 1
+        return updates
+
+    def accumulate(self, loss: Loss, batch: Batch) -> dict[str, float]:
+        """Add the mini-batch's gradient, in micro-batches under the token budget. Returns its statistics."""
+        count = max(1, loss.count(batch))
+        stats: dict[str, float] = {}
+        parts = micro_batches(loss.reading.sizes(batch), self.config.max_tokens_per_micro_batch)
+        for piece in batch.split(parts):
+            result = loss(self.forward(loss.reading, piece), piece)
+            mean = result.total / count
+            if not torch.isfinite(mean):
+                raise NonFiniteError(
+                    f"the loss of a micro-batch is {mean.item()}; weights are unchanged: "
+                    "look at this step's rewards and at the model's log-probs"
+                )
+            mean.backward()
+            _merge(stats, result, count, mean.item())
+        return stats
+
+    def forward(self, reading: Reading, batch: Batch) -> dict[str, Ragged]:
+        """One packed pass: the decoder over all rows, the head over those that are read."""
+        packed = reading.sequences(batch)
+        device = next(self.model.parameters()).device
+        lengths = packed.lengths.tolist()
+        hidden = self.model(
+            packed.values.to(device),
+            packed_positions(lengths, device=device),
+            PackedAttention(lengths),
+            checkpoint=self.config.gradient_checkpointing and torch.is_grad_enabled(),
+        )
+        rows = reading.rows(batch).to(device)
+        return reading.read(self.model.head, hidden[rows], batch, self.config.logits_chunk)
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """Every parameter by name, the trained ones from their fp32 masters."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        if self.optimizer is not None:
+            trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
+            weights.update(zip(trained, (m.detach() for m in self.optimizer.masters), strict=True))
+        return weights
+
+
+def mini_batch_rows(num_rows: int, num_epochs: int, num_parts: int, seed: int) -> Iterator[list[int]]:
+    """Row lists of every update: each epoch cuts a fresh permutation into parts that differ by one at most."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_epochs):
+        order = torch.randperm(num_rows, generator=generator)
+        for part in torch.tensor_split(order, min(num_parts, num_rows)):
+            yield part.tolist()
+
+
+def _merge(stats: dict[str, float], result: LossSums, count: int, loss: float) -> None:
+    stats["loss"] = stats.get("loss", 0.0) + loss
+    for key, value in result.sums.items():
+        stats[key] = stats.get(key, 0.0) + float(value) / count
+    for key, value in result.maxima.items():
+        stats[key] = max(stats.get(key, -math.inf), float(value))
+
+
+def mean_over_updates(updates: Sequence[Mapping[str, float]], key: str) -> float:
+    """Mean of a statistic over the updates that have it; NaN if none has."""
+    values = [stats[key] for stats in updates if key in stats]
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,127 @@
+"""AdamW over fp32 master weights, and the learning-rate schedules.
+
+Where the model computes in bfloat16, every parameter has an fp32 master here, and gradients are summed in fp32
+over micro-batches; the model's own weights are the masters rounded once after each update. It knows nothing of
+losses, batches or how gradients come about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from meshift.config import TrainableConfig
+from meshift.errors import ConfigError
+
+
+def learning_rate(config: TrainableConfig, step: int, max_steps: int) -> float:
+    """The rate of a step of the run, counted from 0.
+
+    Linear warm-up over `warmup_steps`, then constant, or linear or cosine down to `min_lr_ratio`. The schedule
+    counts steps of the run, not optimizer updates, so epochs and mini-batches cannot stretch it.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    decay = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.lr_scheduler_type]
+    return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay)
+
+
+def freeze_layers(model: nn.Module, num_frozen: int, num_layers: int) -> None:
+    """Leave the embedding (and with it a tied head) and the lowest layers out of training."""
+    if num_frozen > num_layers:
+        raise ConfigError(f"num_frozen_layers = {num_frozen}, but the model has {num_layers} layers; use fewer")
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, num_frozen):
+            parameter.requires_grad_(False)
+
+
+def is_frozen(name: str, num_frozen: int) -> bool:
+    """Whether `num_frozen_layers` leaves the decoder's parameter of this name out of training."""
+    parts = name.split(".")
+    if num_frozen == 0:
+        return False
+    return parts[0] == "embedding" or (parts[0] == "layers" and int(parts[1]) < num_frozen)
+
+
+class MasterAdamW:
+    """AdamW whose weights, moments and gradients are fp32, whatever the model computes in.
+
+    Gradients arrive through `loss.backward()` and add up until `step` or `discard`.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainableConfig) -> None:
+        self.max_grad_norm = config.max_grad_norm
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ConfigError("every parameter is frozen; lower num_frozen_layers")
+        self.masters = [_master_of(p) for p in self._parameters]
+        for parameter, master in zip(self._parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        matrices = [m for m in self.masters if m.dim() >= 2]
+        vectors = [m for m in self.masters if m.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+
+    def step(self, rate: float) -> float:
+        """Clip, update masters, round them into the model. Returns the gradient's norm before clipping.
+
+        A norm that is not finite leaves every weight as it was; the caller decides what that means.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+            self.publish()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Forget the gradients gathered so far, keeping their buffers for the next update."""
+        self._adamw.zero_grad(set_to_none=False)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the model's own weights."""
+        for parameter, master in zip(self._parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+
+def _master_of(parameter: Tensor) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().requires_grad_(True)
+
+
+def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    def move(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if master.grad is None:
+            master.grad = gradient.float()
+        else:
+            master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move

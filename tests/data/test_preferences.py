@@ -1,0 +1,135 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from meshift.data.preferences import load_preferences
+from meshift.errors import DataError
+
+HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_harmless_dev.jsonl"
+ASK = {"role": "user", "content": "Hi"}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    def load(*rows, **options):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return load_preferences(str(path), tokenizer, **{"max_length": 500, **options})
+
+    return load
+
+
+@pytest.fixture
+def parts(load, tokenizer):
+    """(prompt, chosen response, rejected response) as text of the only pair of `row`."""
+
+    def parts(row, **options):
+        (pair,) = load(row, **options).pairs
+        num_prompt = pair.num_prompt_tokens
+        assert pair.chosen[:num_prompt] == pair.rejected[:num_prompt]
+        pieces = (pair.chosen[:num_prompt], pair.chosen[num_prompt:], pair.rejected[num_prompt:])
+        return tuple(tokenizer.decode(piece) for piece in pieces)
+
+    return parts
+
+
+def test_explicit_texts_would_not_be_prompt_response_eos(parts):
+    row = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
+    assert parts(row) == ("Q:", " yes<|im_end|>", " no<|im_end|>")
+    assert parts(row, append_eos=False) == ("Q:", " yes", " no")
+
+
+def test_texts_without_a_prompt_would_lose_their_common_beginning(parts):
+    row = {"chosen": "A fine film", "rejected": "A poor film"}
+    assert parts(row, append_eos=False) == ("", "A fine film", "A poor film")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASK], "chosen": [says("yes")], "rejected": [says("no")]},
+        {"prompt": [ASK], "chosen": "yes", "rejected": "no"},
+        {"prompt": "Hi", "chosen": [says("yes")], "rejected": [says("no")]},
+        {"prompt": "Hi", "chosen": [ASK, says("yes")], "rejected": [ASK, says("no")]},
+        {"chosen": [ASK, says("yes")], "rejected": [ASK, says("no")]},
+    ],
+)
+def test_the_ways_to_write_one_conversation_would_differ_in_tokens(parts, row):
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(row) == (prompt, "yes<|im_end|>", "no<|im_end|>")
+
+
+def test_a_longer_shared_prefix_would_be_taken_for_the_response(parts):
+    shared = [ASK, says("Hello"), {"role": "user", "content": "More"}]
+    prompt, chosen, rejected = parts({"chosen": [*shared, says("yes")], "rejected": [*shared, says("no")]})
+    assert prompt.endswith("More<|im_end|>\n<|im_start|>assistant\n")
+    assert (chosen, rejected) == ("yes<|im_end|>", "no<|im_end|>")
+
+
+def test_hh_dialogues_would_be_split_elsewhere_than_at_the_last_shared_assistant_turn(parts):
+    shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tell me\n\nAssistant:"
+    row = {"chosen": f"{shared} I will", "rejected": f"{shared} I won't"}
+    assert parts(row) == (shared, " I will<|im_end|>", " I won't<|im_end|>")
+
+
+def test_an_hh_response_that_contains_nothing_else_than_the_others_start_would_be_lost(parts):
+    shared = "\n\nHuman: Hi\n\nAssistant:"
+    row = {"chosen": f"{shared} No", "rejected": f"{shared} No way"}
+    assert parts(row) == (shared, " No<|im_end|>", " No way<|im_end|>")
+
+
+def test_pairs_would_be_left_out_in_silence(load, caplog):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b" * 9, "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c" * 9},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+    ]
+    with caplog.at_level(logging.INFO):
+        data = load(*rows, max_length=10)
+    assert [pair.where[-1] for pair in data.pairs] == ["1"]
+    assert (data.num_overlong, data.num_identical) == (2, 1)
+    assert [where[-1] for where in (*data.overlong, *data.identical)] == ["2", "3", "4"]
+    assert "2 of 4 rows left out: pairs with more than max_length=10" in caplog.text
+    assert "1 of 4 rows left out: pairs whose chosen and rejected" in caplog.text
+    with pytest.raises(DataError, match="none of 2 pairs can be used"):
+        load(*rows[1:3], max_length=10)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:1: the column 'rejected' is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "pairs.jsonl:1: 'rejected' is blank"),
+        ({"chosen": "b", "rejected": [says("c")]}, "pairs.jsonl:1: .*make them alike"),
+        ({"chosen": "b", "rejected": 3}, "pairs.jsonl:1: 'rejected' must be"),
+        ({"chosen": [says("b")], "rejected": [says("c")]}, "pairs.jsonl:1: .*share no first message"),
+        (
+            {"chosen": [ASK, says("b")], "rejected": [ASK, {"role": "user", "content": "c"}]},
+            "pairs.jsonl:1: .*part at an assistant message",
+        ),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "pairs.jsonl:1: .*share no Assistant turn",
+        ),
+    ],
+)
+def test_a_bad_pair_would_be_reported_without_its_line(load, row, message):
+    with pytest.raises(DataError, match=message):
+        load(row)
+
+
+@pytest.mark.skipif(not HH.is_file(), reason="the shared HH sample is not here")
+def test_a_real_hh_dialogue_would_not_be_split_at_its_answer(tokenizer):
+    data = load_preferences(str(HH), tokenizer, max_length=4000)
+    assert len(data.pairs) + data.num_overlong + data.num_identical == 1500
+    assert len(data.pairs) > 1300
+    for pair in data.pairs:
+        assert tokenizer.decode(pair.chosen[: pair.num_prompt_tokens]).endswith("\n\nAssistant:")
+        assert "\n\nHuman:" not in tokenizer.decode(pair.chosen[pair.num_prompt_tokens :])

@@ -1,0 +1,72 @@
+"""PackedAttention against its plain twin, and how its buckets are filled."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshift.models.attention import AttentionLayer, PackedAttention, PlainAttention, packed_positions
+
+LAYER = AttentionLayer(index=0, scale=0.31)
+
+
+def inputs(num_rows, heads=4, kv_heads=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(num_rows)
+    shapes = [(num_rows, heads, 8), (num_rows, kv_heads, 8), (num_rows, kv_heads, 8)]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+)
+def test_values_and_gradients_are_those_of_the_plain_twin(lengths, heads):
+    rows = inputs(sum(lengths), *heads)
+    packed, plain = (kind(lengths)(LAYER, *rows) for kind in (PackedAttention, PlainAttention))
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    if not sum(lengths):
+        return
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    grads = [torch.autograd.grad((out * weights).sum(), rows) for out in (packed, plain)]
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [20, 600])
+def test_half_precision_stays_close_to_the_plain_twin_on_either_side_of_the_upcast(length):
+    rows = inputs(length + 3, dtype=torch.bfloat16)
+    packed, plain = (kind([length, 3])(LAYER, *rows) for kind in (PackedAttention, PlainAttention))
+    assert packed.dtype == torch.bfloat16
+    torch.testing.assert_close(packed, plain, atol=0.02, rtol=0.02)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 3000), max_size=60))
+def test_padding_is_bounded_and_each_sequence_is_in_one_bucket(lengths):
+    buckets = PackedAttention(lengths).buckets
+    members = sorted(i for bucket, _ in buckets for i in bucket)
+    assert members == [i for i, n in enumerate(lengths) if n]
+    num_padded = sum(len(bucket) * longest for bucket, longest in buckets)
+    assert num_padded * 0.75 <= sum(lengths)
+    assert all(longest == max(lengths[i] for i in bucket) for bucket, longest in buckets)
+
+
+def test_one_long_sequence_is_not_what_the_short_ones_are_padded_to():
+    assert [longest for _, longest in PackedAttention([2000, *[20] * 50]).buckets] == [2000, 20]
+
+
+def test_positions_count_from_zero_in_each_sequence():
+    assert packed_positions([3, 0, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
+    assert packed_positions([]).tolist() == []
+
+
+@pytest.mark.parametrize("kind", [PackedAttention, PlainAttention])
+def test_rows_that_do_not_add_up_are_refused(kind):
+    with pytest.raises(ValueError, match="add up to 5 rows, but 6"):
+        kind([2, 3])(LAYER, *inputs(6))
+
+
+def test_a_negative_length_is_refused():
+    with pytest.raises(ValueError, match="negative length"):
+        PackedAttention([3, -1])

@@ -1,0 +1,60 @@
+"""Rotary frequencies and angles against `transformers`, at and beyond the original length."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from meshift.errors import ModelError
+from meshift.models.attention import PackedAttention, packed_positions
+from meshift.models.hf.load import load_config, load_model
+from meshift.models.rotary import Rotary
+
+
+def angles(folder, length):
+    return Rotary(load_config(folder))(torch.arange(length), torch.float32)
+
+
+def expected_angles(saved, length):
+    theirs = LlamaRotaryEmbedding(saved.model.config)
+    cosine, sine = theirs(torch.zeros(1), torch.arange(length)[None])
+    half = cosine.shape[-1] // 2
+    return cosine[0, :, None, :half], sine[0, :, None, :half]
+
+
+@pytest.mark.parametrize("name", ["llama", "rope-linear", "rope-llama3", "rope-yarn"])
+def test_angles_match_transformers_far_beyond_the_original_length(saved, name):
+    for ours, theirs in zip(angles(saved(name).folder, 300), expected_angles(saved(name), 300), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("rope-dynamic", 64), ("rope-longrope", 32)])
+def test_length_dependent_scalings_match_up_to_their_original_length_and_refuse_more(saved, name, limit):
+    folder = saved(name).folder
+    for ours, theirs in zip(angles(folder, limit), expected_angles(saved(name), limit), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0.0)
+    with pytest.raises(ModelError, match=f"has {limit + 1} tokens.*original length of {limit}"):
+        angles(folder, limit + 1)
+
+
+def test_the_old_spelling_of_scaling_gives_the_same_logits_as_the_new(saved, tmp_path):
+    shutil.copytree(saved("rope-llama3").folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    parameters = raw.pop("rope_parameters")
+    raw |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    old, new = load_model(tmp_path), load_model(saved("rope-llama3").folder)
+    rows = (torch.arange(3, 33), packed_positions([30]), PackedAttention([30]))
+    assert torch.equal(old(*rows), new(*rows))
+    assert raw["rope_scaling"] == parameters  # transformers must not have written into the config we keep
+
+
+def test_an_unknown_scaling_is_named(saved, tmp_path):
+    shutil.copytree(saved("llama").folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "spiral", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"'spiral' in config.json is not known; supported are default, "):
+        load_model(tmp_path)

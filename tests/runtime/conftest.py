@@ -1,0 +1,148 @@
+"""Tiny models with tokenizers on disk, data files, and configs of runs on them."""
+
+import json
+
+import pytest
+from tiny_rl import tiny_model
+
+from meshift.config import PPORunConfig, RewardRunConfig, make_config
+from meshift.models.hf.load import load_tokenizer
+from meshift.models.hf.save import save_model
+
+WORDS = ("the", "film", "was", "a", "good", "bad", "great", "dull", "story", "and", "liked", "it", "not", ".")
+
+
+def save_tokenizer(folder, words):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory):
+    """`make_folder(head="lm", words=WORDS)` -> the folder of a random model with a tokenizer where pad is eos."""
+
+    def make(head="lm", words=WORDS, seed=0):
+        folder = tmp_path_factory.mktemp("model")
+        save_tokenizer(folder, words)
+        model = tiny_model(head, vocab_size=2 + len(words), seed=seed)
+        saved = folder.with_name(folder.name + "-saved")
+        save_model(model, saved, tokenizer=load_tokenizer(folder))
+        return saved
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def actor_folder(make_folder):
+    return make_folder()
+
+
+@pytest.fixture(scope="session")
+def reward_folder(make_folder):
+    return make_folder("reward", seed=4)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    """Ragged prompts, each with an answer and a list of hints."""
+    texts = ["the film was", "a story", "it was not a good film and", "the", "I liked the story . it"]
+    rows = [{"prompt": t, "answer": 10.0 + i, "hints": [t[0], i]} for i, t in enumerate(texts)]
+    return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
+
+
+REWARDS = """
+def answered(answer, **kwargs):
+    return list(answer)
+
+
+def short(completion_ids):
+    return [-float(len(ids)) for ids in completion_ids]
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(REWARDS, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def ppo_config_on_disk(actor_folder, reward_folder, prompts_file, rewards_file):
+    """`ppo_config_on_disk(output_dir, **sections)`: a reward model and two functions, two steps, fp32."""
+
+    def make(output_dir, **sections):
+        functions = [
+            {"function": f"{rewards_file}:answered", "weight": 0.5},
+            {"function": f"{rewards_file}:short", "weight": 2.0},
+        ]
+        values = {
+            "output_dir": str(output_dir),
+            "max_steps": 2,
+            "dtype": "float32",
+            "num_logged_samples": 3,
+            "data": {"dataset_name": prompts_file, "batch_size": 4},
+            "actor": {"model_name_or_path": str(actor_folder), "learning_rate": 1e-3, "logits_chunk": 5},
+            "reward": {"model_name_or_path": str(reward_folder), "weight": 3.0, "functions": functions},
+            "generation": {"max_completion_length": 6, "num_generations": 2, "top_k": 9},
+            "ppo": {"num_mini_batches": 2, "missing_eos_penalty": 1.0},
+        }
+        return make_config(PPORunConfig, values | sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pairs_files(tmp_path_factory):
+    """Texts with a praising word are preferred to those with a blaming one; held-out pairs are new texts."""
+    folder = tmp_path_factory.mktemp("pairs")
+    openings = ["the film was", "a story", "it was a", "the story and the film", "not a story . it was"]
+    endings = ["", " and it was", " film ."]
+    rows = [
+        {"prompt": o, "chosen": f" {good}{e}", "rejected": f" {bad}{e}"}
+        for o in openings
+        for e in endings
+        for good, bad in (("good", "bad"), ("great", "dull"), ("good", "dull"))
+    ]
+    heldout = [
+        {"prompt": f"{o} film", "chosen": f" great{e}", "rejected": f" bad{e}"} for o in openings for e in endings
+    ]
+    return write_rows(folder / "train.jsonl", rows), write_rows(folder / "heldout.jsonl", heldout)
+
+
+@pytest.fixture(scope="session")
+def reward_config_on_disk(actor_folder, pairs_files):
+    """`reward_config_on_disk(output_dir, **sections)`: starts from the language model."""
+
+    def make(output_dir, **sections):
+        values = {
+            "output_dir": str(output_dir),
+            "max_steps": 25,
+            "dtype": "float32",
+            "data": {"dataset_name": pairs_files[0], "eval_dataset_name": pairs_files[1], "batch_size": 15},
+            "model": {"model_name_or_path": str(actor_folder), "learning_rate": 5e-3},
+        }
+        return make_config(RewardRunConfig, values | sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_lines():
+    def read(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    return read

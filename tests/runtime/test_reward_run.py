@@ -1,0 +1,82 @@
+"""`meshift reward` on a tiny model: it learns a preference that can be learned, and what it saves is usable."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from meshift.batch import Batch, Ragged
+from meshift.config import TrainableConfig
+from meshift.data.preferences import Pair
+from meshift.models.hf.load import load_model, load_tokenizer
+from meshift.runtime.observer import SilentObserver
+from meshift.runtime.reward_run import check_reward, heldout_metrics, run_reward
+from meshift.runtime.role import LocalRole
+from meshift.training.readings import SequenceScores
+
+NAMES = (
+    "loss",
+    "accuracy",
+    "margin",
+    "grad_norm",
+    "lr",
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(reward_config_on_disk, tmp_path_factory):
+    config = reward_config_on_disk(tmp_path_factory.mktemp("runs") / "one", eval_steps=10)
+    return run_reward(config, SilentObserver())
+
+
+def test_a_separable_preference_is_learned_and_holds_for_new_texts(finished, read_lines):
+    rows = read_lines(finished.output_dir / "metrics.jsonl")
+    assert rows[-1]["accuracy"] >= 0.9
+    assert rows[-1]["eval/accuracy"] >= 0.9
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert rows[-1]["margin"] == pytest.approx(rows[-1]["rewards/chosen"] - rows[-1]["rewards/rejected"], abs=1e-4)
+
+
+def test_every_step_logs_its_metrics_and_held_out_pairs_are_scored_when_due(finished, read_lines):
+    rows = read_lines(finished.output_dir / "metrics.jsonl")
+    assert all(set(NAMES) <= set(row) for row in rows)
+    assert [row["training/global_step"] for row in rows if "eval/accuracy" in row] == [10, 20, 25]
+
+
+def test_the_saved_model_scores_alike_in_transformers(finished):
+    theirs = AutoModelForSequenceClassification.from_pretrained(finished.final_dir, num_labels=1)
+    tokenizer = load_tokenizer(finished.final_dir)
+    role = LocalRole("reward", load_model(finished.final_dir, head="reward"), TrainableConfig())
+    texts = [tokenizer(text)["input_ids"] for text in ("the film was good", "a story", "it was bad and dull .")]
+    ours = role.infer(SequenceScores(), Batch({"tokens": Ragged.from_rows(texts)})).batch["scores"].values
+    with torch.no_grad():
+        logits = [theirs(input_ids=torch.tensor([t]))["logits"].reshape(()) for t in texts]
+    torch.testing.assert_close(ours, torch.stack(logits), atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_repeats_the_run_and_another_does_not(reward_config_on_disk, tmp_path, read_lines):
+    results = {}
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        result = run_reward(reward_config_on_disk(tmp_path / name, max_steps=2, seed=seed), SilentObserver())
+        losses = [row["loss"] for row in read_lines(result.output_dir / "metrics.jsonl")]
+        results[name] = (losses, (result.final_dir / "model.safetensors").read_bytes())
+    assert results["one"] == results["two"]
+    assert results["one"][0] != results["three"][0]
+
+
+def test_a_dry_run_shows_the_batch_arithmetic(reward_config_on_disk, tmp_path):
+    rows = dict(check_reward(reward_config_on_disk(tmp_path / "never")))
+    assert rows["batch"] == "15 pairs = 30 texts per update"
+    assert rows["pairs"].startswith("45 (0 over-long and 0 identical")
+    assert rows["held-out pairs"] == "15"
+    assert rows["steps"] == "25, 8.33 passes over the pairs"
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_tie_is_half_right(make_folder):
+    """A model that scores every text alike guesses."""
+    model = load_model(make_folder("reward"), head="reward")
+    torch.nn.init.zeros_(model.head.weight)
+    role = LocalRole("reward", model, TrainableConfig())
+    pairs = [Pair(chosen=[2, 3], rejected=[4], num_prompt_tokens=0, where="") for _ in range(3)]
+    assert heldout_metrics(role, pairs) == {"eval/accuracy": 0.5, "eval/margin": 0.0}

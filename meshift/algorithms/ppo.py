@@ -31,6 +31,7 @@ from meshift.training.engine import TrainTask
 from meshift.training.readings import SequenceScores, TokenLogprobs, TokenValues
 
 ROLLOUT_INPUTS = ("prompts", "index")
+RewardCall = Callable[[Batch], Outcome]
 
 
 class PPO:
@@ -43,9 +44,7 @@ class PPO:
         self.kl = KLController(ppo.kl_coef, ppo.adaptive_kl, ppo.kl_target, ppo.kl_horizon)
         self.value_norm = ValueNorm(ppo.value_norm, ppo.value_norm_beta)
 
-    def graph(
-        self, reward_functions: Callable[[Batch], Outcome] | None = None, columns: tuple[str, ...] = ()
-    ) -> Graph:
+    def graph(self, reward_functions: RewardCall | None = None, columns: tuple[str, ...] = ()) -> Graph:
         """The calls of a step. `reward_functions` reads tokens and the named `columns`, writes one score a row."""
         rollout = ("tokens", "completion_lengths", *self.sampling.support_keys)
         calls: list[Call] = [
@@ -58,22 +57,9 @@ class PPO:
                 writes=(*rollout, "logprobs", "truncated", "version"),
             )
         ]
-        score_keys = []
-        if self.config.reward.model_name_or_path is not None:
-            scoring = SequenceScores(key="model_scores")
-            calls.append(_infer("score", "reward", scoring, ("tokens",), "model_scores"))
-            score_keys.append("model_scores")
-        if reward_functions is not None:
-            reads = ("tokens", "completion_lengths", *columns)
-            calls.append(
-                HostCall(
-                    name="reward_functions",
-                    function=reward_functions,
-                    reads=reads,
-                    writes=("function_scores",),
-                )
-            )
-            score_keys.append("function_scores")
+        scoring = self._scoring(reward_functions, columns)
+        calls += scoring
+        score_keys = tuple(key for call in scoring for key in call.writes)
         calls += [
             _infer("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
             _infer("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
@@ -110,6 +96,17 @@ class PPO:
                 )
             )
         return Graph(tuple(calls), frozenset((*ROLLOUT_INPUTS, *columns)))
+
+    def _scoring(self, reward_functions: RewardCall | None, columns: tuple[str, ...]) -> list[Call]:
+        calls: list[Call] = []
+        if self.config.reward.model_name_or_path is not None:
+            scoring = SequenceScores(key="model_scores")
+            calls.append(_infer("score", "reward", scoring, ("tokens",), "model_scores"))
+        if reward_functions is not None:
+            reads = ("tokens", "completion_lengths", *columns)
+            written = ("function_scores",)
+            calls.append(HostCall(name="reward_functions", function=reward_functions, reads=reads, writes=written))
+        return calls
 
     def advantages(self, batch: Batch) -> Outcome:
         """Scores and KL to rewards per token, to advantages and normalised returns, over the whole batch."""

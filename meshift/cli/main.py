@@ -21,7 +21,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({c.name: c for c in (REWARD, 
 
 EXAMPLE = """\
 examples:
-  meshift reward --config recipes/reward.yaml --dry-run
+  meshift reward --config recipes/quickstart_reward.yaml --dry-run
   meshift ppo --config run.yaml actor.learning_rate=1e-6 max_steps=100
   meshift generate --model runs/ppo/final --prompt "The film was"
 """

@@ -133,9 +133,10 @@ def _line_of(error: BaseException, function: RewardFunction) -> str:
 def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunction]:
     """Import every configured function. Raises `ConfigError` naming the one that is not there."""
     loaded = []
-    for config in configs:
+    names = [config.function.rpartition(":")[2] for config in configs]
+    for config, short in zip(configs, names, strict=True):
         function = load_function(config.function)
-        name = config.function.rpartition(":")[2]
+        name = short if names.count(short) == 1 else config.function
         loaded.append(WeightedFunction(name=name, function=function, weight=config.weight))
     return loaded
 

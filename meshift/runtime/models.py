@@ -16,6 +16,8 @@ from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ModelError
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
+from meshift.models.hf.families import HEAD_NAMES
+from meshift.models.hf.files import WeightFiles
 from meshift.models.hf.load import load_config, load_model, load_tokenizer, resolve_model
 from meshift.models.shards import num_parameters, shard_table
 from meshift.training.optimizer import is_frozen
@@ -77,8 +79,13 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
     return tuple(sorted(ids))
 
 
-def check_same_vocabulary(actor: str, reward: str) -> None:
-    """Raise `ModelError` unless both models number their tokens alike: completions are scored as token ids."""
+def check_reward_model(actor: str, reward: str) -> None:
+    """Raise `ModelError` unless the model has a trained score head and numbers its tokens as the actor does."""
+    if HEAD_NAMES["reward"] not in WeightFiles(model_folder(reward)).shapes:
+        raise ModelError(
+            f"the reward model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
+            "train one with `meshift reward`"
+        )
     ours, theirs = open_tokenizer(actor).get_vocab(), open_tokenizer(reward).get_vocab()
     if ours != theirs:
         raise ModelError(

@@ -25,7 +25,7 @@ from meshift.models.config import HeadKind
 from meshift.models.hf.save import save_model
 from meshift.rewards.functions import RewardFunctions, load_functions
 from meshift.runtime.models import (
-    check_same_vocabulary,
+    check_reward_model,
     compute_dtype,
     model_folder,
     open_model,
@@ -53,7 +53,7 @@ def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     names = role_models(config)
     load_functions(config.reward.functions)
     if config.reward.model_name_or_path is not None:
-        check_same_vocabulary(names["actor"], config.reward.model_name_or_path)
+        check_reward_model(names["actor"], config.reward.model_name_or_path)
     tokenizer = open_tokenizer(names["actor"])
     data = _load_data(config, tokenizer)
     max_steps = steps_of(config, len(data.prompts))
@@ -106,12 +106,12 @@ def build_ppo_job(config: PPORunConfig) -> Job:
     """Roles, prompts, rewards and graph."""
     names = role_models(config)
     if "reward" in names:
-        check_same_vocabulary(names["actor"], names["reward"])
+        check_reward_model(names["actor"], names["reward"])
     tokenizer = open_tokenizer(names["actor"])
     data = _load_data(config, tokenizer)
     max_steps = steps_of(config, len(data.prompts))
     texts = _Texts(tokenizer)
-    sampling = _sampling(config, stop_token_ids(names["actor"], tokenizer))
+    sampling = sampling_task(config, stop_token_ids(names["actor"], tokenizer))
     columns = tuple(sorted({key for prompt in data.prompts for key in prompt.columns} - set(RESERVED_COLUMNS)))
     functions = _reward_functions(config, texts, columns)
     algorithm = PPO(config, sampling)
@@ -185,7 +185,8 @@ def _load_data(config: PPORunConfig, tokenizer: PreTrainedTokenizerFast) -> Prom
     return load_prompts(config.data.dataset_name, tokenizer, max_prompt_length=config.data.max_prompt_length)
 
 
-def _sampling(config: PPORunConfig, stops: tuple[int, ...]) -> SamplingTask:
+def sampling_task(config: PPORunConfig, stops: tuple[int, ...]) -> SamplingTask:
+    """How the run's completions are drawn."""
     generation = config.generation
     params = SamplingParams(
         max_new_tokens=generation.max_completion_length,

@@ -67,9 +67,9 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
         metrics: dict[str, float] = {}
         for step in range(job.max_steps):
             metrics = _one_step(job, step, folder, observer)
-        observer.on_finish()
         final = folder.path / "final"
         job.save(final)
+        observer.on_finish()
     return RunResult(output_dir=folder.path, final_dir=final, metrics=metrics)
 
 

@@ -27,12 +27,12 @@ def world_config(num_tokens, *, actor_rate=3e-3, decay="linear", **ppo):
 
 def test_without_kl_the_greedy_policy_becomes_the_best_sequence():
     """One point for each token in its place; the best of 8^3 sequences earns 3."""
-    target, prompt, num_steps = (5, 2, 6), [1], 40
+    target, prompt, num_steps = (5, 2, 6), [1], 50
 
     def reward(completion_ids):
         return [float(sum(a == b for a, b in zip(ids, target, strict=True))) for ids in completion_ids]
 
-    config = world_config(3, kl_coef=0.0, num_ppo_epochs=2)
+    config = world_config(3, kl_coef=0.0, actor_rate=5e-3, num_ppo_epochs=2)
     world = make_world(reward, config, vocab_size=VOCAB, max_steps=num_steps, scale=0.15)
     first = world.step([prompt] * 48).metrics["reward/mean"]
     for step in range(1, num_steps):
@@ -70,7 +70,7 @@ def test_with_kl_the_policy_becomes_the_reference_tilted_by_the_reward():
 
 def test_the_model_learns_to_stop_where_short_answers_pay():
     """Trap 9: the end token is trained, although the same id pads prompts elsewhere: nothing is masked by id."""
-    prompt, num_steps = [EOS, EOS, 3], 12  # as a left-padded prompt would look
+    prompt, num_steps = [EOS, EOS, 3], 24  # as a left-padded prompt would look
 
     def reward(completion_ids):
         return [-float(len(ids)) for ids in completion_ids]

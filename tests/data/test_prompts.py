@@ -36,7 +36,7 @@ def test_columns_would_not_reach_the_reward_function(load):
 
 
 def test_overlong_prompts_would_be_cut_or_dropped_in_silence(load, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         data = load({"prompt": "12345"}, {"prompt": "123456"}, {"prompt": "1"}, max_prompt_length=5)
     assert [prompt.text for prompt in data.prompts] == ["12345", "1"]
     assert data.num_overlong == 1

@@ -5,6 +5,7 @@ It knows nothing of training or of algorithms.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,24 +80,33 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
     return tuple(sorted(ids))
 
 
-def check_reward_model(actor: str, reward: str) -> None:
-    """Raise `ModelError` unless the model has a trained score head and numbers its tokens as the actor does."""
+def check_reward_model(reward: str) -> None:
+    """Raise `ModelError` unless the model has a score head of its own: a fresh one would reward at random."""
     if HEAD_NAMES["reward"] not in WeightFiles(model_folder(reward)).shapes:
         raise ModelError(
             f"the reward model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
             "train one with `meshift reward`"
         )
-    ours, theirs = open_tokenizer(actor).get_vocab(), open_tokenizer(reward).get_vocab()
-    if ours != theirs:
+
+
+def check_same_tokenizer(roles: Mapping[str, str]) -> None:
+    """Raise `ModelError` unless all roles number their tokens as the actor does: they read its token ids."""
+    ours = open_tokenizer(roles["actor"]).get_vocab()
+    for role, name in roles.items():
+        if model_folder(name) != model_folder(roles["actor"]) and open_tokenizer(name).get_vocab() != ours:
+            raise ModelError(
+                f"the {role} model {name} has another tokenizer than the actor {roles['actor']}; "
+                f"give the {role} a model with the actor's tokenizer"
+            )
+
+
+def check_same_shape(first: str, second: str, why: str) -> None:
+    """Raise `ModelError` unless both language models have the same parameters."""
+    tables = [shard_table(load_config(model_folder(name)), "lm") for name in (first, second)]
+    if [(n, s.shape) for n, s in tables[0].items()] != [(n, s.shape) for n, s in tables[1].items()]:
         raise ModelError(
-            f"the reward model {reward} has another tokenizer than the actor {actor}; "
-            "train a reward model from a model with the actor's tokenizer"
+            f"{first} and {second} differ in their parameters' shapes, but {why}; use one architecture"
         )
-
-
-def vocabulary_size(name_or_path: str) -> int:
-    """Rows of the model's embedding."""
-    return load_config(model_folder(name_or_path)).vocab_size
 
 
 def resident_bytes(name_or_path: str, head: HeadKind, dtype: torch.dtype, trained: TrainableConfig | None) -> int:

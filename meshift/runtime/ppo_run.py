@@ -18,7 +18,6 @@ from meshift.batch import Batch, Outcome, Ragged
 from meshift.config import PPORunConfig, TrainableConfig
 from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
-from meshift.errors import ConfigError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.models.config import HeadKind
@@ -26,6 +25,8 @@ from meshift.models.hf.save import save_model
 from meshift.rewards.functions import RewardFunctions, load_functions
 from meshift.runtime.models import (
     check_reward_model,
+    check_same_shape,
+    check_same_tokenizer,
     compute_dtype,
     model_folder,
     open_model,
@@ -52,8 +53,7 @@ def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
     names = role_models(config)
     load_functions(config.reward.functions)
-    if config.reward.model_name_or_path is not None:
-        check_reward_model(names["actor"], config.reward.model_name_or_path)
+    _check_models(config, names)
     tokenizer = open_tokenizer(names["actor"])
     data = _load_data(config, tokenizer)
     max_steps = steps_of(config, len(data.prompts))
@@ -102,11 +102,18 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
     return names | ({"reward": reward} if reward is not None else {})
 
 
+def _check_models(config: PPORunConfig, names: dict[str, str]) -> None:
+    if "reward" in names:
+        check_reward_model(names["reward"])
+    check_same_tokenizer(names)
+    if config.reference.sync_ref_model:
+        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+
+
 def build_ppo_job(config: PPORunConfig) -> Job:
     """Roles, prompts, rewards and graph."""
     names = role_models(config)
-    if "reward" in names:
-        check_reward_model(names["actor"], names["reward"])
+    _check_models(config, names)
     tokenizer = open_tokenizer(names["actor"])
     data = _load_data(config, tokenizer)
     max_steps = steps_of(config, len(data.prompts))
@@ -224,9 +231,6 @@ def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _
     }
     if "reward" in names:
         roles["reward"] = LocalRole("reward", open_model(names["reward"], "reward", dtype), frozen)
-    sizes = {name: role.model.config.vocab_size for name, role in roles.items()}
-    if len(set(sizes.values())) > 1:
-        raise ConfigError(f"the roles' models have vocabularies of different sizes ({sizes}); use one tokenizer")
     return roles
 
 

@@ -104,8 +104,8 @@ class TrainingEngine:
             stats["grad_norm"] = self.optimizer.step(rate)
             if not math.isfinite(stats["grad_norm"]):
                 raise NonFiniteError(
-                    f"the gradient norm of update {len(updates)} is {stats['grad_norm']}; weights are unchanged: "
-                    "lower learning_rate, or look for extreme rewards in samples.jsonl"
+                    f"the gradient norm of update {len(updates)} is {stats['grad_norm']}; "
+                    "the update was not made: lower learning_rate, or look for extreme rewards in samples.jsonl"
                 )
             self.version += 1
         return updates
@@ -119,8 +119,10 @@ class TrainingEngine:
             result = loss(self.forward(loss.reading, piece), piece)
             mean = result.total / count
             if not torch.isfinite(mean):
+                if self.optimizer is not None:
+                    self.optimizer.discard()
                 raise NonFiniteError(
-                    f"the loss of a micro-batch is {mean.item()}; weights are unchanged: "
+                    f"the loss of a micro-batch is {mean.item()}; the update was not made: "
                     "look at this step's rewards and at the model's log-probs"
                 )
             mean.backward()

@@ -29,10 +29,10 @@ def save_tokenizer(folder, words):
 def make_folder(tmp_path_factory):
     """`make_folder(head="lm", words=WORDS)` -> the folder of a random model with a tokenizer where pad is eos."""
 
-    def make(head="lm", words=WORDS, seed=0):
+    def make(head="lm", words=WORDS, seed=0, hidden_size=16):
         folder = tmp_path_factory.mktemp("model")
         save_tokenizer(folder, words)
-        model = tiny_model(head, vocab_size=2 + len(words), seed=seed)
+        model = tiny_model(head, vocab_size=2 + len(words), seed=seed, hidden_size=hidden_size)
         saved = folder.with_name(folder.name + "-saved")
         save_model(model, saved, tokenizer=load_tokenizer(folder))
         return saved

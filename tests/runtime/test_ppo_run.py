@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from meshift.errors import ConfigError, ModelError, RewardError
+from meshift.errors import ModelError, RewardError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.hf.load import load_model, load_tokenizer
 from meshift.runtime.observer import SilentObserver
@@ -201,7 +201,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(ppo_config_on_disk, ma
 def test_a_critic_of_another_vocabulary_is_refused(ppo_config_on_disk, make_folder, tmp_path):
     other = make_folder("reward", words=("the", "film"))
     config = ppo_config_on_disk(tmp_path / "run", critic={"model_name_or_path": str(other)})
-    with pytest.raises(ConfigError, match="vocabularies of different sizes"):
+    with pytest.raises(ModelError, match="has another tokenizer than the actor"):
         build_ppo_job(config)
 
 
@@ -212,3 +212,11 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name_and_line(ppo_co
     with pytest.raises(RewardError, match=r"judge raised ZeroDivisionError: .*bad_rewards\.py, line 2"):
         run_ppo(config, SilentObserver())
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_an_ema_reference_of_another_shape_is_refused(ppo_config_on_disk, make_folder, tmp_path):
+    other = make_folder("lm", hidden_size=24)
+    reference = {"model_name_or_path": str(other), "sync_ref_model": True}
+    config = ppo_config_on_disk(tmp_path / "run", reference=reference)
+    with pytest.raises(ModelError, match="differ in their parameters' shapes"):
+        check_ppo(config)

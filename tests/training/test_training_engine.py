@@ -212,7 +212,7 @@ def test_a_nan_never_reaches_the_weights(kind, dtype):
     engine = TrainingEngine(tiny_model(dtype=dtype), TrainableConfig(), trainable=True)
     before = weights_of(engine.model)
     task = TrainTask(loss=BrokenLoss(reading=TokenLogprobs(), kind=kind))
-    with pytest.raises(NonFiniteError, match="weights are unchanged"):
+    with pytest.raises(NonFiniteError, match="the update was not made"):
         engine.train(task, random_rollout(), rate=1e-2, seed=0)
     torch.testing.assert_close(weights_of(engine.model), before, rtol=0, atol=0)
     assert engine.version == 0
@@ -237,3 +237,17 @@ def test_a_stopped_update_and_all_after_it_leave_the_weights_alone():
     other.train(replace(task, num_mini_batches=1), random_rollout().index(rows), rate=1e-2, seed=0)
     assert engine.version == other.version == 1
     torch.testing.assert_close(weights_of(engine.model), weights_of(other.model), rtol=0, atol=1e-4)
+
+
+def test_the_gradient_of_a_stopped_update_is_not_in_the_next_one():
+    @dataclass(frozen=True)
+    class Stops(PolicyLoss):
+        def stop_reason(self, stats):
+            return "enough"
+
+    stopped, fresh = (TrainingEngine(tiny_model(), TrainableConfig(), trainable=True) for _ in range(2))
+    stopped.train(TrainTask(loss=Stops(reading=TokenLogprobs())), random_rollout(seed=1), rate=1e-2, seed=0)
+    task = TrainTask(loss=PolicyLoss(reading=TokenLogprobs()))
+    norms = [e.train(task, random_rollout(), rate=1e-2, seed=0)[0]["grad_norm"] for e in (stopped, fresh)]
+    assert norms[0] == norms[1]
+    torch.testing.assert_close(weights_of(stopped.model), weights_of(fresh.model), rtol=0, atol=0)

@@ -76,6 +76,14 @@ class TrainableConfig(Section):
     )
 
 
+class CriticConfig(TrainableConfig):
+    """The critic: starts from the reward model where there is one, else from the actor."""
+
+    new_value_head: bool = Field(
+        False, description="start the head at zero: the first advantages are then plain returns"
+    )
+
+
 class ReferenceConfig(Section):
     """The frozen or slowly moving model that the KL penalty is measured against."""
 
@@ -184,7 +192,7 @@ class PPORunConfig(RunConfig):
 
     data: PromptDataConfig
     actor: TrainableConfig
-    critic: TrainableConfig = TrainableConfig()
+    critic: CriticConfig = CriticConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()

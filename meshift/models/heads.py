@@ -39,8 +39,8 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(nn.Linear(config.hidden_size, 1, bias=False).weight.detach())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N] in the weights' dtype."""
-        return F.linear(hidden, self.weight).squeeze(-1)
+        """[N, hidden] -> [N] in fp32: bfloat16 would round a score of 3 to steps of 0.016."""
+        return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
 
 
 def make_head(config: DecoderConfig, kind: HeadKind, embedding: nn.Embedding) -> nn.Module:

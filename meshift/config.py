@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from meshift.errors import ConfigError
+from meshift.yaml_values import apply_override, read_yaml
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -29,6 +30,9 @@ class Section(BaseModel):
     @classmethod
     def _empty_section(cls, values: Any) -> Any:
         # `ppo:` with nothing below it, or only comments, is null in YAML and means the defaults.
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, str) and "\0" in value:  # no path may hold one, and no text needs one
+                raise ValueError(f"`{key}` holds a NUL character; remove it")
         return {} if values is None else values
 
 
@@ -122,8 +126,8 @@ class GenerationConfig(Section):
 
     @model_validator(mode="after")
     def _min_below_max(self) -> GenerationConfig:
-        if self.min_new_tokens >= self.max_completion_length:
-            raise ValueError("min_new_tokens must be below max_completion_length")
+        if self.min_new_tokens > self.max_completion_length:
+            raise ValueError("min_new_tokens must not be above max_completion_length")
         return self
 
 
@@ -231,9 +235,9 @@ C = TypeVar("C", bound=Section)
 
 def load_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file, apply `key.sub=value` overrides, validate. Raises `ConfigError` with one sentence."""
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return make_config(schema, values, where=_origin(path, overrides))
 
 
@@ -271,68 +275,6 @@ def describe_keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str
                 yield from describe_keys(item, f"{prefix}{name}[].")
         else:
             yield from describe_keys(section, f"{prefix}{name}.")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one section; YAML itself would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The section, checked."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                problem = f"the key `{key.value}` stands there twice; keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; check the path given to --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    try:
-        values = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"cannot read the override {override!r}; write it as key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number_or_text(value)
-    *sections, leaf = key.split(".")
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ConfigError(f"the override {override!r} goes into {section!r}, which is not a section")
-    values[leaf] = value
-
-
-def _number_or_text(text: str) -> float | str:
-    # YAML 1.1 reads 1e-5 as a string; on a command line it is a number.
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _section_of(info: FieldInfo) -> type[Section] | None:

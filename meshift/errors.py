@@ -28,6 +28,10 @@ class ModelError(InputError):
     """A model folder is missing, incomplete or of an unsupported architecture."""
 
 
+class SaveError(MeshiftError):
+    """A model could not be written, though the run was right: the disk is full, or the folder has gone."""
+
+
 class RewardError(MeshiftError):
     """A reward function raised, or returned something that is no list of numbers."""
 

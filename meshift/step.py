@@ -32,7 +32,10 @@ class Role(Protocol):
     def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
         """Update the weights with the task's loss; every update adds one to `version`."""
 
-    def mix(self, source: Any, rate: float) -> None:
+    def master_weights(self) -> Mapping[str, Any]:
+        """Every parameter by name, as exact as the role has it: what another role mixes in."""
+
+    def mix(self, source: Role, rate: float) -> None:
         """`self <- rate * source + (1 - rate) * self`, in place."""
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_rl import make_world, ppo_config
 
-from meshift.batch import Batch, Ragged, balanced_partition, micro_batches, ranges
+from meshift.batch import Batch, Ragged, balanced_partition, column_key, micro_batches, ranges
 
 rows_of_ints = st.lists(st.lists(st.integers(-1000, 1000), max_size=6), min_size=1, max_size=8)
 sizes = st.lists(st.integers(0, 50), max_size=7)
@@ -188,3 +189,33 @@ def test_micro_batches_are_as_few_as_the_tokens_allow():
 
 def test_micro_batches_of_nothing_run_nothing_twice():
     assert sum(len(part) for part in micro_batches([], 10)) == 0
+
+
+def test_bytes_bring_the_batch_of_a_real_step_back():
+    """Its fields share lengths, and some are views of others."""
+    config = ppo_config(generation={"max_completion_length": 4, "top_k": 5}, ppo={"num_mini_batches": 1})
+    world = make_world(lambda completion_ids: [float(len(ids)) for ids in completion_ids], config)
+    batch = world.step([[1, 2], [3], [4, 5, 6]]).batch
+    bf16 = Ragged(batch["logprobs"].values.bfloat16(), batch["logprobs"].lengths)
+    batch = batch.union(Batch({"rounded": bf16}, {column_key("tokens"): ["a", None, {"b": [1]}]}))
+    types = {value.values.dtype for value in batch.fields.values()}
+    assert types >= {torch.bool, torch.int32, torch.int64, torch.float32, torch.bfloat16}
+    same(Batch.from_bytes(batch.to_bytes()), batch)
+
+
+def test_bytes_bring_transposed_values_that_share_memory_back():
+    values = torch.arange(6.0).reshape(2, 3)
+    batch = Batch({"a": Ragged(values, torch.tensor([2])), "b": Ragged(values.T, torch.tensor([3]))})
+    same(Batch.from_bytes(batch.to_bytes()), batch)
+
+
+def test_one_name_for_a_field_and_a_column_is_refused():
+    with pytest.raises(ValueError, match="'index' is both a field and a column"):
+        Batch({"index": ragged([[1]])}, {"index": ["one"]})
+    with pytest.raises(ValueError, match="'tokens' is both a field and a column"):
+        make_batch([[1]]).union(Batch({}, {"tokens": ["one"]}))
+
+
+def test_a_field_that_ends_as_stored_lengths_do_is_refused():
+    with pytest.raises(ValueError, match=r"'x\.lengths'"):
+        Batch({"x.lengths": ragged([[1]])})

@@ -139,6 +139,40 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         load(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("? [1, 2]\n: 3\n", "line 1 is not valid YAML: a key must be a word"),
+        ("output_dir: 2024-13-45\n", "is not valid YAML: month must be"),
+        ("data: " + "[" * 5000, "is not valid YAML: it is nested too deeply"),
+        ('output_dir: "a\\0b"\n', "`output_dir` holds a NUL character"),
+        ('output_dir: x\nactor: {}\ndata: {dataset_name: "a\\0b"}\n', "`dataset_name` holds a NUL character"),
+    ],
+)
+def test_yaml_that_no_value_can_be_made_of_is_no_traceback(path, text, problem):
+    path.write_text(text)
+    assert problem in sentence(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("output_dir=2024-13-45", "'output_dir=2024-13-45' is not valid YAML (month must be"),
+        ("data=" + "[" * 5000, "nested too deeply"),
+        ("data={[1, 2]: 3}", "a key must be a word"),
+        ("max_steps=" + "9" * 5000, "is not valid YAML"),
+    ],
+)
+def test_an_override_that_no_value_can_be_made_of_is_no_traceback(path, override, problem):
+    text = sentence(path, override)
+    assert problem in text
+    assert len(text) < 300
+
+
+def test_a_nul_in_the_configs_path_is_no_traceback():
+    assert "cannot read the config file" in sentence("a\0b.yaml")
+
+
 def test_overrides_win_over_the_file_and_the_last_over_the_first(path):
     config = load(path, "output_dir=a", "actor.learning_rate=1e-5", "output_dir=b", "max_steps=3")
     assert (config.output_dir, config.max_steps, config.actor.learning_rate) == ("b", 3, 1e-5)

@@ -28,8 +28,11 @@ class FakeRole:
         self.steps.append(step)
         return Outcome(metrics={f"{task}/loss": self.weight})
 
+    def master_weights(self):
+        return {"weight": self.weight}
+
     def mix(self, source, rate):
-        self.weight = rate * source.weight + (1 - rate) * self.weight
+        self.weight = rate * source.master_weights()["weight"] + (1 - rate) * self.weight
 
     def _say(self, task, batch):
         total = sum(value.sum_rows().double() for value in batch.fields.values())

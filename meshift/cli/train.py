@@ -105,7 +105,7 @@ def _run_and_show(run: Run, config: RunConfig) -> None:
 
 def _kept(observer: RichObserver, output_dir: str) -> str:
     if observer.num_done == 0:
-        return f"interrupted before the first step was done; {output_dir} holds no metrics and no model"
+        return f"interrupted before the first step was done; {output_dir} has nothing of this run"
     steps = "step 1" if observer.num_done == 1 else f"steps 1 to {observer.num_done}"
     return f"interrupted; {output_dir} keeps config, metrics and samples of {steps}, but no model"
 

@@ -36,6 +36,11 @@ class Loader(Iterator[list[int]]):
         """How many indices have been yielded since the very beginning, over all epochs."""
         return self._epoch * self.num_items + self._cursor
 
+    def batch(self, step: int) -> list[int]:
+        """Batch `step` (from 0) of the walk, whatever was drawn before; `next` goes on from there."""
+        self._seek(step * self.batch_size)
+        return next(self)
+
     def __next__(self) -> list[int]:
         batch: list[int] = []
         while len(batch) < self.batch_size:
@@ -61,6 +66,12 @@ class Loader(Iterator[list[int]]):
                 )
         self._epoch, self._cursor = state["epoch"], state["cursor"]
         self._order = self._permutation()
+
+    def _seek(self, num_drawn: int) -> None:
+        epoch, self._cursor = divmod(num_drawn, self.num_items)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = self._permutation()
 
     def _identity(self) -> dict[str, Any]:
         return {"num_items": self.num_items, "seed": self.seed, "shuffle": self.shuffle}

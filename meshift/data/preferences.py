@@ -71,8 +71,13 @@ def load_preferences(
 
     Pairs with more than `max_length` tokens on either side, and pairs of twice the same response, are left
     out, counted and logged. Raises DataError naming file and line of a row that fits none of this, and when
-    no pair is left.
+    no pair is left; also where EOS is to be appended and the tokenizer has none.
     """
+    if append_eos and tokenizer.eos_token is None:
+        raise DataError(
+            f"{dataset_name}: data.append_eos is on, but the tokenizer has no end-of-sequence token: set "
+            "data.append_eos=false, or eos_token in the model's tokenizer_config.json."
+        )
     rows = dataset_rows(dataset_name)
     pairs: list[Pair] = []
     overlong: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from meshift.data.chat import check_messages, encode, render
+from meshift.data.chat import Messages, check_messages, encode, render
 from meshift.data.dataset import dataset_rows, warn_left_out
 from meshift.data.rows import Row
 from meshift.errors import DataError
@@ -16,14 +16,17 @@ from meshift.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt. Example: `Prompt(tokens=[1348, 7704], text="This movie", columns={"source": "imdb"})`.
+    """One prompt. Example: `Prompt(tokens=[1348, 7704], text="This movie", columns={"source": "imdb"},
+    where="prompts.jsonl:1")`.
 
-    `text` is what `tokens` encode: the row's own text, or its messages as the chat template renders them.
+    `text` is what `tokens` encode: the row's own text, or its `messages` as the chat template renders them.
     """
 
     tokens: list[int]
     text: str
     columns: dict[str, Any]
+    where: str = ""
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{row.where}: 'prompt' is blank: give it a text or remove the row.")
-        return Prompt(tokens=encode(tokenizer, value, opening=True), text=value, columns=columns)
+        tokens = encode(tokenizer, value, opening=True)
+        return Prompt(tokens=tokens, text=value, columns=columns, where=row.where)
     messages = check_messages(value, "prompt", row.where)
     text = render(tokenizer, messages, row.where, add_generation_prompt=True)
-    return Prompt(tokens=encode(tokenizer, text), text=text, columns=columns)
+    return Prompt(tokens=encode(tokenizer, text), text=text, columns=columns, where=row.where, messages=messages)

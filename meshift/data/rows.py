@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _jsonl(path: Path, text: str) -> list[Row]:
         where = f"{path}:{number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: bad JSON ({error}): write one JSON object per line.") from error
         rows.append(_row(values, where))
     return rows
@@ -94,9 +95,19 @@ def _json(path: Path, text: str) -> list[Row]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: bad JSON ({error}): write a list of objects.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        raise DataError(
+            f"{path}:{_line_of_excess(text)}: bad JSON ({error}): write plain numbers and texts."
+        ) from error
     if not isinstance(values, list):
         raise DataError(f"{path}:1: this JSON is {_kind(values)}: write a list of objects.")
     return [_row(value, f"{path}:row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _line_of_excess(text: str) -> int:
+    """The line of the longest run of digits or of opening brackets: json does not say where it gave up."""
+    longest = max(re.finditer(r"\d+|(?:[\[{]\s*)+", text), key=lambda run: run.end() - run.start())
+    return text.count("\n", 0, longest.start()) + 1
 
 
 def _row(values: Any, where: str) -> Row:

@@ -1,37 +1,47 @@
 """The quickstart's sentiment task, as JSON Lines files made of labelled film reviews; it knows no tokenizer.
 
-Prompts are openings of IMDB reviews. Preference pairs are Rotten Tomatoes sentences: each was picked because it
-sums its review up, so its label can be read off it, which of a window of an IMDB review it often cannot.
+Every choice (which file a review goes to, where a snippet begins, how long it is) is read off a sha256 of the
+review's own cleaned text, so the files are the same bytes on every machine, and a review keeps its place when
+others come or go. A review serves one file only, so nothing leaks from the held-out files into training:
 
-Every choice (which file a review goes to, how long an opening is) is read off a sha256 of the review's own cleaned
-text, so the files are the same bytes on every machine, and a review keeps its place when others come or go. A
-review serves one file only, so nothing leaks from the held-out files into training:
-
-    share of reviews    IMDB                Rotten Tomatoes
-    [.00, .04)          prompts-heldout     preferences-heldout
-    [.04, .10)          prompts             preferences-heldout
-    [.10, 1.0)          prompts             preferences
+    share of reviews    IMDB                      Rotten Tomatoes
+    [.00, .04)          prompts-heldout           -
+    [.04, .10)          preferences-heldout       preferences-heldout
+    [.10, .50)          prompts                   preferences
+    [.50, 1.0)          preferences               preferences
 """
 
 import csv
 import hashlib
 import html
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from meshift.errors import DataError
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 5
 FILES = ("preferences", "preferences-heldout", "prompts", "prompts-heldout")
 IMDB, ROTTEN_TOMATOES = "imdb", "rotten_tomatoes"
 
-NUM_ROWS = {"preferences": 3400, "preferences-heldout": 300, "prompts": 8000, "prompts-heldout": 256}
+# rows per file: (of IMDB, of Rotten Tomatoes)
+NUM_ROWS = {
+    "preferences": (5000, 1000),
+    "preferences-heldout": (250, 50),
+    "prompts": (8000, 0),
+    "prompts-heldout": (256, 0),
+}
 PROMPT_WORDS = (6, 10)
-SENTENCE_WORDS = (8, 32)
+SNIPPET_WORDS = (8, 32)
 
+# A snippet with a grade in it ("3/10", "four stars") would teach a policy to write grades instead of reviews.
+GRADE = re.compile(r"\d\s*/\s*\d|\bout of\b|\bstars?\b|\b(?:grade|rating|rated|score)\b", re.IGNORECASE)
+# The end of a word of three letters or more, so that "Dr." and "B." end no sentence.
+SENTENCE_END = re.compile(r"(?:\w{3}|[)\"'])[.!?]+[\"')]*$")
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])[\"')]*\s+")
 # Curly quotes and dashes, in Unicode and in what Windows-1252 becomes when it is read as Latin-1.
 TYPOGRAPHY = str.maketrans(
@@ -62,11 +72,15 @@ def write_sentiment_files(source: Path, folder: Path) -> None:
     equally many words. Raises DataError naming the line of a row that cannot be read.
     """
     by_file = split_reviews(read_reviews(source))
+    opinions = word_opinions(by_file["preferences"])
     taken: set[str] = set()
     # Held-out rows come first, and no text appears twice anywhere, not even where two reviews open alike.
     for name in sorted(FILES, key=lambda name: not name.endswith("heldout")):
-        make = prompt_rows if name.startswith("prompts") else preference_rows
-        _write(folder / f"{name}.jsonl", make(by_file[name], NUM_ROWS[name], taken))
+        reviews, num_rows = by_file[name], NUM_ROWS[name]
+        if name.startswith("prompts"):
+            _write(folder / f"{name}.jsonl", prompt_rows(reviews, num_rows, taken))
+        else:
+            _write(folder / f"{name}.jsonl", preference_rows(reviews, num_rows, taken, opinions))
 
 
 def read_reviews(path: Path) -> list[Review]:
@@ -115,9 +129,9 @@ def split_reviews(reviews: Iterable[Review]) -> dict[str, list[Review]]:
     return by_file
 
 
-def prompt_rows(reviews: Sequence[Review], num_rows: int, taken: set[str]) -> Iterator[dict[str, str]]:
+def prompt_rows(reviews: Sequence[Review], num_rows: tuple[int, int], taken: set[str]) -> Iterator[dict[str, str]]:
     """Openings of 6 to 10 words, in random order; those in `taken` are passed over, those used join it."""
-    num_left = num_rows
+    num_left = num_rows[0]
     for review in _shuffled(reviews, "prompt order"):
         words = review.text.split()
         opening = " ".join(words[: _between(review, "prompt words", PROMPT_WORDS)])
@@ -126,23 +140,78 @@ def prompt_rows(reviews: Sequence[Review], num_rows: int, taken: set[str]) -> It
             yield {"prompt": opening, "source": review.source}
 
 
-def preference_rows(reviews: Sequence[Review], num_rows: int, taken: set[str]) -> list[dict[str, str]]:
-    """Pairs of a positive and a negative sentence of one number of words, in random order."""
-    rows = _pairs(_sentences(reviews), num_rows, taken)
+def preference_rows(
+    reviews: Sequence[Review], num_rows: tuple[int, int], taken: set[str], opinions: Mapping[str, float]
+) -> list[dict[str, str]]:
+    """Pairs of a positive and a negative text of one source and one number of words, in random order."""
+    imdb = [review for review in reviews if review.source == IMDB]
+    rotten = [review for review in reviews if review.source == ROTTEN_TOMATOES]
+    rows = [
+        *_pairs(_snippets(imdb, opinions), num_rows[0], taken),
+        *_pairs(_sentences(rotten), num_rows[1], taken),
+    ]
     return sorted(rows, key=lambda row: hashlib.sha256(row["chosen"].encode()).digest())
+
+
+def word_opinions(reviews: Iterable[Review]) -> dict[str, float]:
+    """For every frequent word the log-odds of its review being positive, from the labels of training reviews.
+
+    Rare words, in fewer than 20 reviews, have no opinion.
+    """
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for review in reviews:
+        counts[review.positive].update(set(_words(review.text)))
+    frequent = (word for word, n in (counts[True] + counts[False]).items() if n >= 20)
+    return {word: math.log((counts[True][word] + 1) / (counts[False][word] + 1)) for word in frequent}
+
+
+def snippet(review: Review, num_words: int, opinions: Mapping[str, float]) -> list[str] | None:
+    """`num_words` words from the sentence start where words lean most to one side, whichever side that is.
+
+    Most windows of a long review do not show its label; the review's own label has no part in the choice. None
+    when no place fits.
+    """
+    words = review.text.split()
+    ends = (i for i, word in enumerate(words) if word[-1] in "!.?\"')" and SENTENCE_END.search(word))
+    choices = _fitting(words, [0, *(end + 1 for end in ends)], num_words)
+    if not choices:
+        return None
+    leaning = [abs(sum(opinions.get(w, 0.0) for w in _words(" ".join(words[i : i + num_words])))) for i in choices]
+    start = choices[leaning.index(max(leaning))]
+    return words[start : start + num_words]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def _fitting(words: list[str], starts: list[int], num_words: int) -> list[int]:
+    windows = ((start, words[start : start + num_words]) for start in starts)
+    return [i for i, window in windows if len(window) == num_words and not GRADE.search(" ".join(window))]
 
 
 def _file_of(review: Review) -> str:
     share = review.draw("file", 100)
     if review.source == ROTTEN_TOMATOES:
-        return "preferences-heldout" if share < 10 else "preferences"
-    return "prompts-heldout" if share < 4 else "prompts"
+        return "preferences-heldout" if 4 <= share < 10 else "preferences"
+    if share < 4:
+        return "prompts-heldout"
+    if share < 10:
+        return "preferences-heldout"
+    return "prompts" if share < 50 else "preferences"
+
+
+def _snippets(reviews: Sequence[Review], opinions: Mapping[str, float]) -> list[tuple[Review, list[str]]]:
+    """A window of each IMDB review; how many words it has is drawn."""
+    lengths = ((review, _between(review, "snippet words", SNIPPET_WORDS)) for review in reviews)
+    found = ((review, snippet(review, num_words, opinions)) for review, num_words in lengths)
+    return [(review, words) for review, words in found if words is not None]
 
 
 def _sentences(reviews: Sequence[Review]) -> list[tuple[Review, list[str]]]:
-    """The sentences' words, whole up to the longest length: cut short, many would lose their point."""
-    split = ((review, review.text.split()[: SENTENCE_WORDS[1]]) for review in reviews)
-    return [(review, words) for review, words in split if len(words) >= SENTENCE_WORDS[0]]
+    """Rotten Tomatoes sentences, whole up to the longest length: cut short, many would lose their point."""
+    split = ((review, review.text.split()[: SNIPPET_WORDS[1]]) for review in reviews)
+    return [(review, words) for review, words in split if len(words) >= SNIPPET_WORDS[0]]
 
 
 def _pairs(texts: Sequence[tuple[Review, list[str]]], num_rows: int, taken: set[str]) -> Iterator[dict[str, str]]:

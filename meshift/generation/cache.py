@@ -42,6 +42,11 @@ class CacheBuffer:
     def __init__(self) -> None:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the kept memory; 0 while a cache uses it."""
+        return sum(buffer.nbytes for buffer in self._buffers or ())
+
     def take(self, shape: Sequence[int], like: Tensor) -> "KVCache":
         """A cache of `shape`, with the device and dtype of `like`, in the old memory if that is large enough.
 

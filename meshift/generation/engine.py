@@ -24,7 +24,7 @@ ROW_STEP = 8
 """Every matrix product has a multiple of this many rows. Kernels differ in the last bit at odd row counts, so
 this keeps a row's result from depending on its company, and the number of different shapes small."""
 PREFILL_BUDGET = 4096
-"""Prompt tokens in one forward pass; a longer prompt goes alone."""
+"""Prompt tokens in one forward pass; a longer prompt is the only one of its pass, beside the live rows."""
 
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished sequences and the number of tokens generated so far."""
@@ -96,6 +96,11 @@ class GenerationEngine:
                 on_progress(len(scheduler.finished), num_tokens)
         self._buffer.put(cache)
         return [scheduler.finished[request.index] for request in requests]
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """Size of the key-value memory that is kept between calls."""
+        return self._buffer.num_bytes
 
     def release(self) -> None:
         """Free the key-value memory that is kept between calls."""

@@ -76,13 +76,13 @@ class Scheduler:
         return not self.live and not self._waiting
 
     def schedule(self) -> Step:
-        """The next step. At least one prompt enters an idle engine, however long it is."""
+        """The next step. A prompt over the budget is the only one of its step, beside whatever lives."""
         step = Step(live=list(self.live), prefill=[], entering=[])
         budget = self._prefill_budget
         while self._waiting and len(self.live) < self._num_slots:
             group = self._waiting[0]
             if group.prefix is None:
-                if len(group.tokens) > budget and (step.live or step.prefill):
+                if len(group.tokens) > budget and step.prefill:
                     break
                 budget -= len(group.tokens)
                 step.prefill.append(group)

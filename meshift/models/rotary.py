@@ -56,7 +56,30 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
+def longest_sequence(config: DecoderConfig) -> int:
+    """How many tokens a sequence may have: the config's positions, or less where its scaling sets a hard limit.
+
+    Raises `ModelError` where the rotary settings cannot be read.
+    """
+    limit = _frequencies(config)[2]
+    return config.max_positions if limit is None else min(limit, config.max_positions)
+
+
 def _frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
+    """As `_read_frequencies`, with one sentence for whatever `transformers` and arithmetic say of bad values."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return _read_frequencies(config)
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        problem = " ".join(str(error).split())
+        raise ModelError(
+            f"The model's config.json cannot be read ({type(error).__name__}: {problem}): correct that key, or "
+            "copy the file from its source; rotary settings are rope_theta and rope_scaling (or rope_parameters)."
+        ) from error
+
+
+def _read_frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
     """Inverse frequencies fp32 [head_dim / 2], the factor on cosine and sine, the longest length allowed."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -1,7 +1,8 @@
 """Reward functions written in Python, with TRL's signature, several with weights.
 
 `f(prompts, completions, completion_ids=..., **columns) -> list[float | None]`, plain or `async`; `None` means
-that the function has nothing to say of a sample. It knows nothing of models or of training.
+that the function has nothing to say of a sample. Where the data's prompt is a list of messages, `prompts` holds
+such lists and `completions` lists of one assistant message. It knows nothing of models or of training.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +24,13 @@ from typing import Any
 
 import torch
 
-from meshift.batch import Batch, Outcome, Ragged
+from meshift.batch import Batch, Outcome, Ragged, column_key
 from meshift.config import RewardFunctionConfig
 from meshift.errors import ConfigError, MeshiftError, RewardError
 
 RewardFunction = Callable[..., Any]
+RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every function is given: no column of the data can have one of these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,11 @@ class WeightedFunction:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFunctions:
-    """The host call `reward_functions`: texts and columns to one weighted score per row."""
+    """The host call `reward_functions`: texts and columns to one weighted score per row.
+
+    `columns` are the data's names; in the batch they stand under `column_key(name)`. The column `prompt`, where
+    there is one, holds each row's prompt as the data gave it (a text or messages).
+    """
 
     functions: Sequence[WeightedFunction]
     decode: Callable[[list[int]], str]
@@ -50,8 +59,7 @@ class RewardFunctions:
         arguments = self._arguments(batch)
         total = torch.zeros(len(batch))
         metrics = {}
-        for weighted in self.functions:
-            scores = call_reward(weighted.function, weighted.name, arguments)
+        for weighted, scores in zip(self.functions, call_rewards(self.functions, arguments), strict=True):
             judged = ~scores.isnan()
             metrics[f"reward/{weighted.name}"] = float(scores[judged].mean()) if judged.any() else math.nan
             total += weighted.weight * scores.nan_to_num(0.0)
@@ -64,35 +72,76 @@ class RewardFunctions:
             tokens = row.tolist()
             prompts.append(self.decode(tokens[: len(tokens) - length]))
             completions.append(tokens[len(tokens) - length :])
-        columns = {name: list(batch.columns[name]) for name in self.columns}
+        columns = {name: list(batch.columns[column_key(name)]) for name in self.columns}
+        prompts = columns.pop("prompt", prompts)
+        texts = [self.decode(ids) for ids in completions]
         return {
-            "prompts": columns.pop("prompt", prompts),
-            "completions": [self.decode(ids) for ids in completions],
+            "prompts": prompts,
+            "completions": [_as_prompted(text, prompt) for text, prompt in zip(texts, prompts, strict=True)],
             "completion_ids": completions,
             **columns,
         }
 
 
-def call_reward(function: RewardFunction, name: str, arguments: dict[str, Any]) -> torch.Tensor:
-    """One function on one batch: fp32 [n], NaN where it returned None.
+def _as_prompted(text: str, prompt: Any) -> Any:
+    """A completion in the shape of its prompt, as TRL gives it: a text, or a conversation of one message."""
+    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
-    Raises `RewardError`, naming the function and the sample, where it raises or returns anything but n numbers.
+
+def call_rewards(functions: Sequence[WeightedFunction], arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Every function on one batch: fp32 [n] each, NaN where it returned None. Async ones wait at the same time.
+
+    Raises `RewardError`, naming the function and the sample, where one raises or returns anything but n numbers.
     """
-    wanted = _accepted(function, arguments)
+    results: list[Any] = []
     try:
-        result = function(**wanted)
-        if inspect.isawaitable(result):
-            result = asyncio.run(_wait(result))
+        # Plain functions run outside of any event loop of ours: they may start one themselves.
+        for weighted in functions:
+            with _named_errors(weighted):
+                results.append(weighted.function(**_accepted(weighted.function, arguments)))
+        finished = _finished(functions, results)
+    finally:
+        for result in results:
+            if inspect.iscoroutine(result):
+                result.close()  # of a failed batch; one that has ended does not mind
+    num_samples = len(arguments["completions"])
+    return [_checked(one, weighted.name, num_samples) for weighted, one in zip(functions, finished, strict=True)]
+
+
+def _finished(functions: Sequence[WeightedFunction], results: list[Any]) -> list[Any]:
+    """The results with the awaitable ones awaited, all in one event loop."""
+    if not any(inspect.isawaitable(result) for result in results):
+        return results
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_gather(functions, results))
+    with ThreadPoolExecutor(max_workers=1) as pool:  # a notebook's loop runs in this thread already
+        return pool.submit(lambda: asyncio.run(_gather(functions, results))).result()
+
+
+async def _gather(functions: Sequence[WeightedFunction], results: list[Any]) -> list[Any]:
+    pairs = zip(functions, results, strict=True)
+    return list(await asyncio.gather(*(_wait(weighted, result) for weighted, result in pairs)))
+
+
+async def _wait(weighted: WeightedFunction, result: Any) -> Any:
+    with _named_errors(weighted):
+        return await result if inspect.isawaitable(result) else result
+
+
+@contextmanager
+def _named_errors(weighted: WeightedFunction) -> Iterator[None]:
+    """Turn whatever the function raises into a `RewardError` with its name and line."""
+    try:
+        yield
     except MeshiftError:
         raise
     except Exception as error:
-        where = _line_of(error, function)
-        raise RewardError(f"reward function {name} raised {type(error).__name__}: {error}{where}") from error
-    return _checked(result, name, len(arguments["completions"]))
-
-
-async def _wait(result: Any) -> Any:
-    return await result
+        where = _line_of(error, weighted.function)
+        raise RewardError(
+            f"reward function {weighted.name} raised {type(error).__name__}: {error}{where}"
+        ) from error
 
 
 def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import torch
 
 from meshift.config import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
-from meshift.errors import ModelError
+from meshift.errors import ConfigError, ModelError
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.hf.families import HEAD_NAMES
 from meshift.models.hf.files import WeightFiles
 from meshift.models.hf.load import load_config, load_model, load_tokenizer, resolve_model
+from meshift.models.rotary import longest_sequence
 from meshift.models.shards import num_parameters, shard_table
 from meshift.training.optimizer import is_frozen
 
@@ -107,6 +108,23 @@ def check_same_shape(first: str, second: str, why: str) -> None:
         raise ModelError(
             f"{first} and {second} differ in their parameters' shapes, but {why}; use one architecture"
         )
+
+
+def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -> None:
+    """Raise `ConfigError`, naming the section `key`, where more layers are to be frozen than the model has."""
+    num_layers = load_config(model_folder(name_or_path)).num_layers
+    if trained.num_frozen_layers > num_layers:
+        raise ConfigError(
+            f"`{key}.num_frozen_layers` = {trained.num_frozen_layers}, but the model {name_or_path} has "
+            f"{num_layers} layers; use fewer"
+        )
+
+
+def shortest_limit(roles: Mapping[str, str]) -> tuple[str, int]:
+    """The role whose model takes the shortest sequences, and how many tokens those may have."""
+    limits = {role: longest_sequence(load_config(model_folder(name))) for role, name in roles.items()}
+    role = min(limits, key=lambda role: limits[role])
+    return role, limits[role]
 
 
 def resident_bytes(name_or_path: str, head: HeadKind, dtype: torch.dtype, trained: TrainableConfig | None) -> int:

@@ -5,6 +5,7 @@ It knows nothing of the objective itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meshift.algorithms.ppo import PPO
-from meshift.batch import Batch, Outcome, Ragged
+from meshift.batch import Batch, Outcome, Ragged, column_key
 from meshift.config import PPORunConfig, TrainableConfig
 from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
+from meshift.errors import ConfigError, DataError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.models.config import HeadKind
 from meshift.models.hf.save import save_model
-from meshift.rewards.functions import RewardFunctions, load_functions
+from meshift.rewards.functions import RESERVED_ARGUMENTS, RewardFunctions, WeightedFunction, load_functions
 from meshift.runtime.models import (
+    check_frozen_layers,
     check_reward_model,
     check_same_shape,
     check_same_tokenizer,
@@ -32,16 +35,16 @@ from meshift.runtime.models import (
     open_model,
     open_tokenizer,
     resident_bytes,
+    shortest_limit,
     stop_token_ids,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.role import LocalRole
 from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.runtime.run_folder import check_inputs_stay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-RESERVED_COLUMNS = ("prompt", "prompts", "completions", "completion_ids")
 
 
 def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
@@ -51,12 +54,8 @@ def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
 
 def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
-    names = role_models(config)
-    load_functions(config.reward.functions)
-    _check_models(config, names)
-    tokenizer = open_tokenizer(names["actor"])
-    data = _load_data(config, tokenizer)
-    max_steps = steps_of(config, len(data.prompts))
+    checked = _check(config)
+    data, names, max_steps = checked.data, checked.names, checked.max_steps
     sequences = config.data.batch_size * config.generation.num_generations
     updates = config.ppo.num_mini_batches
     longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
@@ -64,7 +63,7 @@ def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     return [
         *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
-        ("prompts", f"{len(data.prompts)} ({data.num_overlong} over data.max_prompt_length left out)"),
+        ("prompts", f"{len(data.prompts)} ({_left_out(data, '')})"),
         (
             "batch",
             f"{config.data.batch_size} prompts x {config.generation.num_generations} generations = {sequences} "
@@ -102,40 +101,112 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
     return names | ({"reward": reward} if reward is not None else {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """What a config names, loaded as far as needed to know that it fits together."""
+
+    names: dict[str, str]
+    tokenizer: PreTrainedTokenizerFast
+    data: PromptData
+    columns: tuple[str, ...]
+    functions: list[WeightedFunction]
+    max_steps: int
+
+
+def _check(config: PPORunConfig) -> _Checked:
+    """Everything that can be found wrong before weights are read; a dry run and a run both begin with it."""
+    check_inputs_stay(config, Path(config.output_dir))
+    names = role_models(config)
+    functions = load_functions(config.reward.functions)
+    _check_models(config, names)
+    tokenizer = open_tokenizer(names["actor"])
+    data = _load_data(config, tokenizer)
+    columns = _columns(config, data)
+    check_columns(functions, columns)
+    _check_lengths(config, names, data)
+    return _Checked(
+        names=names,
+        tokenizer=tokenizer,
+        data=data,
+        columns=columns,
+        functions=functions,
+        max_steps=steps_of(config, len(data.prompts)),
+    )
+
+
 def _check_models(config: PPORunConfig, names: dict[str, str]) -> None:
     if "reward" in names:
         check_reward_model(names["reward"])
     check_same_tokenizer(names)
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    check_frozen_layers("actor", names["actor"], config.actor)
+    check_frozen_layers("critic", names["critic"], config.critic)
+
+
+def _check_lengths(config: PPORunConfig, names: dict[str, str], data: PromptData) -> None:
+    """Raise `DataError` for the first prompt that with a full completion is longer than some model's positions."""
+    role, limit = shortest_limit(names)
+    new = config.generation.max_completion_length
+    for prompt in data.prompts:
+        num_tokens = len(prompt.tokens)
+        if num_tokens + new > limit:
+            raise DataError(
+                f"{prompt.where}: the prompt's {num_tokens} tokens and generation.max_completion_length = {new} "
+                f"make {num_tokens + new}, but the {role} model {names[role]} takes {limit}: lower one of "
+                "data.max_prompt_length and generation.max_completion_length."
+            )
+
+
+def check_columns(functions: Sequence[WeightedFunction], columns: Sequence[str]) -> None:
+    """Raise `ConfigError` where a function needs an argument that the data's columns cannot give it."""
+    given = {*RESERVED_ARGUMENTS, *columns} - {"prompt"}
+    for weighted in functions:
+        missing = next((name for name in _required(weighted.function) if name not in given), None)
+        if missing is not None:
+            others = ", ".join(sorted(given - set(RESERVED_ARGUMENTS))) or "none"
+            raise ConfigError(
+                f"reward function {weighted.name} needs {missing!r}, which is no column of the data (its columns "
+                f"besides prompt: {others}); add that column, or give the parameter a default"
+            )
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The parameters without a default; none where Python cannot tell, as of some built-in functions."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
 def build_ppo_job(config: PPORunConfig) -> Job:
     """Roles, prompts, rewards and graph."""
-    names = role_models(config)
-    _check_models(config, names)
-    tokenizer = open_tokenizer(names["actor"])
-    data = _load_data(config, tokenizer)
-    max_steps = steps_of(config, len(data.prompts))
+    checked = _check(config)
+    data, tokenizer = checked.data, checked.tokenizer
     texts = _Texts(tokenizer)
-    sampling = sampling_task(config, stop_token_ids(names["actor"], tokenizer))
-    columns = tuple(sorted({key for prompt in data.prompts for key in prompt.columns} - set(RESERVED_COLUMNS)))
-    functions = _reward_functions(config, texts, columns)
+    sampling = sampling_task(config, stop_token_ids(checked.names["actor"], tokenizer))
+    functions = _reward_functions(checked, texts)
     algorithm = PPO(config, sampling)
-    roles = _roles(config, names, max_steps, texts)
-    source = _PromptSource(config, data.prompts, columns)
+    roles = _roles(config, checked.names, checked.max_steps, texts)
+    source = _PromptSource(config, data.prompts, checked.columns)
     return Job(
         title=f"PPO on {len(data.prompts)} prompts",
-        graph=algorithm.graph(functions, (*columns, "prompt") if functions else ()),
+        graph=algorithm.graph(functions, tuple(column_key(name) for name in checked.columns)),
         roles=roles,
-        max_steps=max_steps,
+        max_steps=checked.max_steps,
         next_batch=source.next_batch,
         save=lambda folder: _save(roles, tokenizer, folder),
         samples=lambda step, batch: texts.samples(step, batch, config.num_logged_samples),
-        messages=(f"{data.num_overlong} prompts over data.max_prompt_length were left out",)
-        if data.overlong
-        else (),
+        num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        messages=(_left_out(data, "prompts "),) if data.overlong else (),
     )
+
+
+def _left_out(data: PromptData, what: str) -> str:
+    first = f", the first at {data.overlong[0]}" if data.overlong else ""
+    return f"{data.num_overlong} {what}over data.max_prompt_length left out{first}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +218,10 @@ class _Texts:
     def decode(self, tokens: list[int]) -> str:
         """The text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def decode_all(self, tokens: list[int]) -> str:
+        """The text with special tokens: a stop string may be one, as "<|im_end|>" is."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def samples(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
         """The first completions of a step, as rows of samples.jsonl."""
@@ -177,15 +252,34 @@ class _PromptSource:
 
     def next_batch(self, step: int) -> Batch:
         """The step's prompts. Sequence numbers count through the run, so no two sequences share a stream."""
-        picked = [self.prompts[i] for i in next(self.loader) for _ in range(self.num_generations)]
+        picked = [self.prompts[i] for i in self.loader.batch(step) for _ in range(self.num_generations)]
         first = step * len(picked)
         fields = {
             "prompts": Ragged.from_rows([p.tokens for p in picked], torch.int64),
             "index": Ragged.scalars(list(range(first, first + len(picked))), torch.int64),
         }
-        columns: dict[str, list[Any]] = {key: [p.columns.get(key) for p in picked] for key in self.columns}
-        columns["prompt"] = [p.text for p in picked]
-        return Batch(fields, columns)
+        return Batch(fields, {column_key(name): [_value(p, name) for p in picked] for name in self.columns})
+
+
+def _value(prompt: Prompt, column: str) -> Any:
+    """What the data has in a column; of `prompt`, the text or the messages as they came."""
+    if column == "prompt":
+        return prompt.text if prompt.messages is None else prompt.messages
+    return prompt.columns.get(column)
+
+
+def _columns(config: PPORunConfig, data: PromptData) -> tuple[str, ...]:
+    """The data's columns that reward functions are given. Raises `DataError` for a name that is taken."""
+    if not config.reward.functions:
+        return ()
+    names = {key for prompt in data.prompts for key in prompt.columns}
+    for name in RESERVED_ARGUMENTS:
+        if name in names:
+            raise DataError(
+                f"{config.data.dataset_name}: the column {name!r} is reserved, since every reward function is "
+                "given an argument of that name: rename the column."
+            )
+    return ("prompt", *sorted(names))
 
 
 def _load_data(config: PPORunConfig, tokenizer: PreTrainedTokenizerFast) -> PromptData:
@@ -207,13 +301,10 @@ def sampling_task(config: PPORunConfig, stops: tuple[int, ...]) -> SamplingTask:
     return SamplingTask(params=params, seed=config.seed)
 
 
-def _reward_functions(
-    config: PPORunConfig, texts: _Texts, columns: tuple[str, ...]
-) -> Callable[[Batch], Outcome] | None:
-    if not config.reward.functions:
+def _reward_functions(checked: _Checked, texts: _Texts) -> Callable[[Batch], Outcome] | None:
+    if not checked.functions:
         return None
-    functions = load_functions(config.reward.functions)
-    return RewardFunctions(functions=functions, decode=texts.decode, columns=(*columns, "prompt"))
+    return RewardFunctions(functions=checked.functions, decode=texts.decode, columns=checked.columns)
 
 
 def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _Texts) -> dict[str, LocalRole]:
@@ -228,7 +319,7 @@ def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _
         value_model.head.weight.data.zero_()  # type: ignore[operator]
     critic = trained("critic", value_model, config.critic, seed=config.seed + 1)
     roles = {
-        "actor": actor.can_generate(config.generation.num_slots, texts.decode),
+        "actor": actor.can_generate(config.generation.num_slots, texts.decode_all),
         "critic": critic,
         "reference": LocalRole("reference", open_model(names["reference"], "lm", dtype), frozen),
     }

@@ -17,11 +17,21 @@ from meshift.batch import Batch, Ragged
 from meshift.config import RewardRunConfig
 from meshift.data.loader import Loader
 from meshift.data.preferences import Pair, PreferenceData, load_preferences
+from meshift.errors import ConfigError
 from meshift.models.hf.save import save_model
-from meshift.runtime.models import compute_dtype, model_folder, open_model, open_tokenizer, resident_bytes
+from meshift.runtime.models import (
+    check_frozen_layers,
+    compute_dtype,
+    model_folder,
+    open_model,
+    open_tokenizer,
+    resident_bytes,
+    shortest_limit,
+)
 from meshift.runtime.observer import Observer
 from meshift.runtime.role import LocalRole
 from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.runtime.run_folder import check_inputs_stay
 from meshift.training.readings import PairScores
 
 
@@ -32,7 +42,7 @@ def run_reward(config: RewardRunConfig, observer: Observer) -> RunResult:
 
 def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
     """Validate data and model and say what the run would do, without training."""
-    data, heldout = _load_data(config)
+    data, heldout = _check(config)
     max_steps = steps_of(config, len(data.pairs))
     tokens = [len(p.chosen) + len(p.rejected) for p in data.pairs]
     per_step = sum(tokens) / len(tokens) * config.data.batch_size
@@ -42,11 +52,8 @@ def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
     return [
         ("model", str(model_folder(str(config.model.model_name_or_path)))),
         ("compute type", str(dtype).removeprefix("torch.")),
-        (
-            "pairs",
-            f"{len(data.pairs)} ({data.num_overlong} over-long and {data.num_identical} identical left out)",
-        ),
-        ("held-out pairs", str(len(heldout.pairs)) if heldout else "none"),
+        ("pairs", _counted(data)),
+        ("held-out pairs", _counted(heldout) if heldout else "none"),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
         (
             "micro-batches",
@@ -63,7 +70,7 @@ def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
 
 def build_reward_job(config: RewardRunConfig) -> Job:
     """Model, data and graph."""
-    data, heldout = _load_data(config)
+    data, heldout = _check(config)
     max_steps = steps_of(config, len(data.pairs))
     name = str(config.model.model_name_or_path)
     tokenizer = open_tokenizer(name)
@@ -72,8 +79,7 @@ def build_reward_job(config: RewardRunConfig) -> Job:
     loader = Loader(len(data.pairs), config.data.batch_size, config.seed, config.data.shuffle)
 
     def next_batch(step: int) -> Batch:
-        del step  # the loader counts for itself
-        return pair_batch([data.pairs[i] for i in next(loader)])
+        return pair_batch([data.pairs[i] for i in loader.batch(step)])
 
     def evaluate(step: int) -> dict[str, float]:
         last = step + 1 == max_steps
@@ -88,7 +94,8 @@ def build_reward_job(config: RewardRunConfig) -> Job:
         next_batch=next_batch,
         save=lambda folder: _save(role, tokenizer, folder),
         evaluate=evaluate,
-        messages=_messages(data),
+        num_tokens=lambda batch: sum(int(batch[key].lengths.sum()) for key in ("chosen", "rejected")),
+        messages=(*_messages(data, "pairs"), *(_messages(heldout, "held-out pairs") if heldout else ())),
     )
 
 
@@ -125,15 +132,36 @@ def _load_data(config: RewardRunConfig) -> tuple[PreferenceData, PreferenceData 
     return load(config.data.dataset_name), heldout
 
 
-def _messages(data: PreferenceData) -> tuple[str, ...]:
+def _check(config: RewardRunConfig) -> tuple[PreferenceData, PreferenceData | None]:
+    """The data, when it and the model fit together; a dry run and a run both begin with it."""
+    check_inputs_stay(config, Path(config.output_dir))
+    name = str(config.model.model_name_or_path)
+    check_frozen_layers("model", name, config.model)
+    data, heldout = _load_data(config)
+    _, limit = shortest_limit({"reward": name})
+    for pair in (*data.pairs, *(heldout.pairs if heldout else ())):
+        longest = max(len(pair.chosen), len(pair.rejected))
+        if longest > limit:
+            raise ConfigError(
+                f"the pair at {pair.where} has a text of {longest} tokens, but the model {name} takes {limit}; "
+                f"set `data.max_length` to at most {limit}"
+            )
+    return data, heldout
+
+
+def _counted(data: PreferenceData) -> str:
+    return f"{len(data.pairs)} ({data.num_overlong} over-long and {data.num_identical} identical left out)"
+
+
+def _messages(data: PreferenceData, what: str) -> tuple[str, ...]:
     notes = []
     if data.overlong:
         notes.append(
-            f"{data.num_overlong} pairs over data.max_length were left out, the first at {data.overlong[0]}"
+            f"{data.num_overlong} {what} over data.max_length were left out, the first at {data.overlong[0]}"
         )
     if data.identical:
         notes.append(
-            f"{data.num_identical} pairs with equal texts were left out, the first at {data.identical[0]}"
+            f"{data.num_identical} {what} with equal texts were left out, the first at {data.identical[0]}"
         )
     return tuple(notes)
 

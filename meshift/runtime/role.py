@@ -6,8 +6,7 @@ of algorithms; `step.py` calls its verbs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,9 +18,14 @@ from meshift.generation.rollout import SamplingTask, rollout
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.runtime.models import open_model
+from meshift.step import Role
 from meshift.training.engine import TrainingEngine, TrainTask
 from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
+
+KEPT_CACHE_BYTES = 256 * 2**20
+"""Key-value memory that a trained role may keep while it trains. A larger one is freed after every rollout: its
+fresh pages then cost some tenths of a second a step, small beside a rollout of that size."""
 
 
 def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> LocalRole:
@@ -30,7 +34,10 @@ def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> Loca
 
 
 class LocalRole:
-    """Meets `step.Role` with one model on one device."""
+    """Meets `step.Role` with one model on one device.
+
+    A role that is trained too keeps at most `KEPT_CACHE_BYTES` of key-value memory through its training.
+    """
 
     def __init__(
         self,
@@ -65,6 +72,8 @@ class LocalRole:
         """Sample completions; `perf/generated_tokens` counts them."""
         assert self.generator is not None, f"role {self.name} has no generation engine"
         completed = rollout(self.generator, task, batch, self.version)
+        if self.trainer.optimizer is not None and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
+            self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
 
@@ -89,14 +98,22 @@ class LocalRole:
             metrics["sync/version"] = self.version
         return Outcome(metrics=metrics)
 
+    def master_weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by name, the trained ones from their fp32 masters."""
+        return self.trainer.master_weights()
+
     @torch.no_grad()
-    def mix(self, source: Any, rate: float) -> None:
+    def mix(self, source: Role, rate: float) -> None:
         """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once.
 
-        A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution.
+        A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution. An fp32 copy of
+        the average is kept for such parameters only; those in fp32 are mixed in place.
         """
         own = dict(self.model.named_parameters())
-        for name, weight in source.trainer.master_weights().items():
+        for name, weight in source.master_weights().items():
+            if own[name].dtype == torch.float32:
+                own[name].lerp_(weight.to(own[name]), rate)
+                continue
             if name not in self._mixed:
                 self._mixed[name] = own[name].detach().float().clone()
             average = self._mixed[name]

@@ -18,7 +18,7 @@ from meshift.batch import Batch
 from meshift.config import RunConfig
 from meshift.graph.calls import Graph
 from meshift.runtime.observer import Observer
-from meshift.runtime.run_folder import RunFolder
+from meshift.runtime.run_folder import RunFolder, check_output_dir
 from meshift.step import Role, run_step
 
 
@@ -33,7 +33,10 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a run needs: a graph, its roles, where batches come from, and what to do around steps."""
+    """All that a run needs: a graph, its roles, where batches come from, and what to do around steps.
+
+    `next_batch` is a function of the step alone; `num_tokens` counts what a finished step has trained on.
+    """
 
     title: str
     graph: Graph
@@ -41,26 +44,31 @@ class Job:
     max_steps: int
     next_batch: Callable[[int], Batch]
     save: Callable[[Path], None]
+    num_tokens: Callable[[Batch], int]
     samples: Callable[[int, Batch], list[dict[str, Any]]] = lambda step, batch: []
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
     messages: tuple[str, ...] = field(default=())
 
 
 class JobBuilder(Protocol):
-    """Builds a job from a config; messages about data go to the observer."""
+    """Builds a job from a config, refusing one that would have the run delete its own inputs."""
 
     def __call__(self, config: Any) -> Job:
         """Load models and data."""
 
 
 def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResult:
-    """Run every step and save `final/`. Metrics and samples are on disk as soon as their step is done."""
+    """Run every step and save `final/`. Metrics and samples are on disk as soon as their step is done.
+
+    An old run in the folder is removed only when models and data of the new one are there.
+    """
+    path = Path(config.output_dir)
+    check_output_dir(path, overwrite=config.overwrite_output_dir)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    folder = RunFolder(Path(config.output_dir), config.report_to, overwrite=config.overwrite_output_dir)
-    with folder:
+    job = build(config)
+    with RunFolder(path, config.report_to, overwrite=config.overwrite_output_dir) as folder:
         folder.write_config(config)
-        job = build(config)
         for text in job.messages:
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
@@ -80,8 +88,7 @@ def _one_step(job: Job, step: int, folder: RunFolder, observer: Observer) -> dic
     )
     seconds = time.perf_counter() - started
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
-    if "perf/generated_tokens" in metrics:
-        metrics["perf/tokens_per_s"] = int(outcome.batch["tokens"].lengths.sum()) / seconds
+    metrics["perf/tokens_per_s"] = job.num_tokens(outcome.batch) / seconds
     metrics.update(job.evaluate(step))
     folder.write_metrics(step + 1, metrics)
     folder.write_samples(job.samples(step, outcome.batch))

@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG, METRICS, SAMPLES, CURVES = "config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard"
-WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, "final", "final_critic")
+MODELS = ("final", "final_critic")
+WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, *MODELS)
+# The first line of a config.yaml that a run wrote; one without it is the user's own.
+CONFIG_HEADER = "# The resolved configuration of the run in this folder, written by meshift."
+INPUT_KEYS = ("model_name_or_path", "dataset_name", "eval_dataset_name")
 
 
 class RunFolder:
     """Makes the folder when entered, and appends to its files until left.
 
-    Raises `ConfigError` where the folder holds another run's metrics. With `overwrite` that run's files go, its
-    final models too, so that what is found there later is of one run; files of other names stay.
+    Raises `ConfigError` where the folder holds another run. With `overwrite` that run's files go, its final
+    models too, so that what is found there later is of one run; files of other names stay. Enter it when models
+    and data are loaded: until then the old run is worth more than the new one.
     """
 
     def __init__(
@@ -45,7 +50,8 @@ class RunFolder:
         check_output_dir(self.path, overwrite=self._overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _remove_old_run(self.path)
+            if (self.path / METRICS).is_file():  # else what lies there is no run's, and not ours to delete
+                _remove_old_run(self.path)
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
             self._samples = (self.path / SAMPLES).open("a", encoding="utf-8")
         except OSError as error:
@@ -67,7 +73,7 @@ class RunFolder:
     def write_config(self, config: Section) -> None:
         """Write the resolved config; whoever reads it sees all of it or nothing."""
         unfinished = self.path / f".{CONFIG}.new"
-        unfinished.write_text(dump_config(config), encoding="utf-8")
+        unfinished.write_text(f"{CONFIG_HEADER}\n{dump_config(config)}", encoding="utf-8")
         os.replace(unfinished, self.path / CONFIG)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -95,28 +101,69 @@ class RunFolder:
 
 
 def check_output_dir(path: Path, *, overwrite: bool) -> None:
-    """Raise `ConfigError` unless a new run may write here."""
+    """Raise `ConfigError` unless a new run may write here, and would lose nothing of an old one by it."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"`output_dir` {path} is a file; name a folder")
-    if not overwrite and _holds_run(path):
+    for name in MODELS:
+        if (path / name).is_file():
+            raise ConfigError(f"{path / name} is a file, where the run would put a model; move it away")
+    found = None if overwrite else _worth_keeping(path)
+    if found is not None:
         raise ConfigError(
-            f"`output_dir` {path} holds the metrics of another run; name another folder, "
+            f"`output_dir` {path} holds {found}; name another folder, "
             "or set overwrite_output_dir=true to delete that run"
         )
+    _check_writable(path)
 
 
-def _holds_run(path: Path) -> bool:
-    """Whether a run has finished a step here; one that failed before that leaves nothing worth keeping."""
-    metrics = path / METRICS
-    return metrics.is_file() and metrics.stat().st_size > 0
+def check_inputs_stay(config: Section, output_dir: Path, prefix: str = "") -> None:
+    """Raise `ConfigError` where a model or data file that the config reads is one that the run would delete."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            check_inputs_stay(value, output_dir, f"{prefix}{name}.")
+        elif name in INPUT_KEYS and value is not None:
+            _check_stays(f"{prefix}{name}", Path(value), output_dir)
+
+
+def _check_stays(key: str, path: Path, output_dir: Path) -> None:
+    place = path.expanduser().resolve()
+    for name in WRITTEN_BY_RUNS:
+        if place.is_relative_to((output_dir / name).resolve()):
+            raise ConfigError(
+                f"`{key}` {path} lies in `output_dir` {output_dir}, where the run would delete it; "
+                "name another output_dir, or move it"
+            )
+
+
+def _worth_keeping(path: Path) -> str | None:
+    """What would be lost if a run wrote here. A run that ended before its first step leaves nothing such."""
+    for name in (METRICS, SAMPLES):
+        if (path / name).is_file() and (path / name).stat().st_size > 0:
+            return f"the {name} of another run"
+    for name in MODELS:
+        if (path / name).exists():
+            return f"a model in {name}/"
+    if (path / CONFIG).exists() and not _written_by_run(path / CONFIG):
+        return f"a {CONFIG} that no run wrote"
+    return None
+
+
+def _written_by_run(config: Path) -> bool:
+    with config.open("rb") as file:
+        return file.readline().strip() == CONFIG_HEADER.encode()
+
+
+def _check_writable(path: Path) -> None:
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to `output_dir` {path} ({nearest} is no writable folder); use another")
 
 
 def _remove_old_run(path: Path) -> None:
-    if not (path / METRICS).is_file():  # then what lies there is no run's, and not ours to delete
-        return
     for name in WRITTEN_BY_RUNS:
         old = path / name
-        if old.is_dir():
+        if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:
             old.unlink(missing_ok=True)

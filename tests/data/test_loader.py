@@ -30,6 +30,16 @@ def test_a_resumed_run_would_draw_other_batches(num_items, batch_size, num_befor
     assert [next(resumed) for _ in range(10)] == [next(unbroken) for _ in range(10)]
 
 
+@given(num_items=st.integers(1, 30), batch_size=st.integers(1, 40), steps=st.lists(st.integers(0, 12)))
+def test_a_step_would_get_other_rows_when_asked_for_out_of_turn(num_items, batch_size, steps):
+    walk = Loader(num_items, batch_size, 3)
+    in_turn = [next(walk) for _ in range(13)]
+    loader = Loader(num_items, batch_size, 3)
+    assert [loader.batch(step) for step in steps] == [in_turn[step] for step in steps]
+    loader.batch(5)
+    assert next(loader) == in_turn[6]
+
+
 def test_every_batch_would_not_be_full_at_the_edge_of_an_epoch():
     loader = Loader(5, 3, 0)
     assert [len(next(loader)) for _ in range(7)] == [3] * 7

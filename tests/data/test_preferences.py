@@ -125,6 +125,14 @@ def test_a_bad_pair_would_be_reported_without_its_line(load, row, message):
         load(row)
 
 
+def test_a_missing_end_of_sequence_token_would_give_a_traceback(load, tokenizer):
+    tokenizer.eos_token = None
+    row = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
+    with pytest.raises(DataError, match=r"no end-of-sequence token: set data\.append_eos=false"):
+        load(row)
+    assert len(load(row, append_eos=False).pairs) == 1
+
+
 @pytest.mark.skipif(not HH.is_file(), reason="the shared HH sample is not here")
 def test_a_real_hh_dialogue_would_not_be_split_at_its_answer(tokenizer):
     data = load_preferences(str(HH), tokenizer, max_length=4000)

@@ -23,6 +23,11 @@ def test_a_text_prompt_would_be_changed_on_its_way_to_tokens(load, tokenizer):
     assert tokenizer.decode(prompt.tokens) == "This film"
 
 
+def test_a_prompt_would_not_know_its_row(load):
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "Hi"}]}]
+    assert [prompt.where[-15:] for prompt in load(*rows).prompts] == ["prompts.jsonl:1", "prompts.jsonl:2"]
+
+
 def test_messages_would_not_open_the_assistants_turn(load, tokenizer):
     (prompt,) = load({"prompt": [{"role": "user", "content": "Hi"}]}).prompts
     assert prompt.text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

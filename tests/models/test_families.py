@@ -7,6 +7,7 @@ from meshift.models.hf.families import FAMILIES, hf_name, read_config
 from meshift.models.shards import shard_table
 
 RAW = {
+    "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 61,
     "hidden_size": 32,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from meshift.errors import ModelError
+from meshift.errors import InputError, SaveError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.hf.load import load_model, load_tokenizer
 from meshift.models.hf.save import save_model
@@ -98,8 +98,10 @@ def test_a_save_that_breaks_off_leaves_nothing_that_looks_like_a_model(saved, tm
         raise OSError("No space left on device")
 
     monkeypatch.setattr("meshift.models.hf.save.save_file", full)
-    with pytest.raises(ModelError, match=r"could not be saved to .*out \(No space left"):
+    with pytest.raises(SaveError, match=r"could not be saved to .*out \(No space left") as caught:
         save_model(load_model(saved("llama").folder), tmp_path / "out")
+    assert not isinstance(caught.value, InputError), "a full disk is no mistake in the config"
+    assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
 

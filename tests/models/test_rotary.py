@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from meshift.errors import ModelError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.hf.load import load_config, load_model
-from meshift.models.rotary import Rotary
+from meshift.models.rotary import Rotary, longest_sequence
 
 
 def angles(folder, length):
@@ -58,3 +58,30 @@ def test_an_unknown_scaling_is_named(saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ModelError, match=r"'spiral' in config.json is not known; supported are default, "):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": None}, r"lacks the key 'model_type'"),
+        ({"model_type": "spiral"}, "cannot be read .*spiral"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"config\.json cannot be read .*factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rotary settings are rope_theta"),
+        ({"rope_parameters": "yarn"}, "cannot be read .*rope_parameters"),
+        ({"architectures": 3}, r"config\.json cannot be read"),
+        ({"num_attention_heads": 0, "head_dim": None}, r"config\.json cannot be read"),
+        ({"max_position_embeddings": "64"}, "max_positions must be a whole number"),
+    ],
+)
+def test_a_config_of_wrong_types_ends_in_one_sentence(saved, tmp_path, changes, sentence):
+    shutil.copytree(saved("llama").folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=sentence) as caught:
+        longest_sequence(load_config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("llama", 64), ("rope-yarn", 64), ("rope-longrope", 32)])
+def test_the_longest_sequence_is_the_models_positions_or_its_scalings_limit(saved, name, longest):
+    assert longest_sequence(load_config(saved(name).folder)) == longest

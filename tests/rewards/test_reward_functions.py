@@ -1,18 +1,19 @@
 """Reward functions as users of TRL write them, and what they are told when one goes wrong."""
 
 import asyncio
+import gc
 import math
 
 import pytest
 import torch
 
-from meshift.batch import Batch, Ragged
+from meshift.batch import Batch, Ragged, column_key
 from meshift.config import RewardFunctionConfig
 from meshift.errors import ConfigError, RewardError
 from meshift.rewards.functions import (
     RewardFunctions,
     WeightedFunction,
-    call_reward,
+    call_rewards,
     load_function,
     load_functions,
 )
@@ -30,7 +31,11 @@ def rollout(**columns):
         "tokens": Ragged.from_rows([[0, 1, 3, 4], [2, 5, 6, 0]]),
         "completion_lengths": Ragged.scalars([2, 3]),
     }
-    return Batch(fields, {name: list(values) for name, values in columns.items()})
+    return Batch(fields, {column_key(name): list(values) for name, values in columns.items()})
+
+
+def call_reward(function, name, arguments):
+    return call_rewards([WeightedFunction(name=name, function=function, weight=1.0)], arguments)[0]
 
 
 def score(*functions, batch=None, columns=()):
@@ -79,6 +84,81 @@ def test_async_functions_are_awaited():
         return [0.5] * len(completions)
 
     assert score((judge, 1.0))[0] == [0.5, 0.5]
+
+
+def meeting():
+    """Two functions that end only if both have begun."""
+    begun = []
+
+    async def one(completions):
+        begun.append("one")
+        while len(begun) < 2:
+            await asyncio.sleep(0.001)
+        return [1.0] * len(completions)
+
+    async def two(completions):
+        begun.append("two")
+        while len(begun) < 2:
+            await asyncio.sleep(0.001)
+        return [2.0] * len(completions)
+
+    async def waiting(completions):
+        return await asyncio.wait_for(one(completions), 5)
+
+    return waiting, two
+
+
+def test_async_functions_wait_at_the_same_time():
+    one, two = meeting()
+    assert score((one, 1.0), (lambda completions: [7.0, 8.0], 1.0), (two, 10.0))[0] == [28.0, 29.0]
+
+
+def test_async_functions_work_where_an_event_loop_already_runs():
+    one, two = meeting()
+
+    async def notebook():
+        return score((one, 1.0), (two, 10.0))[0]
+
+    assert asyncio.run(notebook()) == [21.0, 21.0]
+
+
+def test_a_plain_function_may_run_an_event_loop_of_its_own_beside_async_ones():
+    async def later(completions):
+        return [1.0] * len(completions)
+
+    def plain(completions):
+        return asyncio.run(later(completions))
+
+    assert score((later, 1.0), (plain, 1.0))[0] == [2.0, 2.0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_function_beside_one_that_raises_is_named_rightly_and_leaves_no_open_coroutine():
+    async def later(completions):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    def broken(completions):
+        raise KeyError("gone")
+
+    async def broken_later(completions):
+        raise KeyError("gone")
+
+    for bad in (broken, broken_later):
+        with pytest.raises(RewardError, match=f"reward function {bad.__name__} raised KeyError"):
+            score((later, 1.0), (bad, 1.0))
+        gc.collect()
+
+
+def test_prompts_of_messages_come_with_completions_of_messages_as_in_trl():
+    chats = [[{"role": "user", "content": "A B"}], [{"role": "system", "content": "C"}]]
+
+    def judge(prompts, completions):
+        assert prompts == chats
+        assert completions == [[{"role": "assistant", "content": text}] for text in ("de", "fga")]
+        return [float(len(c[0]["content"])) for c in completions]
+
+    assert score((judge, 1.0), batch=rollout(prompt=chats), columns=("prompt",))[0] == [2.0, 3.0]
 
 
 def test_several_functions_add_up_by_weight_and_none_adds_nothing():

@@ -146,3 +146,9 @@ def read_lines():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def write_jsonl():
+    """`write_jsonl(path, rows)` -> the path as text."""
+    return write_rows

@@ -156,15 +156,15 @@ def test_several_completions_of_a_prompt_keep_prompt_length_reward_and_columns_t
     batch = run_step(job.graph, job.roles, asked, 0).batch
     tokenizer = load_tokenizer(actor_folder)
     by_text = {row["prompt"]: row for row in read_lines(Path(prompts_file))}
-    texts = asked.columns["prompt"]
+    texts = asked.columns["column/prompt"]
     assert texts == [t for t in texts[::3] for _ in range(3)]
     assert len(set(texts)) == 5
     assert asked["index"].values.tolist() == list(range(15))
     lengths = batch["completion_lengths"].values.tolist()
     for i, (text, row, length) in enumerate(zip(texts, batch["tokens"].rows(), lengths, strict=True)):
         assert row[: len(row) - length].tolist() == tokenizer(text)["input_ids"]
-        assert asked.columns["answer"][i] == by_text[text]["answer"] == float(batch["scores"].values[i])
-        assert asked.columns["hints"][i] == by_text[text]["hints"]
+        assert asked.columns["column/answer"][i] == by_text[text]["answer"] == float(batch["scores"].values[i])
+        assert asked.columns["column/hints"][i] == by_text[text]["hints"]
         assert length == len(batch["logprobs"].rows()[i])
         assert bool(batch["truncated"].values[i]) == (1 not in row[-length:].tolist())
 

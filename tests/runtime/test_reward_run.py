@@ -7,9 +7,10 @@ from transformers import AutoModelForSequenceClassification
 from meshift.batch import Batch, Ragged
 from meshift.config import TrainableConfig
 from meshift.data.preferences import Pair
+from meshift.errors import ConfigError
 from meshift.models.hf.load import load_model, load_tokenizer
 from meshift.runtime.observer import SilentObserver
-from meshift.runtime.reward_run import check_reward, heldout_metrics, run_reward
+from meshift.runtime.reward_run import build_reward_job, check_reward, heldout_metrics, run_reward
 from meshift.runtime.role import LocalRole
 from meshift.training.readings import SequenceScores
 
@@ -41,6 +42,10 @@ def test_every_step_logs_its_metrics_and_held_out_pairs_are_scored_when_due(fini
     rows = read_lines(finished.output_dir / "metrics.jsonl")
     assert all(set(NAMES) <= set(row) for row in rows)
     assert [row["training/global_step"] for row in rows if "eval/accuracy" in row] == [10, 20, 25]
+    for row in rows:  # 15 pairs a step, each of 4 to 14 tokens and two ends
+        num_tokens = row["perf/tokens_per_s"] * row["perf/time_per_step"]
+        assert num_tokens == pytest.approx(round(num_tokens))
+        assert 15 * 4 <= num_tokens <= 15 * 2 * 12
 
 
 def test_the_saved_model_scores_alike_in_transformers(finished):
@@ -68,7 +73,7 @@ def test_a_dry_run_shows_the_batch_arithmetic(reward_config_on_disk, tmp_path):
     rows = dict(check_reward(reward_config_on_disk(tmp_path / "never")))
     assert rows["batch"] == "15 pairs = 30 texts per update"
     assert rows["pairs"].startswith("45 (0 over-long and 0 identical")
-    assert rows["held-out pairs"] == "15"
+    assert rows["held-out pairs"] == "15 (0 over-long and 0 identical left out)"
     assert rows["steps"] == "25, 8.33 passes over the pairs"
     assert not (tmp_path / "never").exists()
 
@@ -80,3 +85,53 @@ def test_a_tie_is_half_right(make_folder):
     role = LocalRole("reward", model, TrainableConfig())
     pairs = [Pair(chosen=[2, 3], rejected=[4], num_prompt_tokens=0, where="") for _ in range(3)]
     assert heldout_metrics(role, pairs) == {"eval/accuracy": 0.5, "eval/margin": 0.0}
+
+
+def test_a_text_beyond_the_models_positions_is_refused_and_not_left_out(
+    reward_config_on_disk, write_jsonl, tmp_path
+):
+    short = {"prompt": "the film was", "chosen": " good", "rejected": " bad"}
+    long = {"prompt": "the film was", "chosen": " good" * 70, "rejected": " bad"}
+    for train, heldout in (([short, long], [short]), ([short], [short, long])):
+        data = {
+            "dataset_name": write_jsonl(tmp_path / "train.jsonl", train),
+            "eval_dataset_name": write_jsonl(tmp_path / "heldout.jsonl", heldout),
+        }
+        for start in (check_reward, build_reward_job):
+            with pytest.raises(
+                ConfigError, match=r"jsonl:2 has a text of 74 tokens.* takes 64; set `data.max_length`"
+            ):
+                start(reward_config_on_disk(tmp_path / "run", data=data))
+        rows = dict(check_reward(reward_config_on_disk(tmp_path / "run", data=data | {"max_length": 64})))
+        assert "1 (1 over-long and 0 identical left out)" in (rows["pairs"], rows["held-out pairs"])
+
+
+def test_held_out_pairs_that_were_left_out_are_reported(reward_config_on_disk, write_jsonl, tmp_path):
+    good = {"prompt": "the film was", "chosen": " good", "rejected": " bad"}
+    heldout = [good, good | {"chosen": " bad"}, good | {"chosen": " good" * 9}]
+    data = {
+        "dataset_name": write_jsonl(tmp_path / "train.jsonl", [good]),
+        "eval_dataset_name": write_jsonl(tmp_path / "heldout.jsonl", heldout),
+        "max_length": 8,
+    }
+    config = reward_config_on_disk(tmp_path / "run", data=data)
+    overlong, identical = build_reward_job(config).messages
+    assert overlong.startswith("1 held-out pairs over data.max_length were left out")
+    assert overlong.endswith("heldout.jsonl:3")
+    assert identical.endswith("heldout.jsonl:2")
+    assert dict(check_reward(config))["held-out pairs"] == "1 (1 over-long and 1 identical left out)"
+
+
+def test_a_step_gets_its_rows_whatever_was_asked_for_before(reward_config_on_disk, tmp_path):
+    config = reward_config_on_disk(tmp_path / "run")
+    begun, resumed = build_reward_job(config), build_reward_job(config)
+    batches = [begun.next_batch(step) for step in range(4)]
+    again = resumed.next_batch(3)
+    assert again["chosen"].values.tolist() == batches[3]["chosen"].values.tolist()
+    assert again["chosen"].values.tolist() != batches[0]["chosen"].values.tolist()
+
+
+def test_more_frozen_layers_than_there_are_is_found_by_the_dry_run(reward_config_on_disk, actor_folder, tmp_path):
+    model = {"model_name_or_path": str(actor_folder), "num_frozen_layers": 3}
+    with pytest.raises(ConfigError, match=r"`model\.num_frozen_layers` = 3, but .* has 2 layers"):
+        check_reward(reward_config_on_disk(tmp_path / "run", model=model))

@@ -1,5 +1,7 @@
 """Roles: a stale sampler is noticed, the sampler sees every update, and the reference's average is exact."""
 
+import gc
+
 import pytest
 import torch
 from tiny_rl import make_world, ppo_config, random_rollout, tiny_model
@@ -10,6 +12,7 @@ from meshift.config import TrainableConfig
 from meshift.errors import StaleWeightsError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
+from meshift.runtime import role as role_module
 from meshift.runtime.role import LocalRole
 from meshift.training.engine import TrainTask
 from meshift.training.readings import TokenLogprobs
@@ -128,3 +131,26 @@ def test_in_a_run_the_reference_moves_every_n_steps_only():
     expected = {name: 0.5 * start[name] + 0.5 * actor[name] for name in start}
     torch.testing.assert_close(weights(reference), expected, rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(weights(reference)[n], start[n]) for n in start)
+
+
+def test_an_fp32_reference_keeps_no_second_copy_of_its_weights():
+    reference = LocalRole("reference", tiny_model(seed=5), TrainableConfig())
+    addresses = {name: p.data_ptr() for name, p in reference.model.named_parameters()}
+    reference.mix(make_actor(), 0.5)
+    held = [t for t in gc.get_referents(*vars(reference).values()) if isinstance(t, torch.Tensor)]
+    assert held == []
+    assert addresses == {name: p.data_ptr() for name, p in reference.model.named_parameters()}, "in place"
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("limit", [0, 256 * 2**20])
+def test_large_key_value_memory_does_not_stay_through_training(monkeypatch, trainable, limit):
+    """A role that only generates keeps it: fresh pages are slow."""
+    monkeypatch.setattr(role_module, "KEPT_CACHE_BYTES", limit)
+    actor = LocalRole("actor", tiny_model(), TrainableConfig(), trainable=trainable).can_generate(4, str)
+    first = actor.generate(SAMPLING, asked()).batch
+    # keys and values: 2 layers, 4 slots, 2 heads, 32 positions of 4 numbers in fp32
+    kept = 2 * 2 * 4 * 2 * 32 * 4 * 4
+    assert actor.generator.num_kept_bytes == (0 if trainable and limit == 0 else kept)
+    again = actor.generate(SAMPLING, asked()).batch
+    assert torch.equal(first["tokens"].values, again["tokens"].values)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import yaml
 
 from meshift.config import RewardRunConfig, load_config, make_config
 from meshift.errors import ConfigError
-from meshift.runtime.run_folder import RunFolder
+from meshift.runtime.run_folder import RunFolder, check_inputs_stay, check_output_dir
 
 
 def refuse(word):
@@ -139,3 +140,60 @@ def test_writing_outside_the_with_is_a_mistake_and_not_a_loss(tmp_path):
     folder = RunFolder(tmp_path / "run", [])
     with pytest.raises(RuntimeError, match="between entering and leaving"):
         folder.write_metrics(1, {})
+
+
+def test_without_the_flag_nothing_that_is_worth_keeping_goes(tmp_path):
+    """An empty metrics.jsonl is no licence: a start that failed leaves one beside what was there before."""
+    path = tmp_path / "run"
+    for name in ("final/model.safetensors", "final_critic/config.json", "samples.jsonl", "config.yaml"):
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+        (path / "metrics.jsonl").write_text("")
+        with pytest.raises(ConfigError, match=r"holds .*overwrite_output_dir=true"), RunFolder(path, []):
+            pass
+        assert file.read_text() == "mine"
+        file.unlink()
+        if file.parent != path:
+            file.parent.rmdir()
+
+
+def test_the_users_own_config_is_not_replaced_without_the_flag(tmp_path):
+    (tmp_path / "config.yaml").write_text("# my notes\noutput_dir: x\n")
+    with pytest.raises(ConfigError, match=r"a config\.yaml that no run wrote"):
+        check_output_dir(tmp_path, overwrite=False)
+    check_output_dir(tmp_path, overwrite=True)
+
+
+def test_a_run_that_was_broken_off_in_its_first_step_can_be_started_again(tmp_path):
+    values = {"output_dir": "x", "data": {"dataset_name": "d"}, "model": {"model_name_or_path": "m"}}
+    config = make_config(RewardRunConfig, values)
+    for _ in range(2):
+        with RunFolder(tmp_path / "run", ["tensorboard"]) as folder:
+            folder.write_config(config)
+    assert load_config(RewardRunConfig, tmp_path / "run" / "config.yaml") == config
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_where_a_model_goes_is_found_before_training(tmp_path, overwrite):
+    (tmp_path / "final").write_text("")
+    with pytest.raises(ConfigError, match="final is a file, where the run would put a model"):
+        check_output_dir(tmp_path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("model", "model_name_or_path"), ("data", "dataset_name"), ("data", "eval_dataset_name")],
+)
+def test_an_input_that_the_run_would_delete_is_refused(tmp_path, section, key, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"output_dir": "out", "data": {"dataset_name": "d"}, "model": {"model_name_or_path": "m"}}
+
+    def config_with(path):
+        return make_config(RewardRunConfig, values | {section: values[section] | {key: path}})
+
+    for inside in ("out/final", "./out/../out/samples.jsonl", str(tmp_path / "out" / "final" / "x")):
+        with pytest.raises(ConfigError, match=f"`{section}.{key}` .* lies in `output_dir` out"):
+            check_inputs_stay(config_with(inside), Path("out"))
+    for outside in ("out/mine", "out", "final", "org/final"):
+        check_inputs_stay(config_with(outside), Path("out"))

@@ -34,6 +34,7 @@ class Family:
 
 
 REQUIRED_KEYS = (
+    "model_type",
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -127,6 +128,16 @@ def find_family(raw: Mapping[str, Any], where: str) -> Family:
 
 def read_config(raw: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None) -> DecoderConfig:
     """Translate a raw config.json; `where` names it in errors. Raises `ModelError`."""
+    try:
+        return _translate(raw, where, generation)
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"{where} cannot be read ({type(error).__name__}: {error}): a value in it is of the wrong type, so "
+            "copy the file from its source again."
+        ) from error
+
+
+def _translate(raw: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None) -> DecoderConfig:
     family = find_family(raw, where)
     missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
     if missing:
@@ -180,8 +191,8 @@ def _refuse(family: Family, raw: Mapping[str, Any], where: str) -> None:
 
 
 def _check_sizes(config: DecoderConfig, where: str) -> None:
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-    for key in counts:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_positions")
+    for key in (*sizes, "num_layers", "num_heads", "num_kv_heads"):
         value = getattr(config, key)
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"{where}: {key} must be a whole number above zero, not {value!r}.")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meshift.errors import ModelError
+from meshift.errors import ModelError, SaveError
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.hf.families import FAMILIES, hf_name
@@ -39,7 +39,7 @@ def save_model(
 
     Everything is written aside and then renamed, so a new folder appears whole or not at all. In a folder that
     exists, old weights go first and config.json comes last: broken off midway it lacks weights, and never mixes
-    two models. Other files there stay. Raises `ModelError` where the folder cannot be written.
+    two models. Other files there stay. Raises `SaveError` where the folder cannot be written.
     """
     aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -53,7 +53,7 @@ def save_model(
         _write_json(aside / "config.json", output_config(model, tokenizer))
         _move_into_place(aside, directory)
     except (OSError, SafetensorError) as error:
-        raise ModelError(
+        raise SaveError(
             f"The model could not be saved to {directory} ({error}): check the path, its permissions and the free "
             "space."
         ) from error

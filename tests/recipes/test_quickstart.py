@@ -1,0 +1,76 @@
+"""The quickstart and its recipes: `make quickstart` is the first thing that anybody runs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshift.config import PPORunConfig, RewardRunConfig, load_config
+from meshift.evaluation.completions import Completions
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", RECIPES / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def evaluation(module, **figures):
+    completions = Completions(prompts=["A [b]film"], texts=["[/b] good one"], batch=None)
+    return module.Evaluation(**figures, completions=completions)
+
+
+def test_a_recipe_would_name_a_key_that_is_gone():
+    load_config(RewardRunConfig, RECIPES / "quickstart_reward.yaml")
+    load_config(PPORunConfig, RECIPES / "quickstart.yaml")
+
+
+def test_the_seed_or_the_folder_would_not_reach_both_runs(quickstart, tmp_path):
+    options = quickstart.parse(["--seed", "7", "--output", str(tmp_path), "--ppo", "max_steps=2"])
+    reward, ppo = quickstart.configs(options)
+    assert (reward.seed, ppo.seed, ppo.max_steps) == (7, 7, 2)
+    assert Path(ppo.reward.model_name_or_path) == Path(reward.output_dir) / "final"
+    assert Path(ppo.output_dir).parent == Path(reward.output_dir).parent == tmp_path
+
+
+def test_the_summary_would_lack_a_figure_or_mix_before_and_after(quickstart, tmp_path, capsys):
+    before = evaluation(quickstart, reward=1.0, judge=0.1, kl=0.0, length=20.0, distinct2=0.9)
+    after = evaluation(quickstart, reward=3.0, judge=0.5, kl=12.0, length=19.0, distinct2=0.8)
+    summary = quickstart.summarise(before, after, 0.8, {"prepare": 1.5, "ppo": 2.0}, seed=3)
+    path = quickstart.write_results(tmp_path, summary, before, after)
+    written = json.loads(path.read_text())
+    assert written["judge"] == {"before": 0.1, "after": 0.5}
+    assert written["kl"] == {"before": 0.0, "after": 12.0}
+    assert written["reward"] == {"before": 1.0, "after": 3.0}
+    assert written["distinct2"] == {"before": 0.9, "after": 0.8}
+    assert written["seconds"] == {"prepare": 1.5, "ppo": 2.0, "total": 3.5}
+    assert written["reward_model_accuracy"] == 0.8
+    assert 0.01 < written["peak_memory_gb"] < 64
+    quickstart.show(quickstart.Console(width=100), summary, before, after)
+    shown = capsys.readouterr().out
+    assert "0.500" in shown
+    assert "[/b] good one" in shown, "brackets in a text are no markup"
+
+
+def test_a_wrong_override_would_end_in_a_traceback(quickstart, tmp_path, capsys):
+    assert quickstart.main(["--output", str(tmp_path), "--ppo", "ppo.kl_coeff=1"]) == 2
+    assert "did you mean `ppo.kl_coef`?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_job_would_not_raise_the_judge_or_would_collapse(quickstart, tmp_path):
+    assert quickstart.main(["--output", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["judge"]["after"] - summary["judge"]["before"] >= 0.25
+    assert summary["reward"]["after"] > summary["reward"]["before"]
+    assert 0 < summary["kl"]["after"] < 20
+    assert summary["distinct2"]["after"] >= 0.7 * summary["distinct2"]["before"]
+    assert summary["reward_model_accuracy"] > 0.7
+    assert summary["peak_memory_gb"] < 8

@@ -98,7 +98,7 @@ def test_a_misspelt_key_of_a_list_item_is_named_with_its_place(path):
         ("max_steps=2.5", ["`max_steps`", "integer", "2.5"]),
         ("ppo.kl_estimator=k4", ["`ppo.kl_estimator`", "'k1', 'k2' or 'k3'", "'k4'"]),
         ("data=3", ["`data`", "3"]),
-        ("generation.min_new_tokens=500", ["min_new_tokens must be below max_completion_length"]),
+        ("generation.min_new_tokens=500", ["min_new_tokens must not be above max_completion_length"]),
         ("ppo.num_mini_batches=65", ["`ppo.num_mini_batches` = 65", "64 sequences"]),
     ],
 )

@@ -175,7 +175,7 @@ def test_the_papers_three_keys_are_one_line_each_and_the_defaults_are_no_traps()
     assert config.reference.sync_ref_model
     assert config.generation.min_new_tokens == 0 < config.generation.max_completion_length, "trap 8"
     assert PPOConfig().gamma == PPOConfig().lam == 1.0
-    with pytest.raises(ConfigError, match="min_new_tokens must be below"):
+    with pytest.raises(ConfigError, match="min_new_tokens must not be above"):
         make_config(
-            PPORunConfig, config.model_dump() | {"generation": {"min_new_tokens": 8, "max_completion_length": 8}}
+            PPORunConfig, config.model_dump() | {"generation": {"min_new_tokens": 9, "max_completion_length": 8}}
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from meshift.data.prompts import Prompt
 from meshift.generation.rollout import SamplingTask
 from meshift.runtime.role import LocalRole
 from meshift.training.readings import SequenceScores, TokenLogprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,9 @@ class Completions:
         return float(self.batch["completion_lengths"].values.double().mean())
 
 
-def complete(actor: LocalRole, prompts: Sequence[Prompt], task: SamplingTask, tokenizer: object) -> Completions:
+def complete(
+    actor: LocalRole, prompts: Sequence[Prompt], task: SamplingTask, tokenizer: PreTrainedTokenizerBase
+) -> Completions:
     """Draw one completion per prompt; prompt i from the stream (task.seed, i)."""
     asked = Batch(
         {
@@ -45,7 +51,7 @@ def complete(actor: LocalRole, prompts: Sequence[Prompt], task: SamplingTask, to
     lengths = batch["completion_lengths"].values.tolist()
     rows = [row.tolist() for row in batch["tokens"].rows()]
     texts = [
-        tokenizer.decode(row[len(row) - length :], skip_special_tokens=True)  # type: ignore[attr-defined]
+        tokenizer.decode(row[len(row) - length :], skip_special_tokens=True)
         for row, length in zip(rows, lengths, strict=True)
     ]
     return Completions(prompts=[p.text for p in prompts], texts=texts, batch=batch)

@@ -316,7 +316,7 @@ def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _
     actor = trained("actor", open_model(names["actor"], "lm", dtype), config.actor, seed=config.seed)
     value_model = open_model(names["critic"], "value", dtype)
     if config.critic.new_value_head:
-        value_model.head.weight.data.zero_()  # type: ignore[operator]
+        value_model.head.load_state_dict({"weight": torch.zeros(1, value_model.config.hidden_size)})
     critic = trained("critic", value_model, config.critic, seed=config.seed + 1)
     roles = {
         "actor": actor.can_generate(config.generation.num_slots, texts.decode_all),

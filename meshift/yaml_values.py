@@ -1,6 +1,6 @@
 """YAML files and `key.sub=value` overrides as plain nested values; whatever cannot be read is a `ConfigError`.
 
-It knows no key; `config.py` says which there are and what they may be.
+It knows no key; `config/` says which there are and what they may be.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from rich.text import Text
 
 from meshift import __version__
 from meshift.cli.progress import RichObserver
-from meshift.config import PPORunConfig, RewardRunConfig, load_config
+from meshift.config.loading import load_config
+from meshift.config.runs import PPORunConfig, RewardRunConfig
 from meshift.data.packages import obtain
 from meshift.data.prompts import Prompt, load_prompts
 from meshift.errors import MeshiftError

@@ -8,7 +8,9 @@ from transformers import LlamaConfig
 
 from meshift.algorithms.ppo import PPO
 from meshift.batch import Batch, Ragged
-from meshift.config import PPORunConfig, TrainableConfig, make_config
+from meshift.config.loading import make_config
+from meshift.config.runs import PPORunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph

@@ -24,7 +24,7 @@ from meshift.algorithms.advantages import (
 )
 from meshift.algorithms.losses import PolicyLoss, ValueLoss
 from meshift.batch import Batch, Outcome, Ragged
-from meshift.config import PPORunConfig
+from meshift.config.runs import PPORunConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Call, Graph, HostCall, ModelCall, SyncCall
 from meshift.training.engine import TrainTask

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshift.config import Section, describe_keys
+from meshift.config.loading import describe_keys
+from meshift.config.section import Section
 
 WIDTH_WITHOUT_TERMINAL = 140
 

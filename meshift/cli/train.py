@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meshift.cli.command import Command, InterruptedRunError, UsageError
 from meshift.cli.tables import print_keys, print_metrics, print_rows
-from meshift.config import PPORunConfig, RewardRunConfig, RunConfig, load_config
+from meshift.config.loading import load_config
+from meshift.config.runs import PPORunConfig, RewardRunConfig, RunConfig
 
 if TYPE_CHECKING:
     from meshift.cli.progress import RichObserver

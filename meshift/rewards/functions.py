@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from meshift.batch import Batch, Outcome, Ragged, column_key
-from meshift.config import RewardFunctionConfig
+from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, MeshiftError, RewardError
 
 RewardFunction = Callable[..., Any]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ConfigError, ModelError
 from meshift.models.config import HeadKind

@@ -16,7 +16,8 @@ import torch
 
 from meshift.algorithms.ppo import PPO
 from meshift.batch import Batch, Outcome, Ragged, column_key
-from meshift.config import PPORunConfig, TrainableConfig
+from meshift.config.runs import PPORunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
 from meshift.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ import torch
 
 from meshift.algorithms.reward import reward_graph
 from meshift.batch import Batch, Ragged
-from meshift.config import RewardRunConfig
+from meshift.config.runs import RewardRunConfig
 from meshift.data.loader import Loader
 from meshift.data.preferences import Pair, PreferenceData, load_preferences
 from meshift.errors import ConfigError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from meshift.batch import Batch, Outcome
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import StaleWeightsError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import SamplingTask, rollout

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from meshift.batch import Batch
-from meshift.config import RunConfig
+from meshift.config.runs import RunConfig
 from meshift.graph.calls import Graph
 from meshift.runtime.observer import Observer
 from meshift.runtime.run_folder import RunFolder, check_output_dir

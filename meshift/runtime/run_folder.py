@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from meshift.config import Section, dump_config
+from meshift.config.loading import dump_config
+from meshift.config.section import Section
 from meshift.errors import ConfigError
 
 if TYPE_CHECKING:

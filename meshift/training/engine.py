@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meshift.batch import Batch, Ragged, micro_batches
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from tiny_rl import random_rollout, tiny_model
 
 from meshift.algorithms.losses import PairwiseLoss, PolicyLoss, ValueLoss
 from meshift.batch import Batch, Ragged
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.runtime.role import LocalRole
 from meshift.training.engine import TrainTask
 from meshift.training.readings import TokenLogprobs

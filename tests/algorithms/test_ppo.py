@@ -6,7 +6,9 @@ from tiny_rl import ppo_config
 
 from meshift.algorithms.ppo import PPO
 from meshift.batch import Batch, Ragged
-from meshift.config import PPOConfig, PPORunConfig, make_config
+from meshift.config.loading import make_config
+from meshift.config.runs import PPORunConfig
+from meshift.config.sections import PPOConfig
 from meshift.errors import ConfigError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask

@@ -10,7 +10,8 @@ from source_trees import ROOT
 TORCH_FREE = (
     "meshift",
     "meshift.errors",
-    "meshift.config",
+    "meshift.config.runs",
+    "meshift.config.loading",
     "meshift.graph.calls",
     "meshift.models.config",
     "meshift.models.shards",

@@ -114,7 +114,8 @@ def test_a_typo_is_found_wherever_it_stands_among_the_options(config, capsys):
 
 
 def test_help_config_lists_every_key_whole(capsys):
-    from meshift.config import PPORunConfig, describe_keys
+    from meshift.config.loading import describe_keys
+    from meshift.config.runs import PPORunConfig
 
     assert main(["ppo", "--help-config"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -8,7 +8,7 @@ import pytest
 from meshift.cli.command import Command
 from meshift.cli.main import COMMANDS, main
 from meshift.cli.train import Training, _configure
-from meshift.config import RewardRunConfig
+from meshift.config.runs import RewardRunConfig
 from meshift.errors import NonFiniteError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_rl import tiny_model
 
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.prompts import Prompt
 from meshift.evaluation.completions import complete, distinct_n, mean_kl, mean_reward
 from meshift.generation.params import SamplingParams

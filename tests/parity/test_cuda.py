@@ -5,7 +5,7 @@ import torch
 from tiny_rl import random_rollout, tiny_model
 
 from meshift.algorithms.losses import PolicyLoss
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import SamplingParams
 from meshift.training.engine import TrainingEngine, TrainTask

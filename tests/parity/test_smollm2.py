@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meshift.batch import Batch, Ragged
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.packages import obtain
 from meshift.errors import DataError
 from meshift.generation.engine import GenerationEngine

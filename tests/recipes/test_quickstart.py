@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meshift.config import PPORunConfig, RewardRunConfig, load_config
+from meshift.config.loading import load_config
+from meshift.config.runs import PPORunConfig, RewardRunConfig
 from meshift.evaluation.completions import Completions
 
 RECIPES = Path(__file__).parents[2] / "recipes"

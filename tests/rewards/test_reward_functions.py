@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meshift.batch import Batch, Ragged, column_key
-from meshift.config import RewardFunctionConfig
+from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, RewardError
 from meshift.rewards.functions import (
     RewardFunctions,

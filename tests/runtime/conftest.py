@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_rl import tiny_model
 
-from meshift.config import PPORunConfig, RewardRunConfig, make_config
+from meshift.config.loading import make_config
+from meshift.config.runs import PPORunConfig, RewardRunConfig
 from meshift.models.hf.load import load_tokenizer
 from meshift.models.hf.save import save_model
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshift.config import RewardFunctionConfig
+from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, DataError, ModelError
 from meshift.rewards.functions import WeightedFunction
 from meshift.runtime.observer import SilentObserver

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from meshift.batch import Batch, Ragged
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.preferences import Pair
 from meshift.errors import ConfigError
 from meshift.models.hf.load import load_model, load_tokenizer

@@ -8,7 +8,7 @@ from tiny_rl import make_world, ppo_config, random_rollout, tiny_model
 
 from meshift.algorithms.losses import PolicyLoss
 from meshift.batch import Batch, Ragged
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import StaleWeightsError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask

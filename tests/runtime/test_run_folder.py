@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from meshift.config import RewardRunConfig, load_config, make_config
+from meshift.config.loading import load_config, make_config
+from meshift.config.runs import RewardRunConfig
 from meshift.errors import ConfigError
 from meshift.runtime.run_folder import RunFolder, check_inputs_stay, check_output_dir
 

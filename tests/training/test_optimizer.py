@@ -7,7 +7,7 @@ import torch
 from tiny_rl import random_rollout, tiny_model
 
 from meshift.algorithms.losses import PolicyLoss
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
 from meshift.runtime.role import LocalRole
 from meshift.training.engine import TrainingEngine, TrainTask

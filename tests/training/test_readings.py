@@ -7,7 +7,7 @@ import torch
 from tiny_rl import random_rollout, tiny_model
 
 from meshift.batch import Batch, Ragged
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import SamplingParams
 from meshift.generation.plain import generate_plain

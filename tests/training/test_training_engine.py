@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from meshift.algorithms.losses import PairwiseLoss, PolicyLoss, ValueLoss
 from meshift.batch import Batch, Ragged, micro_batches
-from meshift.config import TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.models.hf.families import hf_name
 from meshift.models.hf.save import save_model

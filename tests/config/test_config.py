@@ -3,15 +3,9 @@
 import pytest
 import yaml
 
-from meshift.config import (
-    PPORunConfig,
-    RewardRunConfig,
-    Section,
-    describe_keys,
-    dump_config,
-    load_config,
-    make_config,
-)
+from meshift.config.loading import describe_keys, dump_config, load_config, make_config
+from meshift.config.runs import PPORunConfig, RewardRunConfig
+from meshift.config.section import Section
 from meshift.errors import ConfigError
 
 MINIMAL = """\

@@ -1,0 +1,131 @@
+"""YAML files and dotted overrides to a validated config, and a config's keys to text. Unknown keys are errors.
+
+It knows nothing of which keys there are: it reads them off the schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from meshift.config.section import Section
+from meshift.errors import ConfigError
+from meshift.yaml_values import apply_override, read_yaml
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file, apply `key.sub=value` overrides, validate. Raises `ConfigError` with one sentence."""
+    values = read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(schema, values, where=_origin(path, overrides))
+
+
+def _origin(path: str | Path | None, overrides: Sequence[str]) -> str:
+    if path is None:
+        return "the command line"
+    return f"{path} and the command line" if overrides else str(path)
+
+
+def make_config(schema: type[C], values: Mapping[str, Any], where: str = "the configuration") -> C:
+    """Validate a nested dictionary. Raises `ConfigError` with one sentence."""
+    unknown = next(_unknown_keys(schema, values), None)
+    if unknown is not None:
+        raise ConfigError(_unknown_key_sentence(schema, unknown))
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_validation_sentence(error, where)) from None
+
+
+def dump_config(config: Section) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of a schema as (dotted key, default, description); `functions[].weight` is a key of list items."""
+    for name, info in schema.model_fields.items():
+        section = _section_of(info)
+        if section is None:
+            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True)
+            yield prefix + name, default.removesuffix("\n...\n").strip(), _described(info)
+            item = _item_section_of(info)
+            if item is not None:
+                yield from describe_keys(item, f"{prefix}{name}[].")
+        else:
+            yield from describe_keys(section, f"{prefix}{name}.")
+
+
+def _section_of(info: FieldInfo) -> type[Section] | None:
+    annotation = info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _item_section_of(info: FieldInfo) -> type[Section] | None:
+    """The section that each item of a list is, or None."""
+    items = get_args(info.annotation) if get_origin(info.annotation) is list else ()
+    return items[0] if items and isinstance(items[0], type) and issubclass(items[0], Section) else None
+
+
+def _described(info: FieldInfo) -> str:
+    choices = list(_choices(info.annotation))
+    return (info.description or "") + (f" ({', '.join(choices)})" if choices else "")
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The values of the `Literal` in a type, at any depth."""
+    for argument in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield str(argument)
+        else:
+            yield from _choices(argument)
+
+
+def _unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        info = schema.model_fields.get(str(name))
+        if info is None:
+            yield f"{prefix}{name}"
+            continue
+        section, item = _section_of(info), _item_section_of(info)
+        if section is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(section, value, f"{prefix}{name}.")
+        if item is not None and isinstance(value, list):
+            for i, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    yield from _unknown_keys(item, entry, f"{prefix}{name}[{i}].")
+
+
+def _unknown_key_sentence(schema: type[Section], unknown: str) -> str:
+    known = [key for key, _, _ in describe_keys(schema)]
+    sections = [name for name, info in schema.model_fields.items() if _section_of(info)]
+    close = difflib.get_close_matches(unknown, known + sections, n=1, cutoff=0.6)
+    leaf = unknown.rsplit(".", 1)[-1]
+    close = close or [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
+    hint = f"did you mean `{close[0]}`?" if close else "--help-config lists the keys"
+    return f"unknown key `{unknown}`; {hint}"
+
+
+def _validation_sentence(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem[:1].lower() + problem[1:]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{key}` in {where}; --help-config lists the keys"
+    if first["type"] == "missing":
+        return f"`{key}` is needed in {where}, and is not there"
+    if not key:
+        return f"{problem} (in {where})"
+    if first["type"] == "value_error":
+        return f"`{key}` in {where}: {problem}"
+    return f"`{key}` in {where}: {problem}, not {first['input']!r}"

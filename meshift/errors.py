@@ -32,6 +32,16 @@ class SaveError(MeshiftError):
     """A model could not be written, though the run was right: the disk is full, or the folder has gone."""
 
 
+class CheckpointError(InputError):
+    """A checkpoint is torn, was changed since it was written, or belongs to another run."""
+
+
+class StoppedRunError(MeshiftError):
+    """The machine asked the run to end (SIGTERM), and it did. The exit code is a shell's for SIGTERM."""
+
+    exit_code = 143
+
+
 class RewardError(MeshiftError):
     """A reward function raised, or returned something that is no list of numbers."""
 

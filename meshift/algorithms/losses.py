@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from meshift.batch import Batch, Ragged
 from meshift.training.engine import LossSums, mean_over_updates
 from meshift.training.readings import PairScores, TokenLogprobs, TokenValues
+from meshift.training.text_readings import (
+    SIDES,
+    PairLogprobs,
+    TrainedTokens,
+    num_completion_tokens,
+    num_trained_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +133,44 @@ class ValueLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairwiseLoss:
-    """Bradley-Terry: -log sigmoid(score(chosen) - score(rejected)), a mean over pairs."""
+class TokenCrossEntropy:
+    """Maximum likelihood: -log p(token | all before it), a mean over the mini-batch's trained tokens."""
 
+    reading: TrainedTokens = field(default_factory=TrainedTokens)
+
+    def count(self, batch: Batch) -> int:
+        """Trained tokens."""
+        return int(num_trained_tokens(batch).sum())
+
+    def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
+        """See the class."""
+        del batch  # everything is in the log-probs
+        return LossSums(total=-outputs["logprobs"].values.sum(), sums={"correct": outputs["correct"].values.sum()})
+
+    def stop_reason(self, stats: Mapping[str, float]) -> str | None:
+        """Never stopped."""
+        del stats
+        return None
+
+    def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Loss in nats per token, and the share of trained tokens that were the likeliest."""
+        return {
+            "loss": mean_over_updates(updates, "loss"),
+            "mean_token_accuracy": mean_over_updates(updates, "correct"),
+            "grad_norm": mean_over_updates(updates, "grad_norm"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseLoss:
+    """Bradley-Terry with margins, weights and centring, a mean over pairs.
+
+    weight * (-log sigmoid(score(chosen) - score(rejected) - required) + c * (score(chosen) + score(rejected))^2).
+    The required margin is Touvron et al. 2023 (Llama 2, equation 2), the centring with coefficient c
+    Eisenstein et al. 2023 (equation 2). Keys `required_margin` [1] (default 0) and `pair_weight` [1] (default 1).
+    """
+
+    center_rewards_coefficient: float = 0.0
     reading: PairScores = field(default_factory=PairScores)
 
     def count(self, batch: Batch) -> int:
@@ -135,18 +179,13 @@ class PairwiseLoss:
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
-        del batch  # everything is in the scores
         chosen, rejected = outputs["chosen_scores"].values, outputs["rejected_scores"].values
-        margin = chosen - rejected
-        total = -F.logsigmoid(margin).sum()
-        fixed = margin.detach()
-        sums = {
-            "accuracy": (fixed > 0).sum(),
-            "margin": fixed.sum(),
-            "chosen": chosen.detach().sum(),
-            "rejected": rejected.detach().sum(),
-        }
-        return LossSums(total=total, sums=sums)
+        required = _pair_numbers(batch, "required_margin", 0.0, chosen)
+        per_pair = -F.logsigmoid(chosen - rejected - required)
+        if self.center_rewards_coefficient > 0:
+            per_pair = per_pair + self.center_rewards_coefficient * (chosen + rejected).square()
+        total = (_pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
+        return LossSums(total=total, sums=_preference_sums(chosen.detach(), rejected.detach()))
 
     def stop_reason(self, stats: Mapping[str, float]) -> str | None:
         """Never stopped."""
@@ -155,14 +194,92 @@ class PairwiseLoss:
 
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Loss, accuracy and margin under the field's names."""
-        accuracy, margin = mean_over_updates(updates, "accuracy"), mean_over_updates(updates, "margin")
-        return {
-            "loss": mean_over_updates(updates, "loss"),
-            "accuracy": accuracy,
-            "margin": margin,
-            "rewards/accuracies": accuracy,
-            "rewards/margins": margin,
-            "rewards/chosen": mean_over_updates(updates, "chosen"),
-            "rewards/rejected": mean_over_updates(updates, "rejected"),
-            "grad_norm": mean_over_updates(updates, "grad_norm"),
-        }
+        return _preference_metrics(updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOLoss:
+    """Direct preference optimisation, a mean over pairs of weight * loss.
+
+    With d = log p(completion) - log p_ref(completion), a sum over its tokens, of chosen (w) and rejected (l):
+    sigmoid: -(1 - s) log sigmoid(beta (d_w - d_l)) - s log sigmoid(-beta (d_w - d_l)), Rafailov et al. 2023,
+    equation 7, with label smoothing s as in cDPO (Mitchell 2023, equation 3);
+    ipo: (d_w / T_w - d_l / T_l - 1 / (2 beta))^2, Azar et al. 2023, equation 17, with beta for its tau and with
+    log-ratios per completion token (T tokens), as TRL has it, so that a config from there means the same.
+    The reward of a completion is beta * d, of either loss. Weights are the key `pair_weight` [1] (default 1).
+    """
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    reading: PairLogprobs = field(default_factory=PairLogprobs)
+
+    def count(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch)
+
+    def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
+        """See the class."""
+        chosen, rejected = (outputs[key].values for key in self.reading.keys)
+        chosen_ratio = chosen - batch["ref_chosen_logps"].values.to(chosen)
+        rejected_ratio = rejected - batch["ref_rejected_logps"].values.to(rejected)
+        if self.loss_type == "ipo":
+            per_pair = self._ipo(chosen_ratio, rejected_ratio, batch)
+        else:
+            per_pair = self._sigmoid(chosen_ratio, rejected_ratio)
+        total = (_pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
+        sums = _preference_sums(self.beta * chosen_ratio.detach(), self.beta * rejected_ratio.detach())
+        sums |= {"chosen_logps": chosen.detach().sum(), "rejected_logps": rejected.detach().sum()}
+        return LossSums(total=total, sums=sums)
+
+    def _sigmoid(self, chosen_ratio: Tensor, rejected_ratio: Tensor) -> Tensor:
+        margin = self.beta * (chosen_ratio - rejected_ratio)
+        return -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
+
+    def _ipo(self, chosen_ratio: Tensor, rejected_ratio: Tensor, batch: Batch) -> Tensor:
+        num_tokens = (num_completion_tokens(batch, side).clamp(min=1).to(chosen_ratio) for side in SIDES)
+        per_token = [ratio / n for ratio, n in zip((chosen_ratio, rejected_ratio), num_tokens, strict=True)]
+        return (per_token[0] - per_token[1] - 1 / (2 * self.beta)).square()
+
+    def stop_reason(self, stats: Mapping[str, float]) -> str | None:
+        """Never stopped."""
+        del stats
+        return None
+
+    def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """As a reward model's, of the implicit rewards; and log-probs, summed over each completion."""
+        logps = {f"logps/{side}": mean_over_updates(updates, f"{side}_logps") for side in SIDES}
+        return _preference_metrics(updates) | logps
+
+
+def share_won(margin: Tensor) -> Tensor:
+    """1 where the chosen text is ahead, 0 where it is behind, a half for a tie: whoever cannot tell guesses."""
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
+
+
+def _pair_numbers(batch: Batch, key: str, default: float, like: Tensor) -> Tensor:
+    return batch[key].values.to(like) if key in batch else torch.full_like(like, default)
+
+
+def _preference_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    margin = chosen - rejected
+    return {
+        "accuracy": share_won(margin).sum(),
+        "margin": margin.sum(),
+        "chosen": chosen.sum(),
+        "rejected": rejected.sum(),
+    }
+
+
+def _preference_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    accuracy, margin = mean_over_updates(updates, "accuracy"), mean_over_updates(updates, "margin")
+    return {
+        "loss": mean_over_updates(updates, "loss"),
+        "accuracy": accuracy,
+        "margin": margin,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": margin,
+        "rewards/chosen": mean_over_updates(updates, "chosen"),
+        "rewards/rejected": mean_over_updates(updates, "rejected"),
+        "grad_norm": mean_over_updates(updates, "grad_norm"),
+    }

@@ -111,18 +111,19 @@ class PPO:
     def advantages(self, batch: Batch) -> Outcome:
         """Scores and KL to rewards per token, to advantages and normalised returns, over the whole batch."""
         ppo = self.config.ppo
-        scores = self._total_score(batch)
+        scores, judged = self._total_score(batch)
         truncated = batch["truncated"].values.bool() & (not ppo.length_limit_is_end)
         rewarded, scored = self._truncation_rule(scores.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
+        scored = scored & judged
         logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
         penalty = kl_estimate(logprobs.values, ref_logprobs.values, ppo.kl_estimator)
         rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
-        values = self._values(batch["values"], truncated)
+        values = self._values(batch["values"], truncated | ~judged)
         advantages, returns = gae(rewards, values, ppo.gamma, ppo.lam)
         self.value_norm.update(returns.values)
         kl = Ragged(logprobs.values - ref_logprobs.values, logprobs.lengths).sum_rows()
         metrics = {
-            **self._score_metrics(batch, scores),
+            **self._score_metrics(batch, scores[judged]),
             "objective/kl": float(kl.mean()),
             "objective/kl_coef": self.kl.coef,
             "objective/rlhf_reward": float((rewarded * scored).mean() - self.kl.coef * kl.mean()),
@@ -151,13 +152,17 @@ class PPO:
         self.kl.load_state_dict(state["kl"])
         self.value_norm.load_state_dict(state["value_norm"])
 
-    def _total_score(self, batch: Batch) -> Tensor:
-        total = torch.zeros(len(batch))
+    def _total_score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each row's score, and whether anything scored it: where no function did, `function_scores` is NaN."""
+        total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
         if "model_scores" in batch:
             total = total + self.config.reward.weight * batch["model_scores"].values
+            judged = ~judged
         if "function_scores" in batch:
-            total = total + batch["function_scores"].values
-        return total
+            given = ~batch["function_scores"].values.isnan()
+            total = total + torch.where(given, batch["function_scores"].values, 0.0)
+            judged = judged | given
+        return total, judged
 
     def _truncation_rule(self, scores: Tensor, truncated: Tensor) -> tuple[Tensor, Tensor]:
         penalty = self.config.ppo.missing_eos_penalty
@@ -165,10 +170,10 @@ class PPO:
             return scores, ~truncated
         return torch.where(truncated, scores - penalty, scores), torch.ones_like(truncated)
 
-    def _values(self, raw: Ragged, truncated: Tensor) -> Ragged:
+    def _values(self, raw: Ragged, open_ended: Tensor) -> Ragged:
         values = self.value_norm.denormalise(raw.values).clone()  # not the batch's own
         last = raw.starts + raw.lengths - 1
-        values[last[~truncated]] = 0.0  # nothing comes after an end
+        values[last[~open_ended]] = 0.0  # nothing comes after an end
         return Ragged(values, raw.lengths)
 
     def _controlled_kl(self, kl: Tensor, lengths: Tensor) -> float:

@@ -29,7 +29,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--echo", action="store_true", help="print the prompt before its completion")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     add("--num-generations", type=int, default=1, metavar="N", help="completions per prompt; default 1")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token, always")
+    add_sampling_options(parser, temperature=0.0)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    """How tokens are drawn, and the type that is computed in; `temperature` is the default."""
+    add = parser.add_argument
+    shown = f"default {temperature:g}" + ("; 0:" if temperature else ":") + " the likeliest token, always"
+    add("--temperature", type=float, default=temperature, metavar="T", help=shown)
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; default 0: all")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that reach mass P")
     add("--seed", type=int, default=0, help="default 0; the same seed gives the same texts")
@@ -45,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.num_generations > 1 and args.temperature == 0:
         raise UsageError("--num-generations needs --temperature above 0: greedy completions are all the same")
-    params = _params(args)
+    params = sampling_params(args, args.max_new_tokens)
     texts = complete(args, params, prompts)
     for i, text in enumerate(texts):
         if len(texts) > 1:
@@ -63,7 +70,7 @@ def complete(args: argparse.Namespace, params: SamplingParams, prompts: Sequence
 
     tokenizer = open_tokenizer(args.model)
     rows = [_tokenise(tokenizer, prompt, chat=args.chat) for prompt in prompts]
-    engine = GenerationEngine(open_model(args.model, "lm", _dtype(args.dtype)))
+    engine = GenerationEngine(open_model(args.model, "lm", dtype_named(args.dtype)))
     params = dataclasses.replace(params, stop_token_ids=stop_token_ids(args.model, tokenizer))
     completions = engine.generate(rows, params, seed=args.seed, num_generations=args.num_generations)
     sources = [row for row in rows for _ in range(args.num_generations)]
@@ -71,11 +78,12 @@ def complete(args: argparse.Namespace, params: SamplingParams, prompts: Sequence
     return [_text(tokenizer, row, completion.tokens, echo=args.echo) for row, completion in pairs]
 
 
-def _params(args: argparse.Namespace) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, max_new_tokens: int) -> SamplingParams:
+    """What the options of `add_sampling_options` say. Raises `ConfigError` for one out of range."""
     from meshift.generation.params import SamplingParams
 
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+        max_new_tokens=max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
     )
 
 
@@ -134,7 +142,8 @@ def _text(tokenizer: PreTrainedTokenizerFast, prompt: list[int], tokens: list[in
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """The compute type of an option --dtype."""
     from meshift.runtime.models import compute_dtype, device_for_run
 
     # On a CPU auto is exact, so that the greedy text is the one that `transformers` gives.

@@ -12,18 +12,26 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from meshift import __version__
+from meshift.cli.chat import CHAT
+from meshift.cli.check import CHECK
 from meshift.cli.command import DOCS, Command, Parser, UsageError, did_you_mean, parse_command, refuse_unknown
+from meshift.cli.convert import CONVERT
+from meshift.cli.env import ENV
 from meshift.cli.generate import GENERATE
-from meshift.cli.train import PPO, REWARD
+from meshift.cli.report import REPORT
+from meshift.cli.train import DPO, PPO, REWARD, SFT
 from meshift.errors import MeshiftError
 
-COMMANDS: Mapping[str, Command] = MappingProxyType({c.name: c for c in (REWARD, PPO, GENERATE)})
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {c.name: c for c in (SFT, REWARD, DPO, PPO, GENERATE, CHAT, REPORT, CONVERT, CHECK, ENV)}
+)
 
 EXAMPLE = """\
 examples:
   meshift reward --config recipes/quickstart_reward.yaml --dry-run
   meshift ppo --config run.yaml actor.learning_rate=1e-6 max_steps=100
-  meshift generate --model runs/ppo/final --prompt "The film was"
+  meshift check recipes/*.yaml
+  meshift chat --model runs/ppo/final --system "Be brief."
 """
 
 

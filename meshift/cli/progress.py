@@ -28,7 +28,9 @@ SHOWN = {
     "reward/mean": "reward",
     "objective/kl": "kl",
     "loss": "loss",
+    "mean_token_accuracy": "accuracy",
     "accuracy": "accuracy",
+    "eval/loss": "held-out loss",
     "eval/accuracy": "held-out",
 }
 
@@ -58,6 +60,7 @@ class RichObserver:
         self._total = 0
         self._started = 0.0
         self._last_line = float("-inf")
+        self._first: int | None = None
         self.num_done = 0
 
     def __enter__(self) -> Self:
@@ -75,7 +78,7 @@ class RichObserver:
     def on_start(self, total_steps: int, title: str) -> None:
         """Draw the bar, or print the title."""
         self._total, self._started, self.num_done = total_steps, self._clock(), 0
-        self._last_line = float("-inf")
+        self._last_line, self._first = float("-inf"), None
         if self._console.is_terminal:
             self._task = self._bar.add_task(title, total=total_steps, reading="", call="")
             self._bar.start()
@@ -90,6 +93,7 @@ class RichObserver:
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Advance; show reward and KL, or loss and accuracy."""
+        self._first = step if self._first is None else self._first  # not 0 in a run that was resumed
         self.num_done = step + 1
         reading = "  ".join(f"{short} {metrics[key]:.3g}" for key, short in SHOWN.items() if key in metrics)
         if self._task is not None:
@@ -104,7 +108,7 @@ class RichObserver:
 
     def _times(self) -> str:
         elapsed = self._clock() - self._started
-        remaining = elapsed / self.num_done * (self._total - self.num_done)
+        remaining = elapsed / (self.num_done - (self._first or 0)) * (self._total - self.num_done)
         return f"elapsed {_clock_time(elapsed)}  eta {_clock_time(remaining)}"
 
     def _line(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`meshift ppo` and `meshift reward`: a config to a run, shown on the terminal.
+"""`meshift sft`, `reward`, `dpo` and `ppo`: a config to a run, shown on the terminal.
 
 It knows nothing of how a run works. What needs torch is imported when the config has been found right.
 """
@@ -6,6 +6,7 @@ It knows nothing of how a run works. What needs torch is imported when the confi
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from meshift.cli.command import Command, InterruptedRunError, UsageError
 from meshift.cli.tables import print_keys, print_metrics, print_rows
 from meshift.config.loading import load_config
-from meshift.config.runs import PPORunConfig, RewardRunConfig, RunConfig
+from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.errors import MeshiftError
 
 if TYPE_CHECKING:
     from meshift.cli.progress import RichObserver
@@ -26,8 +28,13 @@ CLOSING_METRICS = (
     "objective/kl",
     "response_length/mean",
     "loss",
+    "mean_token_accuracy",
     "accuracy",
+    "margin",
+    "eval/loss",
+    "eval/perplexity",
     "eval/accuracy",
+    "eval/margin",
     "perf/time_per_step",
 )
 
@@ -64,6 +71,7 @@ class Training:
         if args.help_config:
             print_keys(self.schema)
             return 0
+        _read_resume(args)
         file = next(
             (word for word in args.overrides if word.endswith((".yaml", ".yml")) and "=" not in word), None
         )
@@ -75,10 +83,10 @@ class Training:
         from meshift.runtime.run_folder import check_output_dir
 
         # Before torch is imported and models are read: whoever mistyped should not have to wait.
-        check_output_dir(Path(config.output_dir), overwrite=config.overwrite_output_dir)
+        check_output_dir(Path(config.output_dir), overwrite=config.overwrite_output_dir or config.resume)
         run, check = self.load()
         if args.dry_run:
-            print_rows("dry run: nothing was trained", check(config))
+            print_rows("dry run: nothing was trained", [*check(config), *_start(config)])
         else:
             _run_and_show(run, config)
         return 0
@@ -87,12 +95,37 @@ class Training:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
     parser.add_argument("--dry-run", action="store_true", help="check config, data and models; train nothing")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint; a run's folder may stand for --config",
+    )
     parser.add_argument("--help-config", action="store_true", help="list every key, its default and its meaning")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key, over what the file says")
 
 
+def _read_resume(args: argparse.Namespace) -> None:
+    """`--resume runs/ppo` is the config in that folder, with that folder as output_dir."""
+    if not args.resume:
+        return
+    folder = next((word for word in args.overrides if "=" not in word and Path(word).is_dir()), None)
+    if folder is not None and args.config is None:
+        args.overrides.remove(folder)
+        args.config = str(Path(folder) / "config.yaml")
+        args.overrides.append(f"output_dir={folder}")
+    args.overrides.append("resume=true")
+
+
+def _start(config: RunConfig) -> list[tuple[str, str]]:
+    """Where a resumed run would go on, as a row of the dry run."""
+    from meshift.runtime.resume import find_start
+
+    return [("resume", "; ".join(find_start(config).notes))] if config.resume else []
+
+
 def _run_and_show(run: Run, config: RunConfig) -> None:
     from meshift.cli.progress import RichObserver
+    from meshift.report.write import REPORT, write_report
 
     with RichObserver() as observer:
         try:
@@ -102,13 +135,23 @@ def _run_and_show(run: Run, config: RunConfig) -> None:
     chosen = {key: result.metrics[key] for key in CLOSING_METRICS if key in result.metrics}
     print_metrics("last step", chosen)
     print(f"model    {result.final_dir}\nmetrics  {result.output_dir / 'metrics.jsonl'}")
+    try:
+        print(f"report   {write_report([result.output_dir], result.output_dir / REPORT)}")
+    except MeshiftError as error:  # the run itself is done and saved
+        print(f"meshift: no report was written: {error}", file=sys.stderr)
 
 
 def _kept(observer: RichObserver, output_dir: str) -> str:
-    if observer.num_done == 0:
+    from meshift.runtime.checkpoints import latest_name
+
+    latest = latest_name(Path(output_dir))
+    if observer.num_done == 0 and latest is None:
         return f"interrupted before the first step was done; {output_dir} has nothing of this run"
+    if observer.num_done == 0:
+        return f"interrupted; --resume goes on from {output_dir}/{latest}"
     steps = "step 1" if observer.num_done == 1 else f"steps 1 to {observer.num_done}"
-    return f"interrupted; {output_dir} keeps config, metrics and samples of {steps}, but no model"
+    model = "but no model" if latest is None else f"and {latest}; --resume goes on from there"
+    return f"interrupted; {output_dir} keeps config, metrics and samples of {steps}, {model}"
 
 
 def _load_ppo() -> tuple[Run, Check]:
@@ -121,6 +164,18 @@ def _load_reward() -> tuple[Run, Check]:
     from meshift.runtime.reward_run import check_reward, run_reward
 
     return run_reward, check_reward
+
+
+def _load_sft() -> tuple[Run, Check]:
+    from meshift.runtime.sft_run import check_sft, run_sft
+
+    return run_sft, check_sft
+
+
+def _load_dpo() -> tuple[Run, Check]:
+    from meshift.runtime.dpo_run import check_dpo, run_dpo
+
+    return run_dpo, check_dpo
 
 
 PPO = Command(
@@ -141,10 +196,37 @@ REWARD = Command(
     summary="train a reward model from preference pairs",
     description=(
         "Train a reward model (Bradley-Terry) from rows of prompt, chosen and rejected, and report its\n"
-        "accuracy on held-out pairs. Writes metrics.jsonl, TensorBoard curves and final/, a plain\n"
-        "Hugging Face folder that `reward.model_name_or_path` of `meshift ppo` takes."
+        "accuracy on held-out pairs. The columns margin and weight are used where rows have them. Writes\n"
+        "metrics.jsonl, TensorBoard curves and final/, a plain Hugging Face folder that\n"
+        "`reward.model_name_or_path` of `meshift ppo` takes."
     ),
     example="meshift reward --config reward.yaml data.batch_size=32 max_steps=200",
     configure=_configure,
     run=Training(schema=RewardRunConfig, load=_load_reward),
+)
+SFT = Command(
+    name="sft",
+    summary="fine-tune a model on demonstrations",
+    description=(
+        "Fine-tune a model on texts: rows of messages, of prompt and completion, or of plain text, and\n"
+        "report loss and perplexity on held-out ones. The prompt is not trained on; data.loss_on says\n"
+        "what is. Texts are packed without padding and never see each other. Writes metrics.jsonl,\n"
+        "TensorBoard curves and final/, a plain Hugging Face folder."
+    ),
+    example="meshift sft --config sft.yaml data.loss_on=assistant num_train_epochs=2",
+    configure=_configure,
+    run=Training(schema=SFTRunConfig, load=_load_sft),
+)
+DPO = Command(
+    name="dpo",
+    summary="align a model on preference pairs by DPO or IPO, without sampling",
+    description=(
+        "Align a model on rows of prompt, chosen and rejected: it is trained to prefer the chosen text\n"
+        "more than a reference does (DPO, with label smoothing if you like, or IPO). Reports accuracy and\n"
+        "margin on held-out pairs. Writes metrics.jsonl, TensorBoard curves and final/, a plain Hugging\n"
+        "Face folder."
+    ),
+    example="meshift dpo --config dpo.yaml dpo.beta=0.05 dpo.precompute_ref_log_probs=true",
+    configure=_configure,
+    run=Training(schema=DPORunConfig, load=_load_dpo),
 )

@@ -13,12 +13,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from meshift.config.section import Section
 from meshift.errors import ConfigError
 from meshift.yaml_values import apply_override, read_yaml
 
 C = TypeVar("C", bound=Section)
+LONGEST_SHOWN = 100
 
 
 def load_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
@@ -44,6 +46,22 @@ def make_config(schema: type[C], values: Mapping[str, Any], where: str = "the co
         return schema.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(_validation_sentence(error, where)) from None
+
+
+def config_problems(
+    schema: type[Section], values: Mapping[str, Any], where: str = "the configuration"
+) -> list[str]:
+    """One sentence for each thing that `make_config` would refuse; empty where it takes the values."""
+    problems = [_unknown_key_sentence(schema, key) for key in _unknown_keys(schema, values)]
+    try:
+        schema.model_validate(dict(values))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            if detail["type"] != "extra_forbidden":  # the unknown keys, which are told better above
+                problems.append(_detail_sentence(detail, where))
+        if not problems:
+            problems.append(_validation_sentence(error, where))
+    return problems
 
 
 def dump_config(config: Section) -> str:
@@ -112,13 +130,16 @@ def _unknown_key_sentence(schema: type[Section], unknown: str) -> str:
     leaf = unknown.rsplit(".", 1)[-1]
     close = close or [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
     hint = f"did you mean `{close[0]}`?" if close else "--help-config lists the keys"
-    return f"unknown key `{unknown}`; {hint}"
+    return f"unknown key `{_on_one_line(unknown)}`; {hint}"
 
 
 def _validation_sentence(error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    problem = first["msg"].removeprefix("Value error, ")
+    return _detail_sentence(error.errors(include_url=False)[0], where)
+
+
+def _detail_sentence(first: ErrorDetails, where: str) -> str:
+    key = _on_one_line(".".join(str(part) for part in first["loc"]))
+    problem = " ".join(first["msg"].removeprefix("Value error, ").split())
     problem = problem[:1].lower() + problem[1:]
     if first["type"] == "extra_forbidden":
         return f"unknown key `{key}` in {where}; --help-config lists the keys"
@@ -128,4 +149,10 @@ def _validation_sentence(error: ValidationError, where: str) -> str:
         return f"{problem} (in {where})"
     if first["type"] == "value_error":
         return f"`{key}` in {where}: {problem}"
-    return f"`{key}` in {where}: {problem}, not {first['input']!r}"
+    return f"`{key}` in {where}: {problem}, not {_on_one_line(repr(first['input']))}"
+
+
+def _on_one_line(text: str) -> str:
+    """What a user wrote, so that a sentence can hold it: line breaks and their like escaped, its end left out."""
+    shown = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."

@@ -5,21 +5,28 @@ It knows nothing of YAML, nor of how a run goes.
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from meshift.config.section import Section
 from meshift.config.sections import (
     CriticConfig,
     DataConfig,
+    DemonstrationDataConfig,
+    DPOActorConfig,
+    DPOConfig,
     DType,
     GenerationConfig,
+    HeldOutDataConfig,
     PairDataConfig,
     PPOConfig,
     PromptDataConfig,
     ReferenceConfig,
     RewardConfig,
+    RewardLossConfig,
+    SFTModelConfig,
     TrainableConfig,
 )
 
@@ -34,9 +41,19 @@ class RunConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads (null: all cores)")
     max_steps: int | None = Field(None, ge=1, description="steps of the run (null: from num_train_epochs)")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is null")
-    report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="besides metrics.jsonl")
+    save_steps: int | None = Field(None, ge=1, description="steps between two checkpoints (null: only `final/`)")
+    save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept, the newest (null: all)")
+    resume: bool = Field(False, description="go on from the last whole checkpoint in output_dir (`--resume`)")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="besides metrics.jsonl")
     num_logged_samples: int = Field(8, ge=0, description="completions per step written to samples.jsonl")
     data: DataConfig
+
+    @field_validator("report_to")
+    @classmethod
+    def _is_installed(cls, names: list[str]) -> list[str]:
+        if "wandb" in names and find_spec("wandb") is None:
+            raise ValueError("wandb is not installed; run pip install 'meshift[wandb]', or take it out")
+        return names
 
 
 class PPORunConfig(RunConfig):
@@ -49,11 +66,16 @@ class PPORunConfig(RunConfig):
     reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()
     ppo: PPOConfig = PPOConfig()
+    num_report_prompts: int = Field(
+        4, ge=0, description="prompts that are completed again through the run, for the report (0: none)"
+    )
+    report_samples_every: int | None = Field(
+        None, ge=1, description="steps between two such completions (null: first, last and a few between)"
+    )
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> PPORunConfig:
-        if self.actor.model_name_or_path is None:
-            raise ValueError("`actor.model_name_or_path` is needed")
+        _need_model("actor", self.actor)
         if self.reward.model_name_or_path is None and not self.reward.functions:
             raise ValueError("a reward is needed: `reward.model_name_or_path`, `reward.functions`, or both")
         sequences = self.data.batch_size * self.generation.num_generations
@@ -64,15 +86,63 @@ class PPORunConfig(RunConfig):
         return self
 
 
-class RewardRunConfig(RunConfig):
+class HeldOutRunConfig(RunConfig):
+    """A run on given rows, which may be measured on others."""
+
+    eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
+    data: HeldOutDataConfig
+
+    @model_validator(mode="after")
+    def _has_rows_to_evaluate_on(self) -> Self:
+        if self.eval_steps is not None and self.data.eval_dataset_name is None:
+            raise ValueError("`eval_steps` is set without `data.eval_dataset_name`; name held-out rows")
+        return self
+
+
+class SFTRunConfig(HeldOutRunConfig):
+    """`meshift sft`: supervised fine-tuning on demonstrations."""
+
+    data: DemonstrationDataConfig
+    model: SFTModelConfig
+
+    @model_validator(mode="after")
+    def _has_model(self) -> SFTRunConfig:
+        _need_model("model", self.model)
+        return self
+
+
+class RewardRunConfig(HeldOutRunConfig):
     """`meshift reward`: a Bradley-Terry reward model from preference pairs."""
 
     data: PairDataConfig
     model: TrainableConfig
-    eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
+    reward: RewardLossConfig = RewardLossConfig()
 
     @model_validator(mode="after")
     def _has_model(self) -> RewardRunConfig:
-        if self.model.model_name_or_path is None:
-            raise ValueError("`model.model_name_or_path` is needed")
+        _need_model("model", self.model)
         return self
+
+
+class DPORunConfig(HeldOutRunConfig):
+    """`meshift dpo`: direct preference optimisation, with a reference and without sampling."""
+
+    data: PairDataConfig
+    actor: DPOActorConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    dpo: DPOConfig = DPOConfig()
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> DPORunConfig:
+        _need_model("actor", self.actor)
+        if self.dpo.precompute_ref_log_probs and self.reference.sync_ref_model:
+            raise ValueError(
+                "`dpo.precompute_ref_log_probs` is for a reference that stands still, and "
+                "`reference.sync_ref_model` moves it; set one of them to false"
+            )
+        return self
+
+
+def _need_model(section: str, model: TrainableConfig) -> None:
+    if model.model_name_or_path is None:
+        raise ValueError(f"`{section}.model_name_or_path` is needed")

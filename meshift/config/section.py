@@ -5,9 +5,9 @@ It knows nothing of which keys there are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -23,3 +23,13 @@ class Section(BaseModel):
             if isinstance(value, str) and "\0" in value:  # no path may hold one, and no text needs one
                 raise ValueError(f"`{key}` holds a NUL character; remove it")
         return {} if values is None else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would take `batch_size: yes` for 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and types & {int, float} and bool not in types:
+            raise ValueError(f"write a number, not {value}")
+        return value

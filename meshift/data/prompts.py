@@ -3,15 +3,21 @@
 It knows nothing of sampling, rewards or batches.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from meshift.data.chat import Messages, check_messages, encode, render
+from meshift.data.chat import Conversation, Messages, check_asks, encode
+from meshift.data.columns import has, missing, text_or_messages, tools
 from meshift.data.dataset import dataset_rows, warn_left_out
+from meshift.data.exchanges import Encoder
+from meshift.data.pairs import split_pair
 from meshift.data.rows import Row
 from meshift.errors import DataError
+
+ANSWER_COLUMNS = ("ground_truth", "answer", "label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,44 +49,76 @@ class PromptData:
 
 
 def load_prompts(
-    dataset_name: str, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int, limit: int | None = None
+    dataset_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
 ) -> PromptData:
     """Read and tokenise the column `prompt` (a text, tokenised as it is, or messages, by the chat template).
+
+    `apply_chat_template` makes messages of texts (`Encoder`). Where there is no `prompt`, preference rows give
+    the one their responses share. The other columns are kept, with the ground truth under all its names
+    (`with_answers`).
 
     Prompts of more than `max_prompt_length` tokens are left out, counted and logged; `limit` is how many
     prompts are kept at most. Raises DataError naming file and line of a prompt that is missing, blank or of
     another type, and when no prompt is left.
     """
-    rows = dataset_rows(dataset_name)
+    encoder = Encoder(tokenizer=tokenizer, apply_chat_template=apply_chat_template)
     prompts: list[Prompt] = []
     overlong: list[str] = []
-    for row in rows:
+    for row in dataset_rows(dataset_name):
         if len(prompts) == limit:
             break
-        prompt = _prompt(row, tokenizer)
+        prompt = _prompt(row, encoder)
         if len(prompt.tokens) > max_prompt_length:
             overlong.append(row.where)
         else:
             prompts.append(prompt)
-    warn_left_out(f"prompts of more than max_prompt_length={max_prompt_length} tokens", overlong, len(rows))
+    num_rows = len(prompts) + len(overlong)
+    warn_left_out(f"prompts of more than max_prompt_length={max_prompt_length} tokens", overlong, num_rows)
     if not prompts:
         raise DataError(
-            f"{dataset_name}: none of {len(rows)} prompts has at most max_prompt_length={max_prompt_length} "
+            f"{dataset_name}: none of {num_rows} prompts has at most max_prompt_length={max_prompt_length} "
             "tokens: raise max_prompt_length."
         )
     return PromptData(prompts=prompts, overlong=tuple(overlong))
 
 
-def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    columns = {key: value for key, value in row.values.items() if key != "prompt"}
-    if "prompt" not in row.values:
-        raise DataError(f"{row.where}: the column 'prompt' is missing; the row has {sorted(columns)}.")
-    value = row.values["prompt"]
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{row.where}: 'prompt' is blank: give it a text or remove the row.")
-        tokens = encode(tokenizer, value, opening=True)
+def with_answers(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns, with what is right under each of the names that reward functions ask for it by.
+
+    These are `ground_truth` (verl), `answer` and `label`; verl's rows have it in `reward_model`. A row without any
+    gets none, and one whose columns of these names differ stays as it is.
+    """
+    nested = columns.get("reward_model")
+    verl = nested.get("ground_truth") if isinstance(nested, Mapping) else None
+    given = [v for v in (verl, *(columns.get(name) for name in ANSWER_COLUMNS)) if v not in (None, "")]
+    if not given or any(value != given[0] for value in given):
+        return dict(columns)
+    return {**columns, **dict.fromkeys(ANSWER_COLUMNS, given[0])}
+
+
+def _prompt(row: Row, encoder: Encoder) -> Prompt:
+    columns = with_answers({key: value for key, value in row.values.items() if key != "prompt"})
+    value = _asked(row)
+    if isinstance(value, str) and not encoder.apply_chat_template:
+        tokens = encode(encoder.tokenizer, value, opening=True)
         return Prompt(tokens=tokens, text=value, columns=columns, where=row.where)
-    messages = check_messages(value, "prompt", row.where)
-    text = render(tokenizer, messages, row.where, add_generation_prompt=True)
-    return Prompt(tokens=encode(tokenizer, text), text=text, columns=columns, where=row.where, messages=messages)
+    messages = encoder.prompt_messages(value) if isinstance(value, str) else value
+    check_asks(messages, "prompt", row.where)
+    text = encoder.opening(Conversation(messages=messages, where=row.where, tools=tools(row)))
+    tokens = encode(encoder.tokenizer, text)
+    return Prompt(tokens=tokens, text=text, columns=columns, where=row.where, messages=messages)
+
+
+def _asked(row: Row) -> str | Messages:
+    if not has(row, "prompt") and has(row, "chosen") and has(row, "rejected"):
+        prompt, _, _ = split_pair(row)
+        if prompt:
+            return prompt
+    if "prompt" not in row.values:
+        raise missing(row, "prompt")
+    return text_or_messages(row, "prompt")

@@ -1,6 +1,6 @@
-"""Rows of a data file (JSON Lines, JSON, CSV), each with the line it came from, so that errors can name it.
+"""Rows of a data file (JSON Lines, JSON, CSV, Parquet), each with the line it came from, for errors to name.
 
-It knows file formats only; what a row's columns mean is the business of `prompts` and `preferences`.
+It knows file formats only; what a row's columns mean is the business of `prompts`, `preferences` and their like.
 """
 
 import csv
@@ -8,12 +8,17 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshift.data.parquet import parquet_values
 from meshift.errors import DataError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ROWS_START = re.compile(r'\A\s*\[|"data"\s*:\s*\[')
+BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,7 @@ class Row:
     """One record: columns by name, and where it stands. Example: `Row(values={"text": "Hi"},
     where="a.jsonl:3")`.
 
-    `where` is "path:line"; in a JSON list, whose lines mean little, it is "path:row N", counted from 1.
+    `where` is "path:line"; where lines mean little (JSON lists, Parquet), "path:row N", counted from 1.
     """
 
     values: dict[str, Any]
@@ -29,20 +34,35 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a `.jsonl`, `.json` (a list of objects) or `.csv` file, in order; CSV values are strings.
+    """All rows of a file that `iter_rows` reads. Raises DataError, also where there is none."""
+    rows = list(iter_rows(path))
+    if not rows:
+        raise no_rows(path)
+    return rows
 
-    Blank lines of JSON Lines are skipped. Raises DataError naming file and line for whatever cannot be read.
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a `.jsonl`, `.json` (a list of objects, or {"data": a list}), `.csv` or `.parquet` file.
+
+    JSON Lines and Parquet are read bit by bit. Blank lines of JSON Lines are skipped; CSV values are texts, but
+    for JSON objects and lists of objects. Raises DataError naming file and line for whatever cannot be read, when
+    the reading gets there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
         raise DataError(_missing(path))
     if reader is None:
         raise DataError(f"{path} is of no known format: use one of {', '.join(READERS)}.")
-    rows = reader(path, _text(path))
-    if not rows:
-        raise DataError(f"{path} has no rows: give a file with at least one.")
-    return rows
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+
+
+def no_rows(name: str | Path) -> DataError:
+    """What to say of a dataset without rows."""
+    return DataError(f"{name} has no rows: give a file with at least one.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -64,50 +84,88 @@ def _missing(path: Path) -> str:
     return f"{path} does not exist: {hint}"
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
+def _decode(data: bytes, path: Path, first_line: int) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = first_line + data.count(b"\n", 0, error.start)
         raise DataError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8."
         ) from error
 
 
-def _jsonl(path: Path, text: str) -> list[Row]:
-    rows = []
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: bad JSON ({error}): write one JSON object per line.") from error
-        rows.append(_row(values, where))
-    return rows
+def _text(path: Path) -> str:
+    return _decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), path, 1)
 
 
-def _json(path: Path, text: str) -> list[Row]:
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:  # in bytes, lines end at \n alone; U+2028 and its like may stand in a string
+        for number, data in enumerate(file, start=1):
+            line = _decode(data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data, path, number)
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                values = load_json(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: bad JSON ({error}): write one JSON object per line.") from error
+            yield _row(values, where)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = _text(path)
     try:
-        values = json.loads(text)
+        values = load_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: bad JSON ({error}): write a list of objects.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply; ...
         raise DataError(
-            f"{path}:{_line_of_excess(text)}: bad JSON ({error}): write plain numbers and texts."
+            f"{path}:{_line_of_bad_row(text)}: bad JSON ({error}): write plain numbers and texts."
         ) from error
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        values = values["data"]
     if not isinstance(values, list):
-        raise DataError(f"{path}:1: this JSON is {_kind(values)}: write a list of objects.")
-    return [_row(value, f"{path}:row {number}") for number, value in enumerate(values, start=1)]
+        raise DataError(f'{path}:1: this JSON is {_kind(values)}: write a list of objects, or {{"data": a list}}.')
+    return (_row(value, f"{path}:row {number}") for number, value in enumerate(values, start=1))
 
 
-def _line_of_excess(text: str) -> int:
-    """The line of the longest run of digits or of opening brackets: json does not say where it gave up."""
-    longest = max(re.finditer(r"\d+|(?:[\[{]\s*)+", text), key=lambda run: run.end() - run.start())
-    return text.count("\n", 0, longest.start()) + 1
+def load_json(text: str) -> Any:
+    """`json.loads`, but a key that stands twice in an object is an error, and so is half a surrogate pair."""
+    values = json.loads(text, object_pairs_hook=_object)
+    if "\\ud" in text or "\\uD" in text:
+        _check_characters(values)
+    return values
+
+
+def _check_characters(values: Any) -> None:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(error.object[error.start]):x} is half a character") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return values
+
+
+def _line_of_bad_row(text: str) -> int:
+    """The line on which the first row begins that cannot be loaded: json does not say where it gave up."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    rows = ROWS_START.search(text)
+    position = rows.end() if rows else 0
+    while True:
+        position += len(BETWEEN_ROWS.match(text, position)[0])  # type: ignore[index]
+        try:
+            row, end = decoder.raw_decode(text, position)
+            _check_characters(row)
+        except (ValueError, RecursionError):
+            return text.count("\n", 0, position) + 1
+        position = end
 
 
 def _row(values: Any, where: str) -> Row:
@@ -121,10 +179,9 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _csv(path: Path, text: str) -> list[Row]:
+def _csv(path: Path) -> Iterator[Row]:
     """A quoted field may span lines, so a row's line is where it begins: one after the last one's end."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -132,11 +189,10 @@ def _csv(path: Path, text: str) -> list[Row]:
             if header is None:
                 header = _header(path, fields)
             elif fields:
-                rows.append(_csv_row(header, fields, f"{path}:{line}"))
+                yield _csv_row(header, fields, f"{path}:{line}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: bad CSV ({error}): check the quotes.") from error
-    return rows
+        raise DataError(f"{path}:{line}: bad CSV ({error}): check the quotes, or write JSON Lines.") from error
 
 
 def _header(path: Path, fields: list[str]) -> list[str]:
@@ -152,7 +208,29 @@ def _csv_row(header: list[str], fields: list[str], where: str) -> Row:
         raise DataError(
             f"{where}: {len(fields)} fields under {len(header)} columns: quote fields that hold commas."
         )
-    return Row(values=dict(zip(header, fields, strict=True)), where=where)
+    return Row(values=dict(zip(header, map(_cell, fields), strict=True)), where=where)
 
 
-READERS: dict[str, Callable[[Path, str], list[Row]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+def _cell(text: str) -> Any:
+    """A CSV field: the text, or the JSON object or list of objects (messages) that it is."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        value = load_json(text)
+    except (ValueError, RecursionError):
+        return text  # a text that begins with a bracket
+    objects = value if isinstance(value, list) else [value]
+    return value if objects and all(isinstance(one, dict) for one in objects) else text
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    values = enumerate(parquet_values(path), start=1)
+    return (Row(values=one, where=f"{path}:row {number}") for number, one in values)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

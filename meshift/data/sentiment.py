@@ -7,7 +7,8 @@ others come or go. A review serves one file only, so nothing leaks from the held
     share of reviews    file
     [.00, .04)          prompts-heldout
     [.04, .10)          preferences-heldout
-    [.10, .50)          prompts
+    [.10, .40)          prompts
+    [.40, .50)          demonstrations
     [.50, 1.0)          preferences
 
 Only the IMDB reviews are used: single sentences of critics, which the source also has, teach a reward model that
@@ -27,14 +28,21 @@ from pathlib import Path
 
 from meshift.errors import DataError
 
-RECIPE_VERSION = 6
-FILES = ("preferences", "preferences-heldout", "prompts", "prompts-heldout")
+RECIPE_VERSION = 7
+FILES = ("demonstrations", "preferences", "preferences-heldout", "prompts", "prompts-heldout")
 SOURCES = ("imdb", "rotten_tomatoes")
 IMDB = SOURCES[0]
 
-NUM_ROWS = {"preferences": 6000, "preferences-heldout": 300, "prompts": 8000, "prompts-heldout": 256}
+NUM_ROWS = {
+    "demonstrations": 2000,
+    "preferences": 6000,
+    "preferences-heldout": 300,
+    "prompts": 7000,
+    "prompts-heldout": 256,
+}
 PROMPT_WORDS = (6, 10)
 SNIPPET_WORDS = (8, 32)
+DEMONSTRATION_WORDS = 40
 
 # A snippet with a grade in it ("3/10", "four stars") would teach a policy to write grades instead of reviews.
 GRADE = re.compile(r"\d\s*/\s*\d|\bout of\b|\bstars?\b|\b(?:grade|rating|rated|score)\b", re.IGNORECASE)
@@ -65,7 +73,7 @@ class Review:
 def write_sentiment_files(source: Path, folder: Path) -> None:
     """Write `<name>.jsonl` for each of FILES into `folder`, from the CSV `source` (text, label, source).
 
-    Rows: `{"prompt"}`, or `{"chosen", "rejected"}` with a positive and a negative text of equally many words.
+    Rows: `{"prompt"}`; `{"text"}`; `{"chosen", "rejected"}`, a positive and a negative text of equally many words.
     Raises DataError naming the line of a row that cannot be read.
     """
     by_file = split_reviews(read_reviews(source))
@@ -76,8 +84,10 @@ def write_sentiment_files(source: Path, folder: Path) -> None:
         reviews, num_rows = by_file[name], NUM_ROWS[name]
         if name.startswith("prompts"):
             _write(folder / f"{name}.jsonl", prompt_rows(reviews, num_rows, taken))
-        else:
+        elif name.startswith("preferences"):
             _write(folder / f"{name}.jsonl", preference_rows(reviews, num_rows, taken, opinions))
+        else:
+            _write(folder / f"{name}.jsonl", demonstration_rows(reviews, num_rows))
 
 
 def read_reviews(path: Path) -> list[Review]:
@@ -129,6 +139,13 @@ def prompt_rows(reviews: Sequence[Review], num_rows: int, taken: set[str]) -> It
         if num_left and len(words) > PROMPT_WORDS[1] and _claim(taken, opening):
             num_left -= 1
             yield {"prompt": opening}
+
+
+def demonstration_rows(reviews: Sequence[Review], num_rows: int) -> Iterator[dict[str, str]]:
+    """How reviews begin, whatever they say: their first 40 words, in random order."""
+    long = (review for review in reviews if len(review.text.split()) >= DEMONSTRATION_WORDS)
+    for review in list(_shuffled(long, "demonstration order"))[:num_rows]:
+        yield {"text": " ".join(review.text.split()[:DEMONSTRATION_WORDS])}
 
 
 def preference_rows(
@@ -185,7 +202,9 @@ def _file_of(review: Review) -> str:
         return "prompts-heldout"
     if share < 10:
         return "preferences-heldout"
-    return "prompts" if share < 50 else "preferences"
+    if share < 40:
+        return "prompts"
+    return "demonstrations" if share < 50 else "preferences"
 
 
 def _snippets(reviews: Sequence[Review], opinions: Mapping[str, float]) -> list[tuple[Review, list[str]]]:

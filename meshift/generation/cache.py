@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from meshift.models.attention import AttentionLayer, PackedAttention
+from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention
 from meshift.models.config import DecoderConfig
 
 LENGTH_STEP = 32
@@ -102,8 +102,8 @@ class StepAttention:
     """The attention of one forward pass over rows [one per live sequence | packed prompts | padding].
 
     Live row i belongs to slot i, which holds `live_lengths[i]` positions; its key and value are added
-    there, and it attends to all of them. Prompts attend within themselves; their keys and values are kept
-    for `prefixes`. Padding rows get zeros.
+    there, and it attends to all of them, or to the last ones where the layer has a window. Prompts attend
+    within themselves; their keys and values are kept for `prefixes`. Padding rows get zeros.
     """
 
     def __init__(self, cache: KVCache, live_lengths: Sequence[int], prompt_lengths: Sequence[int]):
@@ -116,8 +116,9 @@ class StepAttention:
         device = cache.keys.device
         self._lengths = torch.tensor(live_lengths, dtype=torch.int64, device=device)
         self._slots = torch.arange(self._num_live, device=device)
+        self._shortest = min(live_lengths, default=0)
         self._reach = round_up(max(live_lengths, default=0) + 1, LENGTH_STEP)
-        self._visible = (torch.arange(self._reach, device=device) <= self._lengths[:, None])[:, None, None]
+        self._seen: dict[int | None, tuple[int, Tensor]] = {}
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `meshift.models.attention.Attention`."""
@@ -138,14 +139,29 @@ class StepAttention:
         keys, values = self._cache.keys[layer.index], self._cache.values[layer.index]
         keys[self._slots, :, self._lengths] = key
         values[self._slots, :, self._lengths] = value
-        attended = F.scaled_dot_product_attention(
-            query.unflatten(1, (key.shape[1], -1)),
-            keys[: self._num_live, :, : self._reach],
-            values[: self._num_live, :, : self._reach],
-            attn_mask=self._visible,
-            scale=layer.scale,
-        )
+        first, visible = self._seen_within(layer.window)
+        keys, values = (x[: self._num_live, :, first : self._reach] for x in (keys, values))
+        if layer.softcap is not None:
+            return capped_attention(query.unsqueeze(2), keys, values, visible.unsqueeze(1), layer).squeeze(2)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=layer.scale)
         return attended.flatten(1, 2)
+
+    def _seen_within(self, window: int | None) -> tuple[int, Tensor]:
+        """The first position to look at, and which of those up to the reach each live row sees.
+
+        The latter is bool [live, 1, 1, positions], made once for all layers of a window.
+        """
+        if window is not None and window >= self._reach:
+            window = None
+        if window not in self._seen:
+            first = 0 if window is None else max(0, self._shortest + 1 - window) // LENGTH_STEP * LENGTH_STEP
+            columns = torch.arange(first, self._reach, device=self._lengths.device)
+            visible = columns <= self._lengths[:, None]
+            if window is not None:
+                visible &= columns > self._lengths[:, None] - window
+            self._seen[window] = (first, visible[:, None, None])
+        return self._seen[window]
 
     def prefixes(self, hidden: Tensor) -> list[Prefix]:
         """One for each prompt of the pass, from the rows [T, hidden] it ended with."""

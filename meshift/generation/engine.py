@@ -4,7 +4,7 @@ Knows nothing of prompts as text (a given `decode` serves stop strings alone), n
 from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ PREFILL_BUDGET = 4096
 
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished sequences and the number of tokens generated so far."""
+Growth = Iterator[Completion]
+"""A completion that has one token more each time it is given."""
 
 
 class GenerationEngine:
@@ -84,18 +86,38 @@ class GenerationEngine:
         if not requests:
             return []
         scheduler = Scheduler(requests, num_slots=self.num_slots, prefill_budget=PREFILL_BUDGET)
+        num_tokens = 0
+        for num_drawn in self._steps(scheduler, requests, params, seed):
+            num_tokens += num_drawn
+            if on_progress:
+                on_progress(len(scheduler.finished), num_tokens)
+        return [scheduler.finished[request.index] for request in requests]
+
+    @torch.inference_mode()
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, seed: int, index: int = 0) -> Growth:
+        """One prompt's completion as it grows: the same object after each token, whole after the last.
+
+        Its tokens are those that `generate` gives with this seed and index, and it raises what that raises.
+        Whoever stops reading stops the generation.
+        """
+        requests = [Request(tokens=prompt, index=index)]
+        check_requests(self.model, requests, params, self._decode)
+        scheduler = Scheduler(requests, num_slots=1, prefill_budget=PREFILL_BUDGET)
+        for _ in self._steps(scheduler, requests, params, seed):
+            yield scheduler.finished[index] if scheduler.done else scheduler.live[0].completion
+
+    def _steps(
+        self, scheduler: Scheduler, requests: Sequence[Request], params: SamplingParams, seed: int
+    ) -> Iterator[int]:
+        """Run until nothing lives or waits; yields how many tokens each step has drawn."""
         sampler = Sampler(params, seed=seed)
         cache = self._take_cache(requests, params)
-        num_tokens = 0
         while not scheduler.done:
             step = scheduler.schedule()
             draw = self._run(step, cache, sampler)
             self._postprocess(step, draw, params, scheduler, cache)
-            num_tokens += len(draw.tokens)
-            if on_progress:
-                on_progress(len(scheduler.finished), num_tokens)
+            yield len(draw.tokens)
         self._buffer.put(cache)
-        return [scheduler.finished[request.index] for request in requests]
 
     @property
     def num_kept_bytes(self) -> int:

@@ -12,20 +12,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 # A bucket of sequences is padded to its longest; it is closed before padding exceeds this part of its rows.
 MAX_PADDING = 0.25
 # On a CPU the backward pass of half-precision attention costs 2.7 times (32 rows) to 2 times (128 rows) what
 # casting to fp32 and back does; from about 512 rows on it is the other way round.
 MAX_UPCAST_LENGTH = 512
+# Rows of a sequence whose scores are made at once where a window or a softcap rules out the plain causal kernel.
+BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayer:
-    """What an attention knows of the layer that calls it: its index and the scale of query-key products."""
+    """What an attention knows of the layer that calls it.
+
+    `scale` is what query-key products are multiplied by. A row sees the last `window` positions up to its own
+    (None: all). With a `softcap` c, a scaled product s becomes c tanh(s / c) (Gemma 2, arXiv:2408.00118).
+    """
 
     index: int
     scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 class Attention(Protocol):
@@ -53,7 +62,8 @@ class PackedAttention:
 
     Sequences of similar length are brought together in right-padded buckets, for the attention alone. Right
     padding with a causal mask needs no other mask: a real query never sees the padding behind it, and the
-    padding's own results are dropped. No matrix over all rows by all rows is ever made.
+    padding's own results are dropped. No matrix over all rows by all rows is ever made. Where a window is
+    shorter than the bucket, or scores are capped, the bucket is taken in blocks of rows.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -72,7 +82,7 @@ class PackedAttention:
         if self.num_rows == 0:
             return query
         parts = [self._pad(x) for x in (query, key, value)]
-        attended = [_attend_bucket(q, k, v, layer.scale) for q, k, v in zip(*parts, strict=True)]
+        attended = [_attend_bucket(q, k, v, layer) for q, k, v in zip(*parts, strict=True)]
         return self._unpad(torch.cat(attended) if len(attended) > 1 else attended[0])
 
     def _pad(self, rows: Tensor) -> list[Tensor]:
@@ -101,15 +111,68 @@ class PackedAttention:
         return self._rows[device]
 
 
-def _attend_bucket(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend_bucket(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer) -> Tensor:
     """Causal attention of [sequences, heads, longest, dim] -> rows [sequences * longest, heads, dim]."""
     dtype = query.dtype
     # Chosen by shape alone, never by whether gradients are on: inference and training must agree bit for bit.
     if query.device.type == "cpu" and query.shape[2] <= MAX_UPCAST_LENGTH:
         query, key, value = query.float(), key.float(), value.float()
-    grouped = query.shape[1] != key.shape[1]
-    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    if layer.softcap is not None or (layer.window is not None and layer.window < query.shape[2]):
+        attended = _attend_blocks(query, key, value, layer)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=layer.scale, enable_gqa=grouped
+        )
     return attended.transpose(1, 2).flatten(0, 1).to(dtype)
+
+
+def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer) -> Tensor:
+    """Causal attention within a window or with capped scores, [sequences, heads, longest, dim] all.
+
+    Each block of rows meets only the keys that some row of it sees.
+    """
+    if layer.softcap is None:  # with a mask, the fused kernels want as many key heads as query heads
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
+    parts = []
+    for start in range(0, query.shape[2], BLOCK):
+        stop = min(start + BLOCK, query.shape[2])
+        first = 0 if layer.window is None else max(0, start - layer.window + 1)
+        rows = (query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], layer, start - first)
+        if layer.softcap is not None and torch.is_grad_enabled():  # scores are made again instead of being kept
+            parts.append(recompute(_attend_block, *rows, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_attend_block(*rows))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer, offset: int) -> Tensor:
+    """Rows [sequences, heads, Q, dim] against keys [.., K, dim]; row i stands at the place of key i + offset."""
+    rows = torch.arange(query.shape[2], device=query.device).unsqueeze(1) + offset
+    columns = torch.arange(key.shape[2], device=query.device)
+    visible = columns <= rows
+    if layer.window is not None:
+        visible &= columns > rows - layer.window
+    if layer.softcap is not None:
+        return capped_attention(query, key, value, visible, layer)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=layer.scale)
+
+
+def capped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, layer: AttentionLayer) -> Tensor:
+    """softmax(c tanh(scale q k' / c)) v over the visible keys, in fp32, c being the layer's softcap.
+
+    `query` is [N, num_heads, Q, dim], `key` and `value` [N, num_kv_heads, K, dim], the result as `query`;
+    `visible` is bool and spreads to [N, num_kv_heads, num_heads / num_kv_heads, Q, K].
+    """
+    assert layer.softcap is not None
+    num_rows = query.shape[2]
+    grouped = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the heads of a group: more rows
+    products = grouped @ key.float().mT * layer.scale
+    scores = (products / layer.softcap).tanh() * layer.softcap
+    scores = scores.unflatten(2, (-1, num_rows)).masked_fill(~visible, float("-inf"))
+    attended = scores.softmax(dim=-1).flatten(2, 3) @ value.float()
+    return attended.unflatten(2, (-1, num_rows)).flatten(1, 2).to(query.dtype)
 
 
 class _Rearrange(torch.autograd.Function):
@@ -182,14 +245,18 @@ class PlainAttention:
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         blocks = zip(*(x.split(self.lengths) for x in (query, key, value)), strict=True)
-        return torch.cat([_attend(q, k, v, layer.scale) for q, k, v in blocks])
+        return torch.cat([_attend(q, k, v, layer) for q, k, v in blocks])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k' + causal mask) v for one sequence, [length, heads, dim] each."""
-    scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+def _attend(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer) -> Tensor:
+    """softmax(cap(scale q k') + causal mask) v for one sequence, [length, heads, dim] each."""
+    scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * layer.scale
+    if layer.softcap is not None:
+        scores = layer.softcap * (scores / layer.softcap).tanh()
+    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    if layer.window is not None:
+        unseen |= torch.ones_like(unseen).tril(-layer.window)
+    weights = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)
 
 

@@ -4,53 +4,86 @@ Knows nothing of batches, padding, caches or layouts. Which rows belong together
 how parameters are cut is `shards.py`'s, and where weights come from is `hf/`'s.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from meshift.models.attention import Attention, AttentionLayer
 from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
 from meshift.models.mlp import MLP
-from meshift.models.norm import RMSNorm
-from meshift.models.rotary import Rotary, rotate
+from meshift.models.norm import make_norm
+from meshift.models.rotary import Angles, Rotary, rotate
 
 
 class SelfAttention(nn.Module):
-    """Projections and rotary around an `Attention`; grouped queries where num_kv_heads < num_heads."""
+    """Projections, norms and rotary around an `Attention`; grouped queries where num_kv_heads < num_heads."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.layer = AttentionLayer(index=index, scale=config.attention_scale)
+        self.layer = AttentionLayer(
+            index=index,
+            scale=config.attention_scale,
+            window=config.window(index),
+            softcap=config.attention_softcap,
+        )
+        self.rotary = config.rotary_kind(index)
         self.head_dim = config.head_dim
         num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.query = nn.Linear(config.hidden_size, num_queries, bias=config.qkv_bias)
         self.key = nn.Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
+        self.norm_by_head = config.query_key_norm == "head"
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if config.query_key_norm is not None:
+            self.query_norm = make_norm(config, config.head_dim if self.norm_by_head else num_queries)
+            self.key_norm = make_norm(config, config.head_dim if self.norm_by_head else num_keys)
         self.output = nn.Linear(num_queries, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        heads = (-1, self.head_dim)
-        query = rotate(self.query(x).unflatten(-1, heads), *angles)
-        key = rotate(self.key(x).unflatten(-1, heads), *angles)
-        value = self.value(x).unflatten(-1, heads)
+        query = self._heads(self.query(x), self.query_norm)
+        key = self._heads(self.key(x), self.key_norm)
+        value = self.value(x).unflatten(-1, (-1, self.head_dim))
+        if self.rotary is not None:
+            cosine, sine = angles[self.rotary]
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return self.output(attention(self.layer, query, key, value).flatten(1))
+
+    def _heads(self, rows: Tensor, norm: nn.Module | None) -> Tensor:
+        """[T, heads * head_dim] -> [T, heads, head_dim], normed by head or before it is cut into heads."""
+        heads = (-1, self.head_dim)
+        if norm is None:
+            return rows.unflatten(-1, heads)
+        return norm(rows.unflatten(-1, heads)) if self.norm_by_head else norm(rows).unflatten(-1, heads)
 
 
 class Layer(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(x), then x + mlp(x), each with a norm before, after (on what is added), or both."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        before, after = config.norm_places != "after", config.norm_places != "before"
+        self.attention_norm = make_norm(config, config.hidden_size) if before else None
         self.attention = SelfAttention(config, index)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_post_norm = make_norm(config, config.hidden_size) if after else None
+        self.mlp_norm = make_norm(config, config.hidden_size) if before else None
         self.mlp = MLP(config)
+        self.mlp_post_norm = make_norm(config, config.hidden_size) if after else None
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        x = x + self.attention(self.attention_norm(x), angles, attention)
-        return x + self.mlp(self.mlp_norm(x))
+        added = self.attention(_norm(self.attention_norm, x), angles, attention)
+        x = x + _norm(self.attention_post_norm, added)
+        added = self.mlp(_norm(self.mlp_norm, x))
+        return x + _norm(self.mlp_post_norm, added)
+
+
+def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nn.Module):
@@ -63,10 +96,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.head_kind: HeadKind = head
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary = Rotary(config)
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotaries = nn.ModuleList(Rotary(config, kind) for kind in config.rotary_kinds)
         self.head = make_head(config, head, self.embedding)
 
     def forward(
@@ -77,8 +110,8 @@ class Decoder(nn.Module):
         `tokens` and `positions` are int64 [T]. With `checkpoint`, each layer runs again in the backward pass and
         keeps only its input: about a third more work for a fraction of the memory.
         """
-        x = self.embedding(tokens)
-        angles = self.rotary(positions, x.dtype)
+        x = self.embedding(tokens, positions)
+        angles = [rotary(positions, x.dtype) for rotary in self.rotaries]
         for layer in self.layers:
             if checkpoint and is_grad_enabled():
                 # There is no dropout, hence no random state to restore.

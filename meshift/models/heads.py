@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.embedding import Embedding
 
 
 class LanguageModelHead(nn.Module):
@@ -13,13 +14,14 @@ class LanguageModelHead(nn.Module):
     moved embedding is never missed.
     """
 
-    def __init__(self, config: DecoderConfig, embedding: nn.Embedding) -> None:
+    def __init__(self, config: DecoderConfig, embedding: Embedding) -> None:
         super().__init__()
         # A tuple keeps the embedding from being registered as a child of the head.
         self._tied_to = (embedding,) if config.tie_word_embeddings else None
         if self._tied_to is None:
             self.weight = nn.Parameter(embedding.weight.new_empty(config.vocab_size, config.hidden_size))
             nn.init.normal_(self.weight, std=0.02)
+        self._softcap = config.logit_softcap
 
     @property
     def projection(self) -> Tensor:
@@ -27,8 +29,9 @@ class LanguageModelHead(nn.Module):
         return self.weight if self._tied_to is None else self._tied_to[0].weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab] in the weights' dtype."""
-        return F.linear(hidden, self.projection)
+        """[N, hidden] -> [N, vocab] in the weights' dtype; with a softcap c, each logit s is c tanh(s / c)."""
+        logits = F.linear(hidden, self.projection)
+        return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
 
 class ScalarHead(nn.Module):
@@ -43,6 +46,6 @@ class ScalarHead(nn.Module):
         return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
 
 
-def make_head(config: DecoderConfig, kind: HeadKind, embedding: nn.Embedding) -> nn.Module:
+def make_head(config: DecoderConfig, kind: HeadKind, embedding: Embedding) -> nn.Module:
     """The head of a kind; `embedding` is read by a tied language-model head."""
     return LanguageModelHead(config, embedding) if kind == "lm" else ScalarHead(config)

@@ -1,4 +1,4 @@
-"""The gated MLP (Shazeer 2020, arXiv:2002.05202) and the activations configs may name."""
+"""The MLP, gated (Shazeer 2020, arXiv:2002.05202) or plain, and the activations configs may name."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,20 +24,24 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 
 class MLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`, [T, hidden] -> [T, hidden]."""
+    """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        if config.activation not in ACTIVATIONS:
+        if str(config.activation) not in ACTIVATIONS:
             raise ModelError(
                 f"The activation '{config.activation}' (hidden_act in config.json) is not supported; choose "
                 f"one of {', '.join(ACTIVATIONS)}."
             )
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate: nn.Linear | None = None
+        if config.gated_mlp:
+            self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -1,8 +1,12 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in fp32 whatever the dtype."""
+"""Norms of rows: root mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32 whatever the dtype, and
+layer norm as torch has it.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from meshift.models.config import DecoderConfig
 
 
 class RMSNorm(nn.Module):
@@ -14,10 +18,33 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, size] -> [T, size] in the same dtype."""
+        """[..., size] -> [..., size] in the same dtype."""
         if x.is_cuda:  # one fused kernel; elsewhere it is a chain of them that keeps fp32 copies of x
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _Normalise.apply(x, self.weight, self.eps)
+
+
+class PlusOneRMSNorm(RMSNorm):
+    """As `RMSNorm`, times `1 + weight`, a sum that bfloat16 would round: it is taken in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size] in the same dtype."""
+        weight = 1.0 + self.weight.float()
+        if x.is_cuda:
+            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return _Normalise.apply(x, weight, self.eps)
+
+
+def make_norm(config: DecoderConfig, size: int) -> nn.Module:
+    """The norm of the config's kind over rows of `size` numbers."""
+    if config.norm == "layer":
+        return nn.LayerNorm(size, config.norm_eps)
+    kind = PlusOneRMSNorm if config.norm == "rms_plus_one" else RMSNorm
+    return kind(size, config.norm_eps)
 
 
 class _Normalise(torch.autograd.Function):
@@ -41,4 +68,4 @@ class _Normalise(torch.autograd.Function):
         product = grad * normalised
         mean = (product @ wide).unsqueeze(-1) / x.shape[-1]
         grad_x = (grad * wide).sub_(normalised.mul_(mean)).mul_(inverse)
-        return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None

@@ -4,6 +4,7 @@ Frequencies come from `transformers`; the rotation is ours. Knows nothing of lay
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,20 +17,24 @@ from meshift.models.config import DecoderConfig
 # token's logprob would then depend on its neighbours in the batch, so that length is a hard limit.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of some rows."""
+
 
 class Rotary(nn.Module):
     """Turns positions into cosines and sines, computed in fp32.
 
-    The frequencies are no buffer on purpose: `model.to(torch.bfloat16)` would round them.
+    `layer_type` names the entry of the config's `rope_parameters` where layers differ (None: they do not). The
+    frequencies are no buffer on purpose: `model.to(torch.bfloat16)` would round them.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer_type: str | None = None) -> None:
         super().__init__()
         with torch.device("cpu"):  # also while the model itself is built on the meta device
-            self.inv_freq, self.attention_factor, self.limit = _frequencies(config)
+            self.inv_freq, self.attention_factor, self.limit = _frequencies(config, layer_type)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Positions int64 [T] -> cosine and sine, each [T, 1, head_dim / 2] in `dtype`.
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """Positions int64 [T] -> cosine and sine, each [T, 1, turned / 2] in `dtype`; turned: dims of a head.
 
         Raises `ModelError` where a length-dependent scaling would leave its original length.
         """
@@ -51,7 +56,13 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate [T, heads, head_dim], whose first half pairs with its second half, by the angles of `Rotary`."""
+    """Rotate [T, heads, head_dim] by the angles of `Rotary`: the first half of the dims pairs with the second.
+
+    Where the angles are for fewer dims than a head has, the last ones stay as they are.
+    """
+    turned = 2 * cosine.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], cosine, sine), x[..., turned:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
@@ -61,16 +72,19 @@ def longest_sequence(config: DecoderConfig) -> int:
 
     Raises `ModelError` where the rotary settings cannot be read.
     """
-    limit = _frequencies(config)[2]
-    return config.max_positions if limit is None else min(limit, config.max_positions)
+    limits = [_frequencies(config, kind)[2] for kind in config.rotary_kinds]
+    return min([config.max_positions, *(limit for limit in limits if limit is not None)])
 
 
-def _frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
+_Frequencies = tuple[Tensor, float, int | None]
+
+
+def _frequencies(config: DecoderConfig, layer_type: str | None) -> _Frequencies:
     """As `_read_frequencies`, with one sentence for whatever `transformers` and arithmetic say of bad values."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return _read_frequencies(config)
+        return _read_frequencies(config, layer_type)
     except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         problem = " ".join(str(error).split())
         raise ModelError(
@@ -79,30 +93,44 @@ def _frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
         ) from error
 
 
-def _read_frequencies(config: DecoderConfig) -> tuple[Tensor, float, int | None]:
-    """Inverse frequencies fp32 [head_dim / 2], the factor on cosine and sine, the longest length allowed."""
+def _read_frequencies(config: DecoderConfig, layer_type: str | None) -> _Frequencies:
+    """Inverse frequencies fp32 [turned / 2], the factor on cosine and sine, the longest length allowed."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    hf = AutoConfig.for_model(**_constructor_arguments(config.hf, config.head_dim))
+    # Copied deeply, since transformers writes into nested mappings.
+    hf = AutoConfig.for_model(**{**deepcopy(dict(config.hf)), "head_dim": config.head_dim})
     parameters = getattr(hf, "rope_parameters", None) or {}
+    if layer_type is not None:
+        parameters = parameters[layer_type]
     kind = parameters.get("rope_type", "default")
+    turned = _turned_dims(config, parameters)
     if kind == "default":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        exponents = torch.arange(0, turned, 2, dtype=torch.float32) / turned
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0, None
     if kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise ModelError(f"The rotary scaling '{kind}' in config.json is not known; supported are {known}.")
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf, device=torch.device("cpu"))
+    one_of_several = {} if layer_type is None else {"layer_type": layer_type}
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf, device=torch.device("cpu"), **one_of_several)
     limit = None
     if kind in LENGTH_DEPENDENT:
         limit = parameters.get("original_max_position_embeddings", config.max_positions)
-    if len(frequencies) * 2 != config.head_dim:
-        raise ModelError("The config's partial_rotary_factor rotates a part of each head, which is not supported.")
+    if len(frequencies) * 2 != turned:
+        raise ModelError(
+            "The config's partial_rotary_factor rotates a part of each head, which this family does not support."
+        )
     return frequencies, factor, limit
 
 
-def _constructor_arguments(hf: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """The raw config.json as arguments; copied deeply, since transformers writes into nested mappings."""
-    copied = {key: dict(value) if isinstance(value, Mapping) else value for key, value in hf.items()}
-    return {**copied, "head_dim": head_dim}
+def _turned_dims(config: DecoderConfig, parameters: Mapping[str, Any]) -> int:
+    """How many dims of each head are turned. Raises `ModelError` where they do not pair."""
+    if not config.partial_rotary:
+        return config.head_dim
+    turned = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    if turned % 2 or not 0 < turned <= config.head_dim:
+        raise ModelError(
+            f"The config's partial_rotary_factor turns {turned} of the {config.head_dim} dims of a head; it must "
+            "be an even number of them, from 2 up."
+        )
+    return turned

@@ -70,10 +70,14 @@ def shard_table(config: DecoderConfig, head: HeadKind) -> dict[str, Shard]:
     matrix = (config.vocab_size, config.hidden_size)
     tied = config.tie_word_embeddings and head == "lm"
     table = {"embedding.weight": Shard(shape=matrix, split=vocabulary, stage="embedding", tied=tied)}
+    if config.positions == "learned":
+        positions = (config.max_positions, config.hidden_size)
+        table["embedding.position.weight"] = Shard(shape=positions, split=None, stage="embedding")
     for index in range(config.num_layers):
         for name, shape, split in _layer(config):
             table[f"layers.{index}.{name}"] = Shard(shape=shape, split=split, stage="layer", layer=index)
-    table["norm.weight"] = Shard(shape=(config.hidden_size,), split=None, stage="head")
+    for name, shape, split in _norm("norm", config, config.hidden_size):
+        table[name] = Shard(shape=shape, split=split, stage="head")
     if head != "lm":
         table["head.weight"] = Shard(shape=(1, config.hidden_size), split=None, stage="head")
     elif not tied:
@@ -92,28 +96,49 @@ def num_bytes(table: Mapping[str, Shard], bytes_per_element: int) -> int:
 
 
 _Entry = tuple[str, tuple[int, ...], Split | None]
+_Units = tuple[int, int, Group]  # rows in a unit, number of units, group
 
 
 def _layer(config: DecoderConfig) -> Iterator[_Entry]:
-    """Name within the layer, shape and cut of each of a layer's parameters."""
-    hidden, head_dim = config.hidden_size, config.head_dim
-    yield "attention_norm.weight", (hidden,), None
-    projections: tuple[tuple[str, int, Group], ...] = (
-        ("query", config.num_heads, "heads"),
-        ("key", config.num_kv_heads, "kv_heads"),
-        ("value", config.num_kv_heads, "kv_heads"),
-    )
-    for name, count, group in projections:
-        yield from _by_rows(f"attention.{name}", hidden, (head_dim, count, group), config.qkv_bias)
-    yield from _by_columns("attention.output", hidden, (head_dim, config.num_heads, "heads"), config.output_bias)
-    yield "mlp_norm.weight", (hidden,), None
+    """Name within the layer, shape and cut of each of a layer's parameters, in the module's order."""
+    before, after = config.norm_places != "after", config.norm_places != "before"
+    if before:
+        yield from _norm("attention_norm", config, config.hidden_size)
+    yield from _attention(config)
+    if after:
+        yield from _norm("attention_post_norm", config, config.hidden_size)
+    if before:
+        yield from _norm("mlp_norm", config, config.hidden_size)
     columns: _Units = (1, config.intermediate_size, "mlp_columns")
-    yield from _by_rows("mlp.gate", hidden, columns, config.mlp_bias)
-    yield from _by_rows("mlp.up", hidden, columns, config.mlp_bias)
-    yield from _by_columns("mlp.down", hidden, columns, config.mlp_bias)
+    for name in ("mlp.gate", "mlp.up") if config.gated_mlp else ("mlp.up",):
+        yield from _by_rows(name, config.hidden_size, columns, config.mlp_bias)
+    yield from _by_columns("mlp.down", config.hidden_size, columns, config.mlp_bias)
+    if after:
+        yield from _norm("mlp_post_norm", config, config.hidden_size)
 
 
-_Units = tuple[int, int, Group]  # rows in a unit, number of units, group
+def _attention(config: DecoderConfig) -> Iterator[_Entry]:
+    heads: _Units = (config.head_dim, config.num_heads, "heads")
+    kv_heads: _Units = (config.head_dim, config.num_kv_heads, "kv_heads")
+    for name, units in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
+        yield from _by_rows(f"attention.{name}", config.hidden_size, units, config.qkv_bias)
+    if config.query_key_norm == "head":
+        # Whole everywhere, but each tensor rank sees its own heads only: the ranks' gradients must be added.
+        yield from _norm("attention.query_norm", config, config.head_dim)
+        yield from _norm("attention.key_norm", config, config.head_dim)
+    elif config.query_key_norm == "projection":
+        # Cut as the rows it scales; the mean of their squares is taken over all heads, hence over all ranks.
+        yield from _norm("attention.query_norm", config, config.num_heads * config.head_dim, heads)
+        yield from _norm("attention.key_norm", config, config.num_kv_heads * config.head_dim, kv_heads)
+    yield from _by_columns("attention.output", config.hidden_size, heads, config.output_bias)
+
+
+def _norm(name: str, config: DecoderConfig, size: int, units: _Units | None = None) -> Iterator[_Entry]:
+    """A norm's weight, and its bias where the kind has one: whole, or cut between `units`."""
+    split = None if units is None else Split(dim=0, unit=units[0], num_units=units[1], group=units[2])
+    yield f"{name}.weight", (size,), split
+    if config.norm == "layer":
+        yield f"{name}.bias", (size,), split
 
 
 def _by_rows(name: str, hidden: int, units: _Units, bias: bool) -> Iterator[_Entry]:

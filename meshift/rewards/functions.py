@@ -1,86 +1,142 @@
-"""Reward functions written in Python, with TRL's signature, several with weights.
+"""Reward functions written in Python: of TRL's, verl's or OpenRLHF's signature, several with weights.
 
-`f(prompts, completions, completion_ids=..., **columns) -> list[float | None]`, plain or `async`; `None` means
-that the function has nothing to say of a sample. Where the data's prompt is a list of messages, `prompts` holds
-such lists and `completions` lists of one assistant message. It knows nothing of models or of training.
+A step's texts and columns become one weighted score per sample; what goes wrong is named, or counted and
+passed over. It knows nothing of models or of training.
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
-import inspect
+import logging
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from meshift.batch import Batch, Outcome, Ragged, column_key
-from meshift.config.sections import RewardFunctionConfig
-from meshift.errors import ConfigError, MeshiftError, RewardError
+from meshift.errors import ConfigError, RewardError
+from meshift.rewards.calling import EventLoopThread, Invoker
+from meshift.rewards.locating import score_samples
+from meshift.rewards.remote import RemoteReward
+from meshift.rewards.samples import Samples
+from meshift.rewards.scores import TIMEOUT, Scores
+from meshift.rewards.signatures import RewardFunction, Signature, make_calls, read_signature, unknown_signature
+from meshift.rewards.worker import ProcessInvoker, num_timeouts
 
-RewardFunction = Callable[..., Any]
-RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids")
-"""What every function is given: no column of the data can have one of these names."""
+logger = logging.getLogger(__name__)
+WHERE = "where"
+"""The key of a batch's column that says where each row's prompt stands: "prompts.jsonl:7"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedFunction:
-    """A function, its name in the metrics, and its share."""
+    """A function, its name in the metrics, its share, and what its config says; `spec` says where to load it."""
 
     name: str
     function: RewardFunction
     weight: float
+    spec: str | None = None
+    timeout_s: float | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RewardFunctions:
     """The host call `reward_functions`: texts and columns to one weighted score per row.
 
     `columns` are the data's names; in the batch they stand under `column_key(name)`. The column `prompt`, where
-    there is one, holds each row's prompt as the data gave it (a text or messages).
+    there is one, holds each row's prompt as the data gave it (a text or messages). `decode` leaves special tokens
+    out, `decode_all` keeps them. A batch may tell `index` and `where`: the step, and names for samples.
     """
 
-    functions: Sequence[WeightedFunction]
-    decode: Callable[[list[int]], str]
-    columns: tuple[str, ...] = ()
+    def __init__(
+        self,
+        *,
+        functions: Sequence[WeightedFunction],
+        decode: Callable[[list[int]], str],
+        columns: tuple[str, ...] = (),
+        decode_all: Callable[[list[int]], str] | None = None,
+        max_steps: int = 0,
+    ) -> None:
+        self.columns = columns
+        self.decode = decode
+        self.decode_all = decode_all or decode
+        self.max_steps = max_steps
+        loop = EventLoopThread()
+        self._callers = [_Caller(weighted, loop) for weighted in functions]
+        self._warned: set[str] = set()
 
     def __call__(self, batch: Batch) -> Outcome:
-        """Write `function_scores` [1] and the metrics `reward/<function>` (mean) of a rollout batch."""
-        arguments = self._arguments(batch)
-        total = torch.zeros(len(batch))
-        metrics = {}
-        for weighted, scores in zip(self.functions, call_rewards(self.functions, arguments), strict=True):
-            judged = ~scores.isnan()
-            metrics[f"reward/{weighted.name}"] = float(scores[judged].mean()) if judged.any() else math.nan
-            total += weighted.weight * scores.nan_to_num(0.0)
+        """Write `function_scores` [1], NaN for a row that no function gave a number.
+
+        Metrics: `reward/<function>` (the mean) and what it logs, as `reward/<function>/...`.
+
+        Raises `RewardError` naming function and sample, where one fails whose `on_error` is "stop".
+        """
+        samples = self._samples(batch)
+        total = torch.full((len(batch),), math.nan)
+        metrics: dict[str, float] = {}
+        for caller, scores in zip(self._callers, self._scores(samples), strict=True):
+            self._report(caller.weighted, scores, samples)
+            values = torch.tensor([math.nan if v is None else v for v in scores.values], dtype=torch.float32)
+            added = torch.where(total.isnan(), 0.0, total) + caller.weighted.weight * values
+            total = torch.where(values.isnan(), total, added)
+            metrics |= _metrics(caller.weighted, scores)
         return Outcome(batch=Batch({"function_scores": Ragged.scalars(total)}), metrics=metrics)
 
-    def _arguments(self, batch: Batch) -> dict[str, Any]:
-        completions, prompts = [], []
+    def _scores(self, samples: Samples) -> list[Scores]:
+        """Every function's scores. Those that wait for others do so at the same time, beside the plain ones.
+
+        Plain ones run one after another in this thread, outside of any event loop: they may use signals, or start
+        a loop themselves.
+        """
+        waiting = {c: _Waiting(c, samples) for c in self._callers if c.waits}
+        for thread in waiting.values():
+            thread.start()
+        return [waiting[c].scores() if c in waiting else c.score(samples) for c in self._callers]
+
+    def _report(self, weighted: WeightedFunction, scores: Scores, samples: Samples) -> None:
+        """Stop at a fault, or say the first one of a function once."""
+        if not scores.faults:
+            return
+        sentence = _sentence(weighted, scores, samples)
+        if weighted.on_error == "stop":
+            raise RewardError(sentence)
+        if weighted.name not in self._warned:
+            self._warned.add(weighted.name)
+            logger.warning(sentence)
+
+    def _samples(self, batch: Batch) -> Samples:
         lengths = batch["completion_lengths"].values.tolist()
-        for row, length in zip(batch["tokens"].rows(), lengths, strict=True):
-            tokens = row.tolist()
-            prompts.append(self.decode(tokens[: len(tokens) - length]))
-            completions.append(tokens[len(tokens) - length :])
+        rows = [row.tolist() for row in batch["tokens"].rows()]
+        prompt_ids = [row[: len(row) - length] for row, length in zip(rows, lengths, strict=True)]
+        completion_ids = [row[len(row) - length :] for row, length in zip(rows, lengths, strict=True)]
         columns = {name: list(batch.columns[column_key(name)]) for name in self.columns}
-        prompts = columns.pop("prompt", prompts)
-        texts = [self.decode(ids) for ids in completions]
-        return {
-            "prompts": prompts,
-            "completions": [_as_prompted(text, prompt) for text, prompt in zip(texts, prompts, strict=True)],
-            "completion_ids": completions,
-            **columns,
-        }
+        prompts = columns.pop("prompt", None) or [self.decode(ids) for ids in prompt_ids]
+        texts = [self.decode(ids) for ids in completion_ids]
+        prompt_texts = [self.decode_all(ids) for ids in prompt_ids]
+        step = int(batch["index"].values.min()) // len(batch) if "index" in batch else 0
+        return Samples(
+            prompts=prompts,
+            completions=[_as_prompted(text, prompt) for text, prompt in zip(texts, prompts, strict=True)],
+            completion_ids=completion_ids,
+            texts=texts,
+            prompt_texts=prompt_texts,
+            queries=[
+                self._query(row, prompt, n) for row, prompt, n in zip(rows, prompt_texts, lengths, strict=True)
+            ],
+            columns=columns,
+            where=list(batch.columns.get(WHERE, [""] * len(batch))),
+            step=step,
+            max_steps=self.max_steps,
+        )
+
+    def _query(self, row: list[int], prompt: str, length: int) -> str:
+        """Prompt and completion as one text that begins with the prompt: functions cut it off by its length."""
+        text = self.decode_all(row)
+        return text if text.startswith(prompt) else prompt + self.decode_all(row[len(row) - length :])
 
 
 def _as_prompted(text: str, prompt: Any) -> Any:
@@ -88,139 +144,84 @@ def _as_prompted(text: str, prompt: Any) -> Any:
     return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
-def call_rewards(functions: Sequence[WeightedFunction], arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """Every function on one batch: fp32 [n] each, NaN where it returned None. Async ones wait at the same time.
+class _Caller:
+    """One function with the way it is called: in this process, or with a time limit in one of its own."""
 
-    Raises `RewardError`, naming the function and the sample, where one raises or returns anything but n numbers.
-    """
-    results: list[Any] = []
-    try:
-        # Plain functions run outside of any event loop of ours: they may start one themselves.
-        for weighted in functions:
-            with _named_errors(weighted):
-                results.append(weighted.function(**_accepted(weighted.function, arguments)))
-        finished = _finished(functions, results)
-    finally:
-        for result in results:
-            if inspect.iscoroutine(result):
-                result.close()  # of a failed batch; one that has ended does not mind
-    num_samples = len(arguments["completions"])
-    return [_checked(one, weighted.name, num_samples) for weighted, one in zip(functions, finished, strict=True)]
+    def __init__(self, weighted: WeightedFunction, loop: EventLoopThread) -> None:
+        self.weighted = weighted
+        signature = read_signature(weighted.function)
+        if signature is None:
+            raise ConfigError(unknown_signature(weighted.name))
+        self.signature: Signature = signature
+        self.invoke: Invoker | ProcessInvoker
+        if weighted.timeout_s is None or isinstance(weighted.function, RemoteReward):
+            self.invoke = Invoker(function=weighted.function, signature=signature, loop=loop)
+        elif weighted.spec is None:
+            raise ConfigError(
+                f"reward function {weighted.name} has a timeout_s; name it by file or module for that"
+            )
+        else:
+            self.invoke = ProcessInvoker(weighted.spec, signature, weighted.timeout_s)
+        self.waits = signature.is_async or isinstance(weighted.function, RemoteReward)
+        self.waits = self.waits or isinstance(self.invoke, ProcessInvoker)
 
+    def score(self, samples: Samples) -> Scores:
+        """Scores and faults of the samples."""
+        return score_samples(self._call, samples, first_only=self._first_only)
 
-def _finished(functions: Sequence[WeightedFunction], results: list[Any]) -> list[Any]:
-    """The results with the awaitable ones awaited, all in one event loop."""
-    if not any(inspect.isawaitable(result) for result in results):
-        return results
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(_gather(functions, results))
-    with ThreadPoolExecutor(max_workers=1) as pool:  # a notebook's loop runs in this thread already
-        return pool.submit(lambda: asyncio.run(_gather(functions, results))).result()
+    @property
+    def _first_only(self) -> bool:
+        return self.weighted.on_error == "stop"
 
-
-async def _gather(functions: Sequence[WeightedFunction], results: list[Any]) -> list[Any]:
-    pairs = zip(functions, results, strict=True)
-    return list(await asyncio.gather(*(_wait(weighted, result) for weighted, result in pairs)))
+    def _call(self, samples: Samples) -> Scores:
+        calls = make_calls(self.signature, samples, self.weighted.kwargs)
+        return self.invoke(calls, len(samples), first_only=self._first_only)
 
 
-async def _wait(weighted: WeightedFunction, result: Any) -> Any:
-    with _named_errors(weighted):
-        return await result if inspect.isawaitable(result) else result
+class _Waiting(threading.Thread):
+    """A caller at work in a thread that does not keep the program from ending."""
+
+    def __init__(self, caller: _Caller, samples: Samples) -> None:
+        super().__init__(daemon=True, name=f"reward {caller.weighted.name}")
+        self._caller = caller
+        self._samples = samples
+        self._scores: Scores | None = None
+
+    def run(self) -> None:
+        """Score the samples."""
+        self._scores = self._caller.score(self._samples)
+
+    def scores(self) -> Scores:
+        """Wait for the scores."""
+        self.join()
+        if self._scores is None:
+            raise RuntimeError(f"the thread of reward function {self._caller.weighted.name} failed")
+        return self._scores
 
 
-@contextmanager
-def _named_errors(weighted: WeightedFunction) -> Iterator[None]:
-    """Turn whatever the function raises into a `RewardError` with its name and line."""
-    try:
-        yield
-    except MeshiftError:
-        raise
-    except Exception as error:
-        where = _line_of(error, weighted.function)
-        raise RewardError(
-            f"reward function {weighted.name} raised {type(error).__name__}: {error}{where}"
-        ) from error
+def _metrics(weighted: WeightedFunction, scores: Scores) -> dict[str, float]:
+    name = f"reward/{weighted.name}"
+    metrics = {f"{name}/{key}": _mean(numbers) for key, numbers in scores.extras.items() if numbers}
+    metrics[name] = _mean([value for value in scores.values if value is not None])
+    if weighted.on_error == "skip":
+        timeouts = num_timeouts(scores.faults)
+        metrics[f"{name}/num_timeouts"] = timeouts
+        metrics[f"{name}/num_errors"] = len(scores.faults) - timeouts
+    return metrics
 
 
-def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return arguments
-    names = {p.name for p in parameters}
-    return {key: value for key, value in arguments.items() if key in names}
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
-def _checked(result: Any, name: str, num_samples: int) -> torch.Tensor:
-    try:
-        raws = list(result)  # once: a generator can be walked only once
-        values = [math.nan if value is None else float(value) for value in raws]
-    except (TypeError, ValueError):
-        raise RewardError(
-            f"reward function {name} returned {type(result).__name__}; return a list of numbers (or None)"
-        ) from None
-    if len(values) != num_samples:
-        raise RewardError(
-            f"reward function {name} returned {len(values)} values for {num_samples} completions; return one each"
-        )
-    for index, (value, raw) in enumerate(zip(values, raws, strict=True)):
-        if raw is not None and not math.isfinite(value):
-            raise RewardError(f"reward function {name} returned {raw} for sample {index}; return a finite number")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _line_of(error: BaseException, function: RewardFunction) -> str:
-    """The last line in the function's own file, not in a library that it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    last = (own or frames)[-1:]
-    return f" ({last[0].filename}, line {last[0].lineno})" if last else ""
-
-
-def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunction]:
-    """Import every configured function. Raises `ConfigError` naming the one that is not there."""
-    loaded = []
-    names = [config.function.rpartition(":")[2] for config in configs]
-    for config, short in zip(configs, names, strict=True):
-        function = load_function(config.function)
-        name = short if names.count(short) == 1 else config.function
-        loaded.append(WeightedFunction(name=name, function=function, weight=config.weight))
-    return loaded
-
-
-def load_function(spec: str) -> RewardFunction:
-    """`path/to/file.py:name` or `package.module:name` to the function."""
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise ConfigError(f"cannot read the reward function {spec!r}; write it as file.py:name or module:name")
-    module = _load_file(Path(place), spec) if place.endswith(".py") else _load_module(place, spec)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"{place} has no function {name!r} (reward.functions names {spec!r})")
-    return function
-
-
-def _load_file(path: Path, spec: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path} (reward.functions names {spec!r})")
-    module_spec = importlib.util.spec_from_file_location(f"meshift_reward_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file (reward.functions names {spec!r})")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    return _executed(lambda: module_spec.loader.exec_module(module) or module, path, spec)  # type: ignore[union-attr]
-
-
-def _load_module(name: str, spec: str) -> ModuleType:
-    return _executed(lambda: importlib.import_module(name), name, spec)
-
-
-def _executed(load: Callable[[], ModuleType], place: object, spec: str) -> ModuleType:
-    try:
-        return load()
-    except Exception as error:
-        raise ConfigError(
-            f"importing {place} failed with {type(error).__name__}: {error} (reward.functions names {spec!r})"
-        ) from error
+def _sentence(weighted: WeightedFunction, scores: Scores, samples: Samples) -> str:
+    """What went wrong first, on which sample, and what to do."""
+    index, fault = min(scores.faults.items())
+    place = f"a batch of {len(samples)} samples" if scores.of_batch else samples.name(index)
+    if weighted.on_error == "skip":
+        advice = f"samples like that get no reward from it, and reward/{weighted.name}/num_... counts them"
+    elif fault.kind == TIMEOUT:
+        advice = "raise its timeout_s, or set its on_error: skip"
+    else:
+        advice = "correct it, or set its on_error: skip"
+    return f"reward function {weighted.name} {fault.what} on {place}; {advice}"

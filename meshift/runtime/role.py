@@ -12,13 +12,14 @@ import torch
 
 from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
-from meshift.errors import StaleWeightsError
+from meshift.errors import CheckpointError, StaleWeightsError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import SamplingTask, rollout
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.runtime.models import open_model
 from meshift.step import Role
+from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
 from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
@@ -57,6 +58,7 @@ class LocalRole:
         self.trainer = TrainingEngine(model, config, trainable=trainable)
         self.generator: GenerationEngine | None = None
         self._mixed: dict[str, torch.Tensor] = {}
+        self._moved: set[str] = set()
 
     @property
     def version(self) -> int:
@@ -92,8 +94,10 @@ class LocalRole:
                 )
         rate = learning_rate(self.config, step, self.max_steps)
         updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
-        prefix = {"actor": "actor/", "critic": "critic/"}.get(self.name, "")
-        metrics = {**task.loss.summarise(updates), f"{prefix}lr": rate}
+        metrics = task.loss.summarise(updates)
+        # The rate stands beside the gradient's norm: `actor/lr` in PPO, `lr` where one model is trained.
+        prefix = f"{self.name}/" if f"{self.name}/grad_norm" in metrics else ""
+        metrics[f"{prefix}lr"] = rate
         if self.generator is not None:
             metrics["sync/version"] = self.version
         return Outcome(metrics=metrics)
@@ -111,6 +115,7 @@ class LocalRole:
         """
         own = dict(self.model.named_parameters())
         for name, weight in source.master_weights().items():
+            self._moved.add(name)
             if own[name].dtype == torch.float32:
                 own[name].lerp_(weight.to(own[name]), rate)
                 continue
@@ -119,3 +124,41 @@ class LocalRole:
             average = self._mixed[name]
             average.lerp_(weight.to(average), rate)
             own[name].copy_(average)
+
+    def state(self) -> State:
+        """What a checkpoint keeps: weights that moved, in fp32, and the optimizer. Not copies."""
+        own = dict(self.model.named_parameters())
+        averages = {f"average/{name}": self._mixed.get(name, own[name]) for name in sorted(self._moved)}
+        trained = self.trainer.state()
+        values = {**trained.values, "compute_type": self._compute_type()}
+        return State(tensors={**trained.tensors, **averages}, values=values)
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Continue from a checkpoint. Raises `CheckpointError` where it is of another model or compute type."""
+        if state.values["compute_type"] != self._compute_type():
+            raise CheckpointError(
+                f"the {self.name} computed in {state.values['compute_type']}, and here `dtype` makes it "
+                f"{self._compute_type()}; set dtype={state.values['compute_type']} to go on as the run began"
+            )
+        self.trainer.load_state(state)
+        averages = {name.removeprefix("average/") for name in state.tensors if name.startswith("average/")}
+        for name, own in self.model.named_parameters():
+            if name not in averages:
+                continue
+            self._moved.add(name)
+            if own.dtype != torch.float32:
+                self._mixed[name] = own.detach().float()
+            restore_tensor(self._mixed.get(name, own), state.tensors, f"average/{name}")
+            own.copy_(self._mixed.get(name, own))
+
+    def _compute_type(self) -> str:
+        return str(self.model.embedding.weight.dtype).removeprefix("torch.")
+
+    def fixed_weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that are as the model was loaded: not trained, and not mixed so far."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name not in self._moved and not (self.trainer.optimizer is not None and parameter.requires_grad)
+        }

@@ -1,25 +1,35 @@
 """The run: data in, a step of the graph, metrics out, until the last step; then the model is saved.
 
-It knows nothing of what the graph computes. `ppo_run.py` and `reward_run.py` build graph and roles for it.
+Every `save_steps` steps it writes a checkpoint, from which `resume` goes on bit for bit. It knows nothing of what
+the graph computes: `ppo_run.py` and its neighbours build graph and roles for it.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from meshift.batch import Batch
 from meshift.config.runs import RunConfig
+from meshift.errors import StoppedRunError
 from meshift.graph.calls import Graph
+from meshift.runtime.checkpoints import write_checkpoint
+from meshift.runtime.environment import write_environment
+from meshift.runtime.interrupts import StopRequest
 from meshift.runtime.observer import Observer
-from meshift.runtime.run_folder import RunFolder, check_output_dir
-from meshift.step import Role, run_step
+from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics
+from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
+from meshift.runtime.run_state import KeptRole, RunState, environment
+from meshift.step import run_step
+from meshift.training.checkpoint import Remembers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +45,20 @@ class RunResult:
 class Job:
     """All that a run needs: a graph, its roles, where batches come from, and what to do around steps.
 
-    `next_batch` is a function of the step alone; `num_tokens` counts what a finished step has trained on.
+    `next_batch` is a function of the step alone, so a resumed run needs no position in the data; `num_tokens`
+    counts what a finished step has trained on. `memories` are what an algorithm carries from step to step.
     """
 
     title: str
     graph: Graph
-    roles: Mapping[str, Role]
+    roles: Mapping[str, KeptRole]
     max_steps: int
     next_batch: Callable[[int], Batch]
     save: Callable[[Path], None]
     num_tokens: Callable[[Batch], int]
     samples: Callable[[int, Batch], list[dict[str, Any]]] = lambda step, batch: []
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
+    memories: Mapping[str, Remembers] = field(default_factory=dict)
     messages: tuple[str, ...] = field(default=())
 
 
@@ -60,28 +72,70 @@ class JobBuilder(Protocol):
 def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResult:
     """Run every step and save `final/`. Metrics and samples are on disk as soon as their step is done.
 
-    An old run in the folder is removed only when models and data of the new one are there.
+    An old run in the folder is removed only when models and data of the new one are there. With `config.resume`
+    the run goes on after its last whole checkpoint. Raises `StoppedRunError` when SIGTERM ended it.
     """
     path = Path(config.output_dir)
-    check_output_dir(path, overwrite=config.overwrite_output_dir)
+    start = find_start(config) if config.resume else Start()
+    replace = config.overwrite_output_dir or config.resume
+    check_output_dir(path, overwrite=replace)
+    for note in start.notes:
+        observer.on_message(note)
+    if start.finished:
+        return RunResult(output_dir=path, final_dir=path / FINAL, metrics=last_metrics(path))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     job = build(config)
-    with RunFolder(path, config.report_to, overwrite=config.overwrite_output_dir) as folder:
-        folder.write_config(config)
+    state = RunState(job.roles, job.memories, job.next_batch)
+    if start.checkpoint is not None:
+        check_length(config, start.checkpoint, job.max_steps)
+        state.restore(start.checkpoint.folder)
+        for note in check_environment(start.checkpoint, environment()):
+            observer.on_message(note)
+    with RunFolder(path, config.report_to, overwrite=replace, num_done=start.num_done) as folder:
+        folder.write_config(config.model_copy(update={"resume": False}))
+        write_environment(folder.path)
         for text in job.messages:
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
-        metrics: dict[str, float] = {}
-        for step in range(job.max_steps):
-            metrics = _one_step(job, step, folder, observer)
-        final = folder.path / "final"
-        job.save(final)
+        metrics = _all_steps(config, job, state, start.num_done, folder, observer)
+        final = folder.save_models(job.save)
         observer.on_finish()
     return RunResult(output_dir=folder.path, final_dir=final, metrics=metrics)
 
 
-def _one_step(job: Job, step: int, folder: RunFolder, observer: Observer) -> dict[str, float]:
+def _all_steps(
+    config: RunConfig, job: Job, state: RunState, num_done: int, folder: RunFolder, observer: Observer
+) -> Mapping[str, float]:
+    """Run the steps that are left, with a checkpoint where one is due; returns the last step's metrics."""
+    metrics: Mapping[str, float] = last_metrics(folder.path)
+    with StopRequest() as stop:
+        for step in range(num_done, job.max_steps):
+            metrics = _one_step(config, job, step, folder, observer)
+            done = step + 1
+            due = config.save_steps is not None and done % config.save_steps == 0
+            if done == job.max_steps or not (due or stop.asked):
+                continue
+            saved = _save_checkpoint(config, job, state, done, folder)
+            if stop.asked:
+                raise StoppedRunError(f"ended by SIGTERM after step {done}; --resume goes on from {saved}")
+    return metrics
+
+
+def _save_checkpoint(config: RunConfig, job: Job, state: RunState, num_done: int, folder: RunFolder) -> Path:
+    folder.sync()
+    facts = {
+        "run": type(config).__name__,
+        "config": config.model_dump(mode="json"),
+        "max_steps": job.max_steps,
+        "environment": environment(),
+    }
+    limit = config.save_total_limit
+    return write_checkpoint(folder.path, num_done, lambda aside: state.write(aside, num_done), facts, limit)
+
+
+def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observer: Observer) -> dict[str, float]:
+    _seed_generators(config.seed, step)
     started = time.perf_counter()
     outcome = run_step(
         job.graph, job.roles, job.next_batch(step), step, on_call=lambda name: observer.on_call(step, name)
@@ -94,6 +148,17 @@ def _one_step(job: Job, step: int, folder: RunFolder, observer: Observer) -> dic
     folder.write_samples(job.samples(step, outcome.batch))
     observer.on_step(step, metrics)
     return metrics
+
+
+def _seed_generators(seed: int, step: int) -> None:
+    """Start the generators of Python, numpy and torch anew, from seed and step.
+
+    Meshift draws from none of them, but a reward function may. So a resumed run needs no generator's state.
+    """
+    number = np.random.SeedSequence([seed, step]).generate_state(1)[0].item()
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def steps_of(config: RunConfig, num_rows: int) -> int:

@@ -20,6 +20,7 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
+from meshift.training.checkpoint import State
 from meshift.training.optimizer import MasterAdamW, freeze_layers
 from meshift.training.readings import Reading, detach
 
@@ -150,6 +151,17 @@ class TrainingEngine:
             trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
             weights.update(zip(trained, (m.detach() for m in self.optimizer.masters), strict=True))
         return weights
+
+    def state(self) -> State:
+        """What a checkpoint keeps: nothing but the version where nothing is trained."""
+        tensors = self.optimizer.state() if self.optimizer is not None else {}
+        return State(tensors=tensors, values={"version": self.version})
+
+    def load_state(self, state: State) -> None:
+        """Continue from a checkpoint. Raises `CheckpointError` where it is of another model."""
+        if self.optimizer is not None:
+            self.optimizer.load_state(state.tensors)
+        self.version = int(state.values["version"])
 
 
 def mini_batch_rows(num_rows: int, num_epochs: int, num_parts: int, seed: int) -> Iterator[list[int]]:

@@ -8,13 +8,17 @@ losses, batches or how gradients come about.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
+from meshift.training.checkpoint import restore_tensor
+
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, under torch's names."""
 
 
 def learning_rate(config: TrainableConfig, step: int, max_steps: int) -> float:
@@ -60,7 +64,8 @@ class MasterAdamW:
 
     def __init__(self, model: nn.Module, config: TrainableConfig) -> None:
         self.max_grad_norm = config.max_grad_norm
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(trained), list(trained.values())
         if not self._parameters:
             raise ConfigError("every parameter is frozen; lower num_frozen_layers")
         self.masters = [_master_of(p) for p in self._parameters]
@@ -105,6 +110,32 @@ class MasterAdamW:
         for parameter, master in zip(self._parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: `master/<parameter>` and, once it was updated, `<ADAM_STATE>/<parameter>`.
+
+        The tensors are the optimizer's own, not copies. Gradients are none of it: between steps there are none.
+        """
+        tensors = {}
+        for name, master in zip(self._names, self.masters, strict=True):
+            tensors[f"master/{name}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from a checkpoint, the model's weights too. `CheckpointError` if it is of another model."""
+        for name, master in zip(self._names, self.masters, strict=True):
+            restore_tensor(master, tensors, f"master/{name}")
+            if f"{ADAM_STATE[0]}/{name}" not in tensors:
+                continue
+            # As after an update: buffers of zeros, where a gradient that adds up gives what it gave before.
+            master.grad = torch.zeros_like(master)
+            shapes = {"step": torch.zeros((), device=master.device)}
+            self._adamw.state[master] = {key: shapes.get(key, master.grad).clone() for key in ADAM_STATE}
+            for key, value in self._adamw.state[master].items():
+                restore_tensor(value, tensors, f"{key}/{name}")
+        self.publish()
 
 
 def _master_of(parameter: Tensor) -> Tensor:

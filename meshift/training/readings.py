@@ -72,19 +72,31 @@ class TokenLogprobs:
         targets = batch["tokens"].values[self.rows(batch) + 1].to(hidden.device)
         allowed = _Support.of(batch, self.stop_token_ids)
         options = (self.temperature, self.with_entropy, self.entropy_gradient)
-        pieces = []
-        for start in range(0, max(1, targets.shape[0]), chunk):
-            stop = min(start + chunk, targets.shape[0])
+
+        def part(start: int, stop: int) -> tuple[Tensor, ...]:
             forbid = partial(allowed.forbidden_positions, start, stop) if allowed else None
-            arguments = (head, hidden[start:stop], targets[start:stop], forbid, *options)
-            if torch.is_grad_enabled() and targets.shape[0] > chunk:
-                pieces.append(checkpoint(chunk_logprobs, *arguments, use_reentrant=False))
-            else:
-                pieces.append(chunk_logprobs(*arguments))
-        out = {self.key: Ragged(torch.cat([p[0] for p in pieces]), lengths)}
+            return chunk_logprobs(head, hidden[start:stop], targets[start:stop], forbid, *options)
+
+        logprobs, entropy = in_chunks(part, targets.shape[0], chunk)
+        out = {self.key: Ragged(logprobs, lengths)}
         if self.with_entropy:
-            out["entropy"] = Ragged(torch.cat([p[1] for p in pieces]), lengths)
+            out["entropy"] = Ragged(entropy, lengths)
         return out
+
+
+def in_chunks(part: Callable[[int, int], tuple[Tensor, ...]], num_rows: int, chunk: int) -> tuple[Tensor, ...]:
+    """What `part(start, stop)` gives for `chunk` rows at a time, concatenated over all rows.
+
+    With gradients a part of several is computed anew in the backward pass, so that its logits are not kept.
+    """
+    parts = []
+    for start in range(0, max(1, num_rows), chunk):
+        stop = min(start + chunk, num_rows)
+        if torch.is_grad_enabled() and num_rows > chunk:
+            parts.append(checkpoint(part, start, stop, use_reentrant=False))
+        else:
+            parts.append(part(start, stop))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 def chunk_logprobs(

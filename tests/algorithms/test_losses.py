@@ -100,7 +100,7 @@ def test_the_pairwise_loss_is_bradley_terry():
     expected = sum(-math.log(1 / (1 + math.exp(-m))) for m in (1.5, -2.0, 0.0))
     assert float(result.total) == pytest.approx(expected)
     assert {k: float(v) for k, v in result.sums.items()} == {
-        "accuracy": 1.0,
+        "accuracy": 1.5,  # a tie is half
         "margin": -0.5,
         "chosen": 1.0,
         "rejected": 1.5,

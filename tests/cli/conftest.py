@@ -52,3 +52,26 @@ def tiny_model(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tiny_model, tmp_path_factory):
+    """A reward model with the tiny model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("rewards") / "tiny-reward"
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.num_labels, config.pad_token_id = 1, 1
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def room(tmp_path, tiny_model, tiny_reward):
+    """A folder of good input, to be spoiled."""
+    from bad_input import Room
+
+    return Room(tmp_path, tiny_model, tiny_reward)

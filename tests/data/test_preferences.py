@@ -72,6 +72,63 @@ def test_a_longer_shared_prefix_would_be_taken_for_the_response(parts):
     assert (chosen, rejected) == ("yes<|im_end|>", "no<|im_end|>")
 
 
+def test_a_prompt_that_both_sides_repeat_would_be_read_twice(parts):
+    shared = "\n\nHuman: Hi\n\nAssistant:"
+    row = {"prompt": shared, "chosen": f"{shared} yes", "rejected": f"{shared} no"}
+    assert parts(row) == (shared, " yes<|im_end|>", " no<|im_end|>")
+    row = {"prompt": [ASK], "chosen": [ASK, says("yes")], "rejected": [ASK, says("no")]}
+    assert parts(row)[1:] == ("yes<|im_end|>", "no<|im_end|>")
+
+
+def test_hh_dialogues_would_not_become_messages_on_demand(parts):
+    shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant:"
+    talk = [ASK, says("Hello"), {"role": "user", "content": "More"}]
+    expected = parts({"prompt": talk, "chosen": "yes", "rejected": "no"})
+    row = {"chosen": f"{shared} yes", "rejected": f"{shared} no"}
+    assert parts(row, apply_chat_template=True) == expected
+    row = {"prompt": shared, "chosen": " yes", "rejected": " no"}
+    assert parts(row, apply_chat_template=True) == expected
+
+
+def test_the_end_of_a_turn_that_ends_generation_would_get_another_end_behind_it(parts, tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot|>")
+    row = {"prompt": [ASK], "chosen": "yes", "rejected": "no"}
+    stop = tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert parts(row, stop_token_ids=(stop,))[1:] == ("yes<|eot|>", "no<|eot|>")
+
+
+def test_margin_or_weight_of_a_pair_would_be_lost(load):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [
+        pair,
+        pair | {"margin": 0.5, "weight": 2},
+        pair | {"margin": "-1.5", "weight": "0"},
+        pair | {"margin": ""},
+    ]
+    assert [(one.margin, one.weight) for one in load(*rows).pairs] == [
+        (None, 1.0),
+        (0.5, 2.0),
+        (-1.5, 0.0),
+        (None, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("margin", "far"),
+        ("margin", True),
+        ("margin", [1]),
+        ("weight", float("nan")),
+        ("weight", 1e999),
+        ("weight", -1),
+    ],
+)
+def test_a_margin_or_weight_that_is_no_number_would_reach_the_loss(load, column, value):
+    with pytest.raises(DataError, match=rf"pairs\.jsonl:1: '{column}' is .*: write a"):
+        load({"prompt": "a", "chosen": "b", "rejected": "c", column: value})
+
+
 def test_hh_dialogues_would_be_split_elsewhere_than_at_the_last_shared_assistant_turn(parts):
     shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tell me\n\nAssistant:"
     row = {"chosen": f"{shared} I will", "rejected": f"{shared} I won't"}
@@ -112,7 +169,7 @@ def test_pairs_would_be_left_out_in_silence(load, caplog):
         ({"chosen": [says("b")], "rejected": [says("c")]}, "pairs.jsonl:1: .*share no first message"),
         (
             {"chosen": [ASK, says("b")], "rejected": [ASK, {"role": "user", "content": "c"}]},
-            "pairs.jsonl:1: .*part at an assistant message",
+            "pairs.jsonl:1: .*at an assistant message",
         ),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},

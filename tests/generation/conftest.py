@@ -1,5 +1,7 @@
 """Tiny random decoders for the tests of generation."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +10,13 @@ from meshift.models.decoder import Decoder
 
 
 def tiny_decoder(
-    family: str = "llama", *, tied: bool = True, num_kv_heads: int = 2, vocab_size: int = 61, seed: int = 0
+    family: str = "llama",
+    *,
+    tied: bool = True,
+    num_kv_heads: int = 2,
+    vocab_size: int = 61,
+    seed: int = 0,
+    **features: Any,
 ):
     """A two-layer fp32 decoder whose weights are large enough for clearly uneven distributions."""
     sizes = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48}
@@ -34,6 +42,7 @@ def tiny_decoder(
             "num_key_value_heads": num_kv_heads,
             "max_position_embeddings": 128,
         },
+        **features,
     )
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(config).eval()

@@ -1,12 +1,12 @@
 """The cache and its attention: against plain attention over whole sequences."""
 
+import pytest
 import torch
 
 from meshift.generation.cache import CacheBuffer, KVCache, Prefix, StepAttention
 from meshift.models.attention import AttentionLayer, PlainAttention
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
-LAYER = AttentionLayer(index=1, scale=DIM**-0.5)
 
 
 def rows(num_rows, heads, seed):
@@ -17,13 +17,17 @@ def new_cache(num_slots=5, max_len=64):
     return CacheBuffer().take((LAYERS, num_slots, KV_HEADS, max_len, DIM), like=torch.zeros(1))
 
 
-def test_one_mixed_pass_equals_plain_attention_over_the_whole_sequences():
-    cache, cached, prompts = new_cache(), [3, 40, 1], [4, 2]
+@pytest.mark.parametrize("cached", [[3, 40, 1], [70, 38, 50]])
+@pytest.mark.parametrize("window", [None, 1, 5, 39, 200])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_one_mixed_pass_equals_plain_attention_over_the_whole_sequences(cached, window, softcap):
+    layer = AttentionLayer(index=1, scale=DIM**-0.5, window=window, softcap=softcap)
+    cache, prompts = new_cache(max_len=96), [4, 2]
     lengths = [*(length + 1 for length in cached), *prompts]
     query, key, value = (
         rows(sum(lengths), heads, heads + i) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))
     )
-    expected = PlainAttention(lengths)(LAYER, query, key, value)
+    expected = PlainAttention(lengths)(layer, query, key, value)
     starts = [sum(lengths[:i]) for i in range(4)]
     for slot, length in enumerate(cached):
         past = slice(starts[slot], starts[slot] + length)
@@ -32,7 +36,7 @@ def test_one_mixed_pass_equals_plain_attention_over_the_whole_sequences():
     taken = [start + length for start, length in zip(starts, cached, strict=False)]
     taken += range(starts[3], sum(lengths))
     padded = [torch.cat([part[taken], torch.zeros(3, *part.shape[1:])]) for part in (query, key, value)]
-    ours = StepAttention(cache, cached, prompts)(LAYER, *padded)
+    ours = StepAttention(cache, cached, prompts)(layer, *padded)
     torch.testing.assert_close(ours[:-3], expected[taken], atol=1e-5, rtol=0)
     assert not ours[-3:].any()
 

@@ -71,6 +71,26 @@ def test_every_kind_of_decoder_generates_what_its_plain_twin_does(make_model, fa
     assert_same(ours, generate_plain(model, PROMPTS, params(), seed=2, num_generations=3), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"windows": (5, None)},
+        {"windows": (3, 40)},
+        {"attention_softcap": 1.0, "logit_softcap": 4.0},
+        {"windows": (None, 4), "attention_softcap": 1.0, "query_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_windows_shorter_than_the_text_and_caps_generate_what_the_plain_twin_does(make_model, features):
+    prompts = [[1 + i % 59 for i in range(length)] for length in (44, 45, 60, 52)]
+    model = make_model(seed=1, **features)
+    ours = GenerationEngine(model, num_slots=3).generate(prompts + PROMPTS, params(14), seed=2)
+    theirs = generate_plain(model, prompts + PROMPTS, params(14), seed=2)
+    assert_same(ours, theirs, atol=1e-4)
+    without = generate_plain(make_model(seed=1), prompts + PROMPTS, params(14), seed=2)
+    assert [c.tokens for c in without] != [c.tokens for c in theirs], "the features change what is generated"
+
+
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("num_slots", [1, 3, 8, 64])
 def test_order_and_slots_do_not_change_any_sequence(model, num_slots, option):

@@ -1,29 +1,19 @@
 """The decoder against `transformers`: logits, gradients, scores."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from family_variants import EACH_FAMILY, VARIANTS
 
 from meshift.models.attention import PackedAttention, PlainAttention, packed_positions
+from meshift.models.decoder import Decoder
 from meshift.models.hf.load import load_model
+from meshift.models.hf.stored import stored_tensors
+from meshift.training.optimizer import is_frozen
 
 LENGTHS = (5, 17, 1, 0, 9, 30, 16)
-VARIANT_NAMES = [
-    "llama",
-    "llama-mha",
-    "llama-tied",
-    "llama-biases",
-    "llama-wide-heads",
-    "llama-gelu",
-    "qwen2",
-    "qwen2-tied",
-    "rope-linear",
-    "rope-dynamic",
-    "rope-llama3",
-    "rope-yarn",
-    "rope-longrope",
-]
 KEPT = {"atol": 1e-4, "rtol": 0.0}
 
 
@@ -41,11 +31,7 @@ def sequences(rows):
     return [part for part in rows.split(LENGTHS) if len(part)]
 
 
-def test_every_variant_is_tested(variants):
-    assert set(VARIANT_NAMES) == set(variants)
-
-
-@pytest.mark.parametrize("name", VARIANT_NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_packed_logits_are_those_of_each_sequence_alone_in_transformers(saved, tokens, name):
     ours = load_model(saved(name).folder)
     with torch.no_grad():
@@ -54,7 +40,7 @@ def test_packed_logits_are_those_of_each_sequence_alone_in_transformers(saved, t
     torch.testing.assert_close(packed, torch.cat(alone), **KEPT)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "rope-llama3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "rope-llama3", "gemma2", "gemma3", "gpt2"])
 def test_packed_logits_are_those_of_a_padded_transformers_batch(saved, tokens, name):
     parts = sequences(tokens)
     padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -65,11 +51,16 @@ def test_packed_logits_are_those_of_a_padded_transformers_batch(saved, tokens, n
     torch.testing.assert_close(packed, theirs, **KEPT)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-biases", "qwen2", "rope-yarn"])
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [
+        *((name, False) for name in (*EACH_FAMILY, "llama-tied", "qwen2", "rope-yarn", "phi3-longrope")),
+        ("llama-tied", True),
+        ("gemma2", True),
+        ("gpt2", True),
+    ],
+)
 def test_gradients_are_those_of_transformers(saved, tokens, name, checkpoint):
-    from meshift.models.hf.families import hf_name
-
     reference, ours = saved(name).model, load_model(saved(name).folder)
     reference.zero_grad()
     losses = [_cross_entropy(reference(part[None]).logits[0], part) for part in sequences(tokens)]
@@ -77,18 +68,22 @@ def test_gradients_are_those_of_transformers(saved, tokens, name, checkpoint):
     rows = sequences(logits_of(ours, tokens, checkpoint=checkpoint))
     pairs = zip(rows, sequences(tokens), strict=True)
     torch.stack([_cross_entropy(row, part) for row, part in pairs]).sum().backward()
-    theirs = dict(reference.named_parameters())
-    for parameter_name, parameter in ours.named_parameters():
-        expected = theirs[hf_name(ours.config, "lm", parameter_name)].grad
-        torch.testing.assert_close(parameter.grad, expected, atol=2e-4, rtol=1e-3, msg=parameter_name)
+    theirs, parameters = dict(reference.named_parameters()), dict(ours.named_parameters())
+    for their_name, stored in stored_tensors(ours.config, "lm").items():
+        for our_name, expected in stored.split(theirs[their_name].grad).items():
+            found = parameters.pop(our_name).grad
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3, msg=our_name)
+    assert not parameters
 
 
 def _cross_entropy(logits, tokens):
     return torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
-@pytest.mark.parametrize("head", ["reward", "value"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [*((name, "reward") for name in (*EACH_FAMILY, "llama-tied", "qwen2")), ("llama", "value"), ("gpt2", "value")],
+)
 def test_scores_are_those_of_sequence_classification(saved, tokens, name, head):
     ours = load_model(saved(name, "score").folder, head=head)
     with torch.no_grad():
@@ -99,8 +94,35 @@ def test_scores_are_those_of_sequence_classification(saved, tokens, name, head):
     torch.testing.assert_close(scores[last_rows], torch.stack(alone), **KEPT)
 
 
-def test_plain_attention_gives_the_same_logits(saved, tokens):
-    ours = load_model(saved("llama").folder)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"windows": ()}),
+        ("mistral", {"windows": (7, 7)}),
+        ("qwen2-window", {"windows": (5, None)}),
+        ("phi3-partial", {"windows": ()}),
+        ("phi3-partial", {"partial_rotary": False}),
+        ("gemma", {"embedding_scale": None}),
+        ("gemma2", {"windows": (None, 6)}),
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"logit_softcap": None}),
+        ("gemma2", {"query_scale": None}),
+        ("gemma3", {"rotary_types": ("full_attention", "sliding_attention")}),
+        ("gpt2-unscaled", {"query_scale": None}),
+    ],
+)
+def test_what_a_variant_switches_on_shows_in_its_logits(saved, tokens, name, changes):
+    """Else the comparisons of logits could not fail."""
+    ours = load_model(saved(name).folder)
+    other = Decoder(replace(ours.config, **changes))
+    other.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert (logits_of(ours, tokens) - logits_of(other, tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_plain_attention_gives_the_same_logits(saved, tokens, name):
+    ours = load_model(saved(name).folder)
     with torch.no_grad():
         plain, packed = (logits_of(ours, tokens, kind) for kind in (PlainAttention, PackedAttention))
     torch.testing.assert_close(plain, packed, atol=1e-5, rtol=0.0)
@@ -116,18 +138,20 @@ def test_a_sequence_does_not_depend_on_its_neighbours(saved, tokens):
     assert not torch.equal(first[:5], second[:5])
 
 
-def test_bf16_differs_from_fp32_by_no_more_than_transformers_in_bf16_does(saved, tokens):
-    part = tokens[5:22]
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_bf16_differs_from_fp32_by_no_more_than_transformers_in_bf16_does(saved, tokens, name):
+    part, folder = tokens[5:22], saved(name).folder
     with torch.no_grad():
-        exact = saved("llama").model(part[None]).logits[0]
-        half = saved("llama").model.__class__.from_pretrained(saved("llama").folder, dtype=torch.bfloat16)
+        exact = saved(name).model(part[None]).logits[0]
+        half = saved(name).model.__class__.from_pretrained(folder, dtype=torch.bfloat16)
         theirs = half(part[None]).logits[0].float()
-        ours = logits_of(load_model(saved("llama").folder, dtype=torch.bfloat16), part, lengths=(17,)).float()
+        ours = logits_of(load_model(folder, dtype=torch.bfloat16), part, lengths=(17,)).float()
     assert (ours - exact).abs().mean() < 1.25 * (theirs - exact).abs().mean()
 
 
-def test_training_and_inference_agree_bit_for_bit_in_bf16(saved, tokens):
-    ours = load_model(saved("llama").folder, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2"])
+def test_training_and_inference_agree_bit_for_bit_in_bf16(saved, tokens, name):
+    ours = load_model(saved(name).folder, dtype=torch.bfloat16)
     with torch.no_grad():
         inferred = logits_of(ours, tokens)
     assert torch.equal(logits_of(ours, tokens), inferred)
@@ -136,8 +160,8 @@ def test_training_and_inference_agree_bit_for_bit_in_bf16(saved, tokens):
 
 def test_casting_a_model_keeps_its_rotary_frequencies_in_fp32(saved):
     ours = load_model(saved("rope-llama3").folder)
-    before = ours.rotary.inv_freq.clone()
-    assert torch.equal(ours.to(torch.bfloat16).rotary.inv_freq, before)
+    before = ours.rotaries[0].inv_freq.clone()
+    assert torch.equal(ours.to(torch.bfloat16).rotaries[0].inv_freq, before)
 
 
 def test_a_tied_head_follows_its_embedding(saved):
@@ -145,6 +169,13 @@ def test_a_tied_head_follows_its_embedding(saved):
     ours.embedding.weight = torch.nn.Parameter(torch.zeros_like(ours.embedding.weight))
     assert not ours.head(torch.ones(1, 32)).any()
     assert "head.weight" not in ours.state_dict()
+
+
+def test_learned_positions_are_frozen_with_the_embedding(saved):
+    names = [name for name, _ in load_model(saved("gpt2").folder).named_parameters()]
+    expected = [name for name in names if name.startswith(("embedding.", "layers.0."))]
+    assert "embedding.position.weight" in expected
+    assert [name for name in names if is_frozen(name, 1)] == expected
 
 
 def test_checkpointing_runs_layers_again_instead_of_keeping_them(saved, tokens):

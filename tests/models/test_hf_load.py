@@ -99,6 +99,22 @@ def test_old_rotary_buffers_in_a_file_are_passed_over(edited):
     load_model(edited("llama", change=change))
 
 
+def test_gpt2_as_it_was_published_without_prefix_and_with_its_masks_loads(saved, edited):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+
+    bare, whole = load_model(edited("gpt2", change=change)), load_model(saved("gpt2").folder)
+    for (name, one), (_, other) in zip(bare.named_parameters(), whole.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_fused_tensor_of_the_wrong_size_is_named_as_it_is_stored(edited):
+    with pytest.raises(ModelError, match=r"qkv_proj.weight is \[64, 31\], but .* \[64, 32\]"):
+        load_model(edited("phi3", "lm", _put("model.layers.1.self_attn.qkv_proj.weight", 64, 31)))
+
+
 def test_a_tied_file_may_repeat_the_embedding_but_not_contradict_it(edited):
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

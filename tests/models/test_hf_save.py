@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from family_variants import EACH_FAMILY
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ def same_bytes(one, other):
         assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen2-tied", "rope-yarn"])
+@pytest.mark.parametrize("name", [*EACH_FAMILY, "llama", "llama-tied", "qwen2-tied", "phi3-longrope", "rope-yarn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_unmodified_language_model_comes_out_bit_for_bit(saved, tmp_path, name, dtype):
     source = saved(name).folder
@@ -36,8 +37,10 @@ def test_an_unmodified_language_model_comes_out_bit_for_bit(saved, tmp_path, nam
         assert json.loads((source / file).read_text()) == json.loads((tmp_path / "out" / file).read_text())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
-@pytest.mark.parametrize("head", ["lm", "reward", "value"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [(name, head) for name in (*EACH_FAMILY, "llama-tied") for head in ("lm", "reward")] + [("llama", "value")],
+)
 def test_what_is_saved_gives_the_same_outputs_in_transformers(saved, tmp_path, name, head):
     ours = load_model(saved(name, "lm" if head == "lm" else "score").folder, head=head)
     with torch.no_grad():

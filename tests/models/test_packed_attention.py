@@ -16,16 +16,26 @@ def inputs(num_rows, heads=4, kv_heads=2, dtype=torch.float32):
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9),
     heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    window=st.sampled_from([None, 1, 4, 30, 100]),
+    softcap=st.sampled_from([None, 0.6]),
+    block=st.sampled_from([5, 512]),
 )
-def test_values_and_gradients_are_those_of_the_plain_twin(lengths, heads):
+def test_values_and_gradients_are_those_of_the_plain_twin(lengths, heads, window, softcap, block):
+    layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
     rows = inputs(sum(lengths), *heads)
-    packed, plain = (kind(lengths)(LAYER, *rows) for kind in (PackedAttention, PlainAttention))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshift.models.attention.BLOCK", block)
+        packed, plain = (kind(lengths)(layer, *rows) for kind in (PackedAttention, PlainAttention))
+        _compare(packed, plain, rows)
+
+
+def _compare(packed, plain, rows):
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    if not sum(lengths):
+    if not len(packed):
         return
     weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
     grads = [torch.autograd.grad((out * weights).sum(), rows) for out in (packed, plain)]
@@ -34,11 +44,29 @@ def test_values_and_gradients_are_those_of_the_plain_twin(lengths, heads):
 
 
 @pytest.mark.parametrize("length", [20, 600])
-def test_half_precision_stays_close_to_the_plain_twin_on_either_side_of_the_upcast(length):
+@pytest.mark.parametrize("window", [None, 15])
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_half_precision_stays_close_to_the_plain_twin_on_either_side_of_the_upcast(length, window, softcap):
+    layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
     rows = inputs(length + 3, dtype=torch.bfloat16)
-    packed, plain = (kind([length, 3])(LAYER, *rows) for kind in (PackedAttention, PlainAttention))
+    packed, plain = (kind([length, 3])(layer, *rows) for kind in (PackedAttention, PlainAttention))
     assert packed.dtype == torch.bfloat16
     torch.testing.assert_close(packed, plain, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(64, None), (None, 0.6), (64, 0.6)])
+def test_no_matrix_of_all_rows_by_all_rows_is_made_or_kept(window, softcap):
+    length, sizes = 1500, {}
+    layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
+    rows = inputs(length, heads=1, kv_heads=1)
+
+    def pack(tensor):
+        sizes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PackedAttention([length])(layer, *rows)
+    assert sum(sizes.values()) < length * length / 2
 
 
 @settings(max_examples=100, deadline=None)

@@ -39,16 +39,59 @@ def test_length_dependent_scalings_match_up_to_their_original_length_and_refuse_
         angles(folder, limit + 1)
 
 
-def test_the_old_spelling_of_scaling_gives_the_same_logits_as_the_new(saved, tmp_path):
-    shutil.copytree(saved("rope-llama3").folder, tmp_path, dirs_exist_ok=True)
-    raw = json.loads((tmp_path / "config.json").read_text())
+def _old_llama(raw):
     parameters = raw.pop("rope_parameters")
     raw |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+
+
+def _old_without_scaling(raw):
+    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+
+
+def _old_phi3(raw):
+    _old_llama(raw)
+    raw["partial_rotary_factor"] = raw["rope_scaling"].pop("partial_rotary_factor")
+    raw["rope_scaling"]["type"] = raw["rope_scaling"].pop("rope_type")
+
+
+def _old_gemma3(raw):
+    full, local = (raw["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+    del raw["rope_parameters"]
+    raw |= {
+        "rope_theta": full.pop("rope_theta"),
+        "rope_local_base_freq": local["rope_theta"],
+        "rope_scaling": full,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "respell"),
+    [
+        ("rope-llama3", _old_llama),
+        ("mistral", _old_without_scaling),
+        ("phi3-longrope", _old_phi3),
+        ("gemma3-scaled", _old_gemma3),
+    ],
+)
+def test_the_old_spelling_of_rotary_settings_gives_the_same_logits_as_the_new(saved, tmp_path, name, respell):
+    shutil.copytree(saved(name).folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    respell(raw)
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    old, new = load_model(tmp_path), load_model(saved("rope-llama3").folder)
+    old, new = load_model(tmp_path), load_model(saved(name).folder)
     rows = (torch.arange(3, 33), packed_positions([30]), PackedAttention([30]))
     assert torch.equal(old(*rows), new(*rows))
-    assert raw["rope_scaling"] == parameters  # transformers must not have written into the config we keep
+    assert old.config.hf == raw  # transformers must not have written into the config we keep
+
+
+@pytest.mark.parametrize(("family", "factor"), [("phi3", 0.4), ("phi3", 0.0)])
+def test_a_part_of_a_head_that_cannot_be_turned_is_refused(saved, tmp_path, family, factor):
+    shutil.copytree(saved(family).folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_parameters"]["partial_rotary_factor"] = factor
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"partial_rotary_factor turns \d of the 8 dims of a head"):
+        load_model(tmp_path)
 
 
 def test_an_unknown_scaling_is_named(saved, tmp_path):
@@ -82,6 +125,9 @@ def test_a_config_of_wrong_types_ends_in_one_sentence(saved, tmp_path, changes, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "longest"), [("llama", 64), ("rope-yarn", 64), ("rope-longrope", 32)])
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [("llama", 64), ("rope-yarn", 64), ("rope-longrope", 32), ("phi3-longrope", 32), ("gemma3", 64), ("gpt2", 64)],
+)
 def test_the_longest_sequence_is_the_models_positions_or_its_scalings_limit(saved, name, longest):
     assert longest_sequence(load_config(saved(name).folder)) == longest

@@ -2,20 +2,21 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from family_variants import EACH_FAMILY, VARIANTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshift.models.decoder import Decoder
-from meshift.models.hf.load import load_config
+from meshift.models.attention import PlainAttention
+from meshift.models.decoder import Decoder, Layer
+from meshift.models.hf.load import load_config, load_model
 from meshift.models.shards import Split, num_bytes, num_parameters, shard_table
 
-NAMES = ["llama", "llama-mha", "llama-tied", "llama-biases", "llama-wide-heads", "qwen2", "qwen2-tied"]
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("head", ["lm", "value", "reward"])
 def test_the_table_lists_exactly_the_modules_parameters(saved, name, head):
     config = load_config(saved(name).folder)
@@ -27,7 +28,7 @@ def test_the_table_lists_exactly_the_modules_parameters(saved, name, head):
     assert num_bytes(table, 2) == 2 * num_parameters(table)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_cut_covers_its_dim_in_units(saved, name):
     for shard in shard_table(load_config(saved(name).folder), "lm").values():
         if shard.split is not None:
@@ -56,23 +57,41 @@ def test_a_part_that_does_not_exist_is_refused(part):
         Split(dim=0, unit=1, num_units=4, group="vocabulary").bounds(part, 2)
 
 
-def test_the_parts_of_one_layer_add_up_to_the_whole_layer(saved):
-    """Tensor parallelism as arithmetic: each part's attention and MLP output, summed, is the whole's."""
-    model = Decoder(load_config(saved("llama-biases").folder)).double()
-    table = shard_table(model.config, "lm")
-    x = torch.randn(3, model.config.hidden_size, dtype=torch.float64)
-    mlp = model.layers[0].mlp
-    parts = []
-    for part in range(2):
-        cut = {}
-        for name in ("gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight"):
-            split = table[f"layers.0.mlp.{name}"].split
-            start, stop = split.bounds(part, 2)
-            cut[name] = mlp.get_parameter(name).narrow(split.dim, start, stop - start)
-        gate = torch.nn.functional.silu(x @ cut["gate.weight"].T + cut["gate.bias"])
-        parts.append((gate * (x @ cut["up.weight"].T + cut["up.bias"])) @ cut["down.weight"].T)
-    assert table["layers.0.mlp.down.bias"].split is None
-    torch.testing.assert_close(sum(parts) + mlp.down.bias, mlp(x))
+@pytest.mark.parametrize("name", [name for name in EACH_FAMILY if not name.startswith("olmo2")])
+def test_the_parts_of_one_layer_add_up_to_the_whole_layer(saved, name):
+    """Tensor parallelism as arithmetic: each part's attention and MLP output, summed, is the whole's.
+
+    OLMo 2 norms over all heads at once, which no part can do alone.
+    """
+    model = load_model(saved(name).folder)
+    table, config = shard_table(model.config, "lm"), model.config
+    x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    angles = [rotary(torch.arange(9), x.dtype) for rotary in model.rotaries]
+    smaller = replace(
+        config,
+        num_heads=config.num_heads // 2,
+        num_kv_heads=config.num_kv_heads // 2,
+        intermediate_size=config.intermediate_size // 2,
+    )
+    for module, inputs in (("attention", (x, angles, PlainAttention([9]))), ("mlp", (x,))):
+        whole = model.layers[0].get_submodule(module)
+        parts = []
+        for part in range(2):
+            piece = Layer(smaller, 0).get_submodule(module)
+            piece.load_state_dict(
+                {n: _cut(p, table[f"layers.0.{module}.{n}"].split, part) for n, p in whole.named_parameters()}
+            )
+            parts.append(piece(*inputs))
+        once = {"attention": "output.bias", "mlp": "down.bias"}[module]
+        bias = dict(whole.named_parameters()).get(once, torch.zeros(()))
+        torch.testing.assert_close(sum(parts) - bias, whole(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def _cut(parameter, split, part):
+    if split is None:
+        return parameter
+    start, stop = split.bounds(part, 2)
+    return parameter.narrow(split.dim, start, stop - start)
 
 
 def test_stages_name_the_owner_of_every_parameter(saved):

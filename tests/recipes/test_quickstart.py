@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meshift.config.loading import load_config
-from meshift.config.runs import PPORunConfig, RewardRunConfig
+from meshift.config.runs import PPORunConfig, RewardRunConfig, SFTRunConfig
 from meshift.evaluation.completions import Completions
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -29,16 +29,19 @@ def evaluation(module, **figures):
 
 
 def test_a_recipe_would_name_a_key_that_is_gone():
+    load_config(SFTRunConfig, RECIPES / "quickstart_sft.yaml")
     load_config(RewardRunConfig, RECIPES / "quickstart_reward.yaml")
     load_config(PPORunConfig, RECIPES / "quickstart.yaml")
 
 
-def test_the_seed_or_the_folder_would_not_reach_both_runs(quickstart, tmp_path):
+def test_the_seed_or_the_folder_would_not_reach_every_run(quickstart, tmp_path):
     options = quickstart.parse(["--seed", "7", "--output", str(tmp_path), "--ppo", "max_steps=2"])
-    reward, ppo = quickstart.configs(options)
-    assert (reward.seed, ppo.seed, ppo.max_steps) == (7, 7, 2)
+    chain = quickstart.configs(options)
+    sft, reward, ppo = chain.sft, chain.reward, chain.ppo
+    assert (sft.seed, reward.seed, ppo.seed, ppo.max_steps) == (7, 7, 7, 2)
+    assert Path(ppo.actor.model_name_or_path) == Path(sft.output_dir) / "final"
     assert Path(ppo.reward.model_name_or_path) == Path(reward.output_dir) / "final"
-    assert Path(ppo.output_dir).parent == Path(reward.output_dir).parent == tmp_path
+    assert {Path(run.output_dir).parent for run in (sft, reward, ppo)} == {tmp_path}
 
 
 def test_the_summary_would_lack_a_figure_or_mix_before_and_after(quickstart, tmp_path, capsys):
@@ -54,8 +57,10 @@ def test_the_summary_would_lack_a_figure_or_mix_before_and_after(quickstart, tmp
     assert written["seconds"] == {"prepare": 1.5, "ppo": 2.0, "total": 3.5}
     assert written["reward_model_accuracy"] == 0.8
     assert 0.01 < written["peak_memory_gb"] < 64
-    quickstart.show(quickstart.Console(width=100), summary, before, after)
+    base = evaluation(quickstart, reward=0.9, judge=0.2345, kl=0.0, length=20.0, distinct2=0.9)
+    quickstart.show(quickstart.Console(width=100), summary, (base, before, after))
     shown = capsys.readouterr().out
+    assert "0.234" in shown
     assert "0.500" in shown
     assert "[/b] good one" in shown, "brackets in a text are no markup"
 

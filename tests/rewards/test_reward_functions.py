@@ -1,4 +1,4 @@
-"""Reward functions as users of TRL write them, and what they are told when one goes wrong."""
+"""Reward functions as users of TRL write them, plain and async, several with weights."""
 
 import asyncio
 import gc
@@ -6,59 +6,28 @@ import math
 
 import pytest
 import torch
+from reward_batches import rollout, score
 
-from meshift.batch import Batch, Ragged, column_key
-from meshift.config.sections import RewardFunctionConfig
-from meshift.errors import ConfigError, RewardError
-from meshift.rewards.functions import (
-    RewardFunctions,
-    WeightedFunction,
-    call_rewards,
-    load_function,
-    load_functions,
-)
-
-LETTERS = "abcdefgh"
-
-
-def decode(ids):
-    return "".join(LETTERS[i] for i in ids)
-
-
-def rollout(**columns):
-    """Prompts "ab" and "c", completions "de" and "fga"."""
-    fields = {
-        "tokens": Ragged.from_rows([[0, 1, 3, 4], [2, 5, 6, 0]]),
-        "completion_lengths": Ragged.scalars([2, 3]),
-    }
-    return Batch(fields, {column_key(name): list(values) for name, values in columns.items()})
-
-
-def call_reward(function, name, arguments):
-    return call_rewards([WeightedFunction(name=name, function=function, weight=1.0)], arguments)[0]
-
-
-def score(*functions, batch=None, columns=()):
-    weighted = [WeightedFunction(name=f.__name__, function=f, weight=w) for f, w in functions]
-    outcome = RewardFunctions(functions=weighted, decode=decode, columns=columns)(batch or rollout())
-    return outcome.batch["function_scores"].values.tolist(), outcome.metrics
+from meshift.errors import RewardError
 
 
 def test_a_function_is_given_texts_token_ids_and_every_column():
     seen = {}
 
     def judge(prompts, completions, completion_ids, **kwargs):
+        assert (kwargs.pop("trainer_state").global_step, bool(kwargs.pop("log_extra"))) == (0, True)
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
         return [1.0, 2.0]
 
     batch = rollout(answer=["x", "y"], level=[1, 2], prompt=["A B", "C"])
-    assert score((judge, 1.0), batch=batch, columns=("answer", "level", "prompt"))[0] == [1.0, 2.0]
+    assert score((judge, 1.0), batch=batch)[0] == [1.0, 2.0]
     assert seen == {
         "prompts": ["A B", "C"],  # the row's own text, not what its tokens decode to
         "completions": ["de", "fga"],
         "completion_ids": [[3, 4], [5, 6, 0]],
         "answer": ["x", "y"],
         "level": [1, 2],
+        "log_metric": seen["log_metric"],
     }
 
 
@@ -75,7 +44,7 @@ def test_a_function_may_name_only_what_it_needs():
         return [float(len(ids) == a) for ids, a in zip(completion_ids, answer, strict=True)]
 
     batch = rollout(answer=[2, 9], other=["p", "q"])
-    assert score((judge, 1.0), batch=batch, columns=("answer", "other"))[0] == [1.0, 0.0]
+    assert score((judge, 1.0), batch=batch)[0] == [1.0, 0.0]
 
 
 def test_async_functions_are_awaited():
@@ -158,7 +127,7 @@ def test_prompts_of_messages_come_with_completions_of_messages_as_in_trl():
         assert completions == [[{"role": "assistant", "content": text}] for text in ("de", "fga")]
         return [float(len(c[0]["content"])) for c in completions]
 
-    assert score((judge, 1.0), batch=rollout(prompt=chats), columns=("prompt",))[0] == [2.0, 3.0]
+    assert score((judge, 1.0), batch=rollout(prompt=chats))[0] == [2.0, 3.0]
 
 
 def test_several_functions_add_up_by_weight_and_none_adds_nothing():
@@ -186,100 +155,56 @@ def test_whatever_walks_like_a_list_of_numbers_is_taken(result):
     assert score((judge, 1.0))[0] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("result", "sentence"),
-    [
-        ([1.0], "returned 1 values for 2 completions"),
-        ([1.0, math.nan], "returned nan for sample 1"),
-        ([math.inf, 1.0], "returned inf for sample 0"),
-        (3.0, "returned float; return a list of numbers"),
-        (None, "returned NoneType; return a list of numbers"),
-        (["good", "bad"], "returned list; return a list of numbers"),
-        ({"rewards": [1.0, 2.0]}, "returned dict; return a list of numbers"),
-        ([[1.0, 2.0], [3.0]], "returned list; return a list of numbers"),
-    ],
-)
-def test_anything_but_one_finite_number_each_is_refused_by_name(result, sentence):
-    with pytest.raises(RewardError, match=f"reward function judge {sentence}"):
-        call_reward(lambda completions: result, "judge", {"completions": ["a", "b"]})
+def test_the_trainer_state_counts_finished_steps_even_after_a_resume():
+    def judge(completions, trainer_state):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    assert score((judge, 1.0), batch=rollout(first=6))[0] == [3.0, 3.0], "two sequences a step"
 
 
-FILE = """import json
+def test_what_a_function_logs_becomes_metrics():
+    async def judge(completions, log_extra, log_metric, **columns):
+        log_extra("num_letters", [len(c) for c in completions])
+        log_extra("seen", list(completions))
+        log_metric("share", torch.tensor(0.25))
+        log_metric("share", 0.75)
+        return [0.0 for _ in completions]
+
+    assert score((judge, 1.0))[1] == {
+        "reward/judge": 0.0,
+        "reward/judge/num_letters": 2.5,
+        "reward/judge/share": 0.5,
+    }
 
 
-def judge(completions, **kwargs):
-    return [float(json.loads(c)) for c in completions]
+def test_async_functions_may_keep_what_belongs_to_an_event_loop_between_steps():
+    """A lock that is waited for binds to its loop; another loop in the next step would be refused."""
+    from reward_batches import host_call
+
+    from meshift.rewards.functions import WeightedFunction
+
+    lock = asyncio.Semaphore(1)
+
+    async def judge(completions):
+        async def one(text):
+            async with lock:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(one, completions))
+
+    call = host_call([WeightedFunction(name="judge", function=judge, weight=1.0)], rollout())
+    for _ in range(2):
+        assert call(rollout()).batch["function_scores"].values.tolist() == [2.0, 3.0]
 
 
-async def later(completions, **kwargs):
-    raise KeyError("gone")
+def test_a_plain_function_runs_in_the_main_thread_where_alarms_work():
+    import threading
 
+    def judge(completions):
+        return [float(threading.current_thread() is threading.main_thread())] * len(completions)
 
-def needs(completions, answer):
-    return [0.0 for _ in completions]
-"""
+    async def later(completions):
+        return [0.0] * len(completions)
 
-
-@pytest.fixture
-def reward_file(tmp_path):
-    path = tmp_path / "my_rewards.py"
-    path.write_text(FILE, encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize(("name", "error", "line"), [("judge", "JSONDecodeError", 5), ("later", "KeyError", 9)])
-def test_an_error_inside_a_function_names_function_file_and_line(reward_file, name, error, line):
-    function = load_function(f"{reward_file}:{name}")
-    with pytest.raises(RewardError) as caught:
-        call_reward(function, name, {"completions": ["{"]})
-    sentence = str(caught.value)
-    assert sentence.startswith(f"reward function {name} raised {error}: ")
-    assert sentence.endswith(f"({reward_file}, line {line})")
-
-
-def test_a_column_that_the_data_lacks_is_named(reward_file):
-    with pytest.raises(RewardError, match=r"needs raised TypeError.*answer"):
-        call_reward(load_function(f"{reward_file}:needs"), "needs", {"completions": ["a"]})
-
-
-def test_functions_come_from_files_and_modules_with_their_weights(reward_file):
-    configs = [
-        RewardFunctionConfig(function=f"{reward_file}:judge", weight=0.25),
-        RewardFunctionConfig(function="math:fsum"),
-    ]
-    loaded = load_functions(configs)
-    assert [(w.name, w.weight) for w in loaded] == [("judge", 0.25), ("fsum", 1.0)]
-    assert loaded[0].function(["1.5"]) == [1.5]
-    assert loaded[1].function is math.fsum
-
-
-def test_two_files_of_one_name_are_two_modules(tmp_path):
-    functions = []
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        path = tmp_path / folder / "rewards.py"
-        path.write_text(f"NAME = {folder!r}\ndef who(completions):\n    return NAME\n", encoding="utf-8")
-        functions.append(load_function(f"{path}:who"))
-    assert [f([]) for f in functions] == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ("judge", "write it as file.py:name or module:name"),
-        ("no/such/file.py:judge", "there is no file no/such/file.py"),
-        ("{file}:jugde", "has no function 'jugde'"),
-        ("no_such_module_anywhere:judge", "importing no_such_module_anywhere failed with ModuleNotFoundError"),
-        ("math:pi", "has no function 'pi'"),
-    ],
-)
-def test_a_function_that_is_not_there_is_a_config_error(reward_file, spec, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        load_function(spec.format(file=reward_file))
-
-
-def test_a_file_that_does_not_import_says_why(tmp_path):
-    path = tmp_path / "broken.py"
-    path.write_text("def judge(:\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"broken\.py failed with SyntaxError"):
-        load_function(f"{path}:judge")
+    assert score((later, 1.0), (judge, 1.0))[0] == [1.0, 1.0]

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from broken_runs import KEPT
 from tiny_rl import tiny_model
 
 from meshift.config.loading import make_config
-from meshift.config.runs import PPORunConfig, RewardRunConfig
+from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
 from meshift.models.hf.load import load_tokenizer
 from meshift.models.hf.save import save_model
 
@@ -153,3 +154,59 @@ def read_lines():
 def write_jsonl():
     """`write_jsonl(path, rows)` -> the path as text."""
     return write_rows
+
+
+@pytest.fixture(scope="session")
+def demonstrations_files(tmp_path_factory):
+    """A praising answer to every opening; held-out openings are new."""
+    folder = tmp_path_factory.mktemp("demonstrations")
+    openings = ["the film was", "a story", "it was a", "the story and the film", "not a story . it was"]
+    endings = [f" {good} {e}" for good in ("good", "great") for e in ".a"]
+    rows = [{"prompt": o, "completion": e} for o in openings for e in endings]
+    heldout = [{"prompt": f"{o} film", "completion": " good ."} for o in openings]
+    return write_rows(folder / "train.jsonl", rows), write_rows(folder / "heldout.jsonl", heldout)
+
+
+@pytest.fixture(scope="session")
+def sft_config_on_disk(actor_folder, demonstrations_files):
+    """`sft_config_on_disk(output_dir, **sections)`: 20 texts, 15 steps of 8, fp32."""
+
+    def make(output_dir, **sections):
+        train, heldout = demonstrations_files
+        values = {
+            "output_dir": str(output_dir),
+            "max_steps": 15,
+            "dtype": "float32",
+            "data": {"dataset_name": train, "eval_dataset_name": heldout, "batch_size": 8},
+            "model": {"model_name_or_path": str(actor_folder), "learning_rate": 1e-2},
+        }
+        return make_config(SFTRunConfig, values | sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dpo_config_on_disk(actor_folder, pairs_files):
+    """`dpo_config_on_disk(output_dir, **sections)`: 45 pairs, 12 steps of 15, fp32."""
+
+    def make(output_dir, **sections):
+        values = {
+            "output_dir": str(output_dir),
+            "max_steps": 12,
+            "dtype": "float32",
+            "data": {"dataset_name": pairs_files[0], "eval_dataset_name": pairs_files[1], "batch_size": 15},
+            "actor": {"model_name_or_path": str(actor_folder), "learning_rate": 5e-3},
+        }
+        return make_config(DPORunConfig, values | sections)
+
+    return make
+
+
+@pytest.fixture
+def reward_config(reward_config_on_disk, tmp_path):
+    """Five short steps with a checkpoint after the second and the fourth."""
+
+    def make(name="run", **sections):
+        return reward_config_on_disk(tmp_path / name, **(KEPT | sections))
+
+    return make

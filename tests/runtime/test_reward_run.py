@@ -135,3 +135,30 @@ def test_more_frozen_layers_than_there_are_is_found_by_the_dry_run(reward_config
     model = {"model_name_or_path": str(actor_folder), "num_frozen_layers": 3}
     with pytest.raises(ConfigError, match=r"`model\.num_frozen_layers` = 3, but .* has 2 layers"):
         check_reward(reward_config_on_disk(tmp_path / "run", model=model))
+
+
+def test_the_configs_weights_margins_and_centring_reach_the_loss(
+    reward_config_on_disk, write_jsonl, tmp_path, read_lines
+):
+    """Each changes the first loss; a margin of zero and equal weights do not."""
+    plain = {"prompt": "the film was", "chosen": " good", "rejected": " bad"}
+    others = [{"prompt": "a story", "chosen": " great", "rejected": end} for end in (" dull", " bad", " it")]
+
+    def first_loss(name, first, **sections):
+        data = {"dataset_name": write_jsonl(tmp_path / f"{name}.jsonl", [first, *others]), "batch_size": 4}
+        data |= sections.pop("data", {})
+        config = reward_config_on_disk(tmp_path / name, max_steps=1, data=data, **sections)
+        return read_lines(run_reward(config, SilentObserver()).output_dir / "metrics.jsonl")[0]["loss"]
+
+    loss = first_loss("plain", plain)
+    assert first_loss("zero", plain | {"margin": 0.0, "weight": 1.0}) == loss
+    assert first_loss("margin", plain | {"margin": 3.0}) > loss + 0.1
+    assert first_loss("weight", plain | {"weight": 5.0}) != pytest.approx(loss, abs=1e-4)
+    assert first_loss("prompts", plain, data={"weight_by_prompt": True}) != pytest.approx(loss, abs=1e-4)
+    assert first_loss("centred", plain, reward={"center_rewards_coefficient": 0.5}) > loss
+
+
+def test_a_dry_run_says_that_prompts_are_weighted(reward_config_on_disk, pairs_files, tmp_path):
+    data = {"dataset_name": pairs_files[0], "weight_by_prompt": True}
+    rows = dict(check_reward(reward_config_on_disk(tmp_path / "never", data=data)))
+    assert rows["weights"] == "5 prompts, each counts as one (9.00 pairs each)"

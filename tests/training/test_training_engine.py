@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from tiny_rl import random_rollout, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from twins import accumulated, hidden_rows, relative_difference, twin_of
 
 from meshift.algorithms.losses import PairwiseLoss, PolicyLoss, ValueLoss
-from meshift.batch import Batch, Ragged, micro_batches
+from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
-from meshift.models.hf.families import hf_name
-from meshift.models.hf.save import save_model
 from meshift.training.engine import LossSums, TrainingEngine, TrainTask, mini_batch_rows
 from meshift.training.readings import TokenLogprobs
 
@@ -51,26 +49,6 @@ CASES = {
 }
 
 
-def budget_for(sizes, num_parts):
-    """A token budget that cuts these rows into so many micro-batches."""
-    return next(b for b in range(sum(sizes), 0, -1) if len(micro_batches(sizes, b)) == num_parts)
-
-
-def accumulated(head, loss, batch, num_parts, **options):
-    config = TrainableConfig(
-        max_tokens_per_micro_batch=budget_for(loss.reading.sizes(batch), num_parts), **options
-    )
-    engine = TrainingEngine(tiny_model(head), config, trainable=True)
-    stats = engine.accumulate(loss, batch)
-    return {name: p.grad for name, p in engine.model.named_parameters()}, stats
-
-
-def relative_difference(ours, theirs):
-    assert set(ours) == set(theirs)
-    squares = [((ours[n] - theirs[n]).double().square().sum(), theirs[n].double().square().sum()) for n in ours]
-    return math.sqrt(sum(d for d, _ in squares) / sum(s for _, s in squares))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_micro_batches_changes_neither_gradient_nor_statistics(case):
     head, loss, make_batch = CASES[case]
@@ -88,29 +66,6 @@ def test_checkpointing_and_chunking_change_no_gradient(case):
     plain, _ = accumulated(head, loss, make_batch(), 2)
     frugal, _ = accumulated(head, loss, make_batch(), 2, gradient_checkpointing=True, logits_chunk=3)
     assert relative_difference(frugal, plain) < 1e-6
-
-
-def twin_of(model, tmp_path):
-    """The same weights as a `transformers` model, with gradients under our names."""
-    save_model(model, tmp_path)
-    if model.head_kind == "lm":
-        twin = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    else:
-        twin = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, dtype=torch.float32)
-    theirs = dict(twin.named_parameters())
-    names = [name for name, _ in model.named_parameters()]
-    return twin, lambda: {n: theirs[hf_name(model.config, model.head_kind, n)].grad for n in names}
-
-
-def padded(rows):
-    width = max(len(row) for row in rows)
-    tokens = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
-    return tokens, torch.stack([(torch.arange(width) < len(row)).long() for row in rows])
-
-
-def hidden_rows(twin, rows):
-    tokens, mask = padded(rows)
-    return twin.model(input_ids=tokens, attention_mask=mask).last_hidden_state
 
 
 def test_the_policy_gradient_is_that_of_a_plain_computation_in_transformers(tmp_path):

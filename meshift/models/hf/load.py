@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from meshift.errors import ModelError
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.decoder import Decoder
-from meshift.models.hf.families import FAMILIES, HEAD_NAMES, hf_name, read_config
+from meshift.models.hf.families import FAMILIES, HEAD_NAMES, read_config
 from meshift.models.hf.files import WeightFiles, read_json
-from meshift.models.shards import Shard, shard_table
+from meshift.models.hf.stored import Stored, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,17 +64,23 @@ def load_model(
     """
     directory = resolve_model(name_or_path)
     config = load_config(directory)
+    files = WeightFiles(directory)
+    stored = _stored_here(config, head, files)
+    fresh = _check(config, head, stored, files)
     with torch.device("meta"):
         model = Decoder(config, head)
-    files = WeightFiles(directory)
-    names = {hf_name(config, head, name): name for name in shard_table(config, head)}
-    fresh = _check(config, head, names, files)
-    tensors = _read(files, {theirs: ours for theirs, ours in names.items() if theirs not in fresh}, dtype)
+    tensors = _read(files, {name: held for name, held in stored.items() if name not in fresh}, dtype)
     if fresh:
         kept = tensors["embedding.weight"].dtype
         tensors["head.weight"] = _new_head(config, head, seed).to(kept)
     _assign(model, tensors, torch.device(device))
     return model
+
+
+def check_weights(directory: Path, head: HeadKind) -> None:
+    """Raise `ModelError` where `load_model` would; reads config.json and the headers of the weights only."""
+    config, files = load_config(directory), WeightFiles(directory)
+    _check(config, head, _stored_here(config, head, files), files)
 
 
 def load_config(directory: Path) -> DecoderConfig:
@@ -88,32 +94,46 @@ def load_config(directory: Path) -> DecoderConfig:
 
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or a hub id. Raises `ModelError`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     directory = resolve_model(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError, KeyError) as error:
+    except StrictDataclassError as error:
+        raise ModelError(
+            f"{directory / 'config.json'} has a value of the wrong type ({' '.join(str(error).split())}): copy "
+            "the file from its source again."
+        ) from error
+    # A file that holds JSON of another shape fails wherever it is first used.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}): copy "
             "tokenizer.json and tokenizer_config.json of the model into it."
         ) from error
 
 
-def _check(config: DecoderConfig, head: HeadKind, names: Mapping[str, str], files: WeightFiles) -> frozenset[str]:
-    """Hold the files against the shard table; returns the head's name if it has to be made new."""
-    table = shard_table(config, head)
-    ours = {theirs: table[name] for theirs, name in names.items()}
-    missing = sorted(set(ours) - set(files.shapes))
+def _stored_here(config: DecoderConfig, head: HeadKind, files: WeightFiles) -> dict[str, Stored]:
+    """What the files must hold, by the names there: a bare decoder's lack the prefix, as GPT-2's first ones do."""
+    stored, prefix = stored_tensors(config, head), FAMILIES[config.family].prefix
+    bare = {name.removeprefix(prefix): held for name, held in stored.items()}
+    return max(stored, bare, key=lambda names: len(names.keys() & files.shapes.keys()))
+
+
+def _check(
+    config: DecoderConfig, head: HeadKind, stored: Mapping[str, Stored], files: WeightFiles
+) -> frozenset[str]:
+    """Hold the files against what they must store; returns the head's name if it has to be made new."""
+    missing = sorted(set(stored) - set(files.shapes))
     fresh = frozenset(missing) & {HEAD_NAMES["value"]}
     if fresh and FAMILIES[config.family].classifier in (config.hf.get("architectures") or ()):
         fresh = frozenset()  # a reward model without its head is torn, not new
     if set(missing) - fresh:
         _complain_of_missing(files, [name for name in missing if name not in fresh])
-    _check_unexpected(config, head, set(ours), files)
-    _check_shapes(ours, files)
+    _check_unexpected(config, set(stored), files)
+    _check_shapes(stored, files)
     if head == "lm" and config.tie_word_embeddings and HEAD_NAMES["lm"] in files.shapes:
-        _check_tie(hf_name(config, head, "embedding.weight"), files)
+        _check_tie(next(name for name, held in stored.items() if "embedding.weight" in held.parts), files)
     return fresh
 
 
@@ -128,7 +148,7 @@ def _complain_of_missing(files: WeightFiles, missing: list[str]) -> None:
     )
 
 
-def _check_unexpected(config: DecoderConfig, head: HeadKind, known: set[str], files: WeightFiles) -> None:
+def _check_unexpected(config: DecoderConfig, known: set[str], files: WeightFiles) -> None:
     # Another head's weights are left where they are: a language model may start a critic and the reverse.
     pattern = FAMILIES[config.family].ignored
     extra = set(files.shapes) - known - set(HEAD_NAMES.values())
@@ -140,13 +160,13 @@ def _check_unexpected(config: DecoderConfig, head: HeadKind, known: set[str], fi
         )
 
 
-def _check_shapes(ours: Mapping[str, Shard], files: WeightFiles) -> None:
-    for name, shard in ours.items():
-        found = files.shapes.get(name, shard.shape)
-        if found != shard.shape:
+def _check_shapes(stored: Mapping[str, Stored], files: WeightFiles) -> None:
+    for name, held in stored.items():
+        found = files.shapes.get(name, held.shape)
+        if found != held.shape:
             raise ModelError(
                 f"{files.directory}: the tensor {name} is {list(found)}, but config.json calls for "
-                f"{list(shard.shape)}: the config and the weights are not of one model."
+                f"{list(held.shape)}: the config and the weights are not of one model."
             )
 
 
@@ -160,16 +180,18 @@ def _check_tie(embedding: str, files: WeightFiles) -> None:
         )
 
 
-def _read(files: WeightFiles, names: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read(files: WeightFiles, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Our name -> a tensor that owns its memory, all of one dtype."""
-    # The copy frees the weights from the mapped file: overwriting that file must not change a live model.
-    tensors = {names[name]: _copy(tensor, dtype) for name, tensor in files.read(names)}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in files.read(stored):
+        tensors |= {ours: _copy(part, dtype) for ours, part in stored[name].split(tensor).items()}
     kept = dtype or tensors["embedding.weight"].dtype
     return {name: tensor.to(kept) for name, tensor in tensors.items()}
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype or tensor.dtype, copy=True)
+    """Contiguous, and free of the mapped file: overwriting that file must not change a live model."""
+    return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _new_head(config: DecoderConfig, head: HeadKind, seed: int) -> Tensor:

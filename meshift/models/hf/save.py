@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meshift.errors import ModelError, SaveError
-from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
-from meshift.models.hf.families import FAMILIES, hf_name
+from meshift.models.hf.families import FAMILIES
 from meshift.models.hf.files import INDEX, SINGLE
+from meshift.models.hf.stored import Stored, stored_tensors
 from meshift.models.shards import shard_table
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def save_model(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        _write_weights(aside, _named_tensors(model), max_shard_bytes)
+        stored = stored_tensors(model.config, model.head_kind)
+        _write_weights(aside, stored, _parameters(model), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
         if model.head_kind == "lm" and model.config.generation is not None:
@@ -90,39 +91,42 @@ def _dtype_name(model: Decoder) -> str:
     return str(model.embedding.weight.dtype).removeprefix("torch.")
 
 
-def _named_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Their name -> the parameter, held against the shard table."""
-    head: HeadKind = model.head_kind
-    parameters = dict(model.named_parameters())
-    table = shard_table(model.config, head)
+def _parameters(model: Decoder) -> dict[str, Tensor]:
+    """The parameters by our names, held against the shard table."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    table = shard_table(model.config, model.head_kind)
     if {name: tuple(p.shape) for name, p in parameters.items()} != {n: s.shape for n, s in table.items()}:
         raise ModelError("The model's parameters no longer match its config, so it cannot be saved.")
-    return {hf_name(model.config, head, name): parameters[name].detach() for name in table}
+    return parameters
 
 
-def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    groups = list(_groups(tensors, max_shard_bytes))
+def _write_weights(
+    directory: Path, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], max_shard_bytes: int
+) -> None:
+    """Tensors are put together file by file, so that a fused one is there twice no longer than it must."""
+    num_bytes = {name: sum(parameters[part].nbytes for part in held.parts) for name, held in stored.items()}
+    groups = list(_groups(num_bytes, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        content = {name: tensors[name].cpu().contiguous() for name in names}
+        content = {name: stored[name].join(parameters).cpu() for name in names}
         save_file(content, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+        total = sum(num_bytes.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _groups(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
+def _groups(num_bytes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
     """Names in order, as many to a file as fit; a tensor larger than a file has one to itself."""
     group: list[str] = []
-    num_bytes = 0
-    for name, tensor in tensors.items():
-        if group and num_bytes + tensor.nbytes > max_shard_bytes:
+    size = 0
+    for name, added in num_bytes.items():
+        if group and size + added > max_shard_bytes:
             yield group
-            group, num_bytes = [], 0
+            group, size = [], 0
         group.append(name)
-        num_bytes += tensor.nbytes
+        size += added
     yield group
 
 

@@ -1,0 +1,159 @@
+"""The report of several runs: where their configs differ, their final figures, their curves laid over each other.
+
+It arranges what the other modules draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from meshift.report.catalogue import EXACT, Group, charts_for
+from meshift.report.completion_tables import MAX_PROMPTS, last_fixed, side_by_side
+from meshift.report.document import document, number_table, section
+from meshift.report.line_chart import Caption, Line, line_chart
+from meshift.report.markup import Markup, element
+from meshift.report.numbers import counted, duration, short
+from meshift.report.run_data import RunData
+from meshift.report.run_page import KEY_FIGURES, METHODS, anchor, header, verdict_list
+from meshift.report.timeline import STEP_TIME, colour, legend, share_bar, timeline_of
+from meshift.report.verdicts import diagnose
+
+NUM_COLOURS = 8
+UNTOLD = ("output_dir", "overwrite_output_dir")
+"""Config keys that differ between any two runs and say nothing."""
+Runs = Sequence[tuple[str, RunData]]
+
+
+def comparison_page(runs: Runs) -> str:
+    """The whole page, of named runs."""
+    title = f"Comparison of {counted(len(runs), 'run')}"
+    methods = sorted({METHODS.get(run.method, "training") for _, run in runs})
+    return document(
+        title,
+        header(title, [", ".join(methods)]),
+        element("p", *_legend(runs), class_="legend runs"),
+        _final_figures(runs),
+        _differences(runs),
+        _verdicts(runs),
+        *_curves(runs),
+        _time(runs),
+        _completions(runs),
+    )
+
+
+def _slot(position: int) -> int:
+    return position % NUM_COLOURS
+
+
+def _legend(runs: Runs) -> list[Markup]:
+    return [
+        element("span", element("i", class_=f"swatch c{_slot(i)}"), name, class_="entry")
+        for i, (name, _) in enumerate(runs)
+    ]
+
+
+def _final_figures(runs: Runs) -> Markup:
+    rows = [["Steps", *(f"{run.num_steps:,}" for _, run in runs)]]
+    for key, label in KEY_FIGURES:
+        if any(run.series(key).finite.size for _, run in runs):
+            rows.append([f"{label}, first", *(short(run.series(key).first) for _, run in runs)])
+            rows.append([f"{label}, last fifth", *(short(run.series(key).late) for _, run in runs)])
+    rows.append(["Time per step", *(_mean_time(run) for _, run in runs)])
+    return section("Final figures", number_table(["", *(name for name, _ in runs)], rows), anchor="figures")
+
+
+def _mean_time(run: RunData) -> str:
+    seconds = run.series(STEP_TIME).finite
+    return duration(float(seconds.mean()) if seconds.size else float("nan"))
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as dotted keys and texts."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = "null" if value is None else str(value)
+    return found
+
+
+def _differences(runs: Runs) -> Markup:
+    """The config keys whose values are not the same in all runs."""
+    configs = [flattened(run.config) for _, run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in UNTOLD)
+    rows = [[key, *(config.get(key, "\N{EN DASH}") for config in configs)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if rows:
+        body = number_table(["", *(name for name, _ in runs)], rows, numbers=False)
+    else:
+        body = element("p", "The configurations are the same.")
+    return section("What differs in the configuration", body, anchor="differences")
+
+
+def _verdicts(runs: Runs) -> Markup:
+    parts = []
+    for i, (name, run) in enumerate(runs):
+        found = [diagnosis for diagnosis in diagnose(run) if diagnosis.severity != "good"]
+        parts.append(element("h3", element("i", class_=f"swatch c{_slot(i)}"), name))
+        parts.append(verdict_list(found) or element("p", "Nothing to remark."))
+    return section("Diagnoses", *parts, anchor="diagnoses")
+
+
+def _curves(runs: Runs) -> list[Markup]:
+    keys = dict.fromkeys(key for _, run in runs for key in run.metrics)
+    moving = [key for key in keys if not _still(runs, key)]
+    return [_group(runs, group) for group in charts_for(moving)]
+
+
+def _still(runs: Runs, key: str) -> bool:
+    """Whether the metric has one value, the same in all runs."""
+    series = [run.series(key) for _, run in runs if len(run.series(key))]
+    return all(s.constant for s in series) and len({s.last for s in series}) <= 1
+
+
+def _group(runs: Runs, group: Group) -> Markup:
+    charts = []
+    for chart in group.charts:
+        for key, label in chart.lines:
+            title = f"{chart.title}, {label}" if label and len(chart.lines) > 1 else chart.title
+            lines = [
+                Line(label=name, series=run.series(key), slot=_slot(i), exact=key in EXACT)
+                for i, (name, run) in enumerate(runs)
+                if len(run.series(key))
+            ]
+            charts.append(line_chart(Caption(title=title, key=key, note=chart.note), lines, raw=len(runs) <= 3))
+    return section(group.title, element("div", *charts, class_="grid"), anchor=anchor(group.title))
+
+
+def _time(runs: Runs) -> Markup | None:
+    """One bar per run: seconds per step by call, on a scale that all share."""
+    means = [(name, timeline.means) for name, run in runs if (timeline := timeline_of(run)) is not None]
+    if not means:
+        return None
+    calls = list(dict.fromkeys(call for _, by_call in means for call in by_call))
+    kinds = {call: colour(call, _slot(i)) for i, call in enumerate(calls)}
+    longest = max(sum(by_call.values()) for _, by_call in means) or 1.0
+    rows = [
+        element(
+            "tr",
+            element("th", name, scope="row"),
+            element("td", duration(sum(by_call.values())), class_="number"),
+            element("td", share_bar([(kinds[c], s / longest) for c, s in by_call.items()]), class_="bar"),
+        )
+        for name, by_call in means
+    ]
+    table = element("table", element("tbody", *rows), class_="times")
+    entries = element("p", *legend(calls), class_="legend")
+    return section("Seconds per step", entries, element("div", table, class_="scroll", tabindex=0), anchor="time")
+
+
+def _completions(runs: Runs) -> Markup | None:
+    """What the last weights of each run gave to the fixed prompts that the runs share."""
+    last = [last_fixed(run) for _, run in runs]
+    prompts = [prompt for prompt in last[0] if sum(prompt in samples for samples in last) > 1][:MAX_PROMPTS]
+    if not prompts:
+        return None
+    rows = [[prompt, *(samples.get(prompt) for samples in last)] for prompt in prompts]
+    return section("Completions at the end", side_by_side([name for name, _ in runs], rows), anchor="completions")

@@ -1,0 +1,195 @@
+"""`meshift dpo`: preference pairs, an actor and a reference brought to the graph of `algorithms/dpo.py`.
+
+It knows nothing of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from meshift.algorithms.dpo import REFERENCE_READING, dpo_graph, dpo_loss
+from meshift.algorithms.losses import DPOLoss
+from meshift.batch import Batch, Ragged
+from meshift.config.runs import DPORunConfig
+from meshift.config.sections import TrainableConfig
+from meshift.models.hf.save import save_model
+from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due
+from meshift.runtime.models import (
+    check_same_shape,
+    check_same_tokenizer,
+    compute_dtype,
+    model_folder,
+    open_model,
+    open_tokenizer,
+    resident_bytes,
+    shortest_limit,
+)
+from meshift.runtime.observer import Observer, SilentObserver
+from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
+from meshift.runtime.role import LocalRole
+from meshift.runtime.run import Job, RunResult, run_job, steps_of
+
+
+def run_dpo(config: DPORunConfig, observer: Observer) -> RunResult:
+    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
+    return run_job(config, partial(build_dpo_job, observer=observer), observer)
+
+
+def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
+    """Validate data and models and say what the run would do, without training."""
+    data, names = _check(config), role_models(config)
+    pairs = data.train.pairs
+    sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
+    once = config.dpo.precompute_ref_log_probs
+    return [
+        *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
+        ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
+        *data.described(),
+        *weights_in_words(config.data, pairs),
+        ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
+        *arithmetic(config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
+        ("reference", "read once, before the first step, then dropped" if once else "read in every step"),
+        ("memory", f"{_resident_bytes(config, names) / 1e9:.2f} GB for weights, gradients and optimizer"),
+        ("output", config.output_dir),
+    ]
+
+
+def _resident_bytes(config: DPORunConfig, names: Mapping[str, str]) -> int:
+    dtype = compute_dtype(config.dtype)
+    kept = {"actor": config.actor} if config.dpo.precompute_ref_log_probs else {**names, "actor": config.actor}
+    return sum(resident_bytes(names[r], "lm", dtype, config.actor if r == "actor" else None) for r in kept)
+
+
+def role_models(config: DPORunConfig) -> dict[str, str]:
+    """The model that each role starts from: the reference from the actor."""
+    actor = str(config.actor.model_name_or_path)
+    return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
+
+
+def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job:
+    """Roles, pairs and graph. A reference that is read once is read and dropped in here, telling `observer`."""
+    data, names = _check(config), role_models(config)
+    max_steps = steps_of(config, len(data.train.pairs))
+    source = PairSource(config.data, data.train.pairs, config.seed)
+    heldout = pair_batch(data.heldout.pairs) if data.heldout else None
+    roles: dict[str, LocalRole] = {}
+    if config.dpo.precompute_ref_log_probs:
+        reader = _ReferenceReader(_reference(config, names), observer or SilentObserver())
+        heldout = reader.read_heldout(heldout)
+        source.known = reader.read_pairs(source, max_steps, config.data.batch_size)
+        del reader  # and the reference with it, before the actor is loaded
+    else:
+        roles["reference"] = _reference(config, names)
+    model = open_model(names["actor"], "lm", compute_dtype(config.dtype), seed=config.seed)
+    roles["actor"] = LocalRole("actor", model, config.actor, trainable=True, max_steps=max_steps, seed=config.seed)
+    evaluation = _Evaluation(config, roles, heldout)
+    tokenizer = open_tokenizer(names["actor"])
+    return Job(
+        title=f"DPO on {len(data.train.pairs)} pairs",
+        graph=dpo_graph(config),
+        roles=roles,
+        max_steps=max_steps,
+        next_batch=source.next_batch,
+        save=lambda folder: save_model(roles["actor"].model, folder, tokenizer=tokenizer),
+        evaluate=lambda step: evaluation.metrics() if held_out_due(config, step, max_steps) else {},
+        num_tokens=num_pair_tokens,
+        messages=(*data.messages(), *_unused(data)),
+    )
+
+
+def _reference(config: DPORunConfig, names: Mapping[str, str]) -> LocalRole:
+    frozen = TrainableConfig(
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch, logits_chunk=config.actor.logits_chunk
+    )
+    return LocalRole("reference", open_model(names["reference"], "lm", compute_dtype(config.dtype)), frozen)
+
+
+class _ReferenceReader:
+    """Reads the reference's log-probs of every pair that the run will see, once."""
+
+    def __init__(self, reference: LocalRole, observer: Observer) -> None:
+        self.reference = reference
+        self.observer = observer
+
+    def read_heldout(self, batch: Batch | None) -> Batch | None:
+        """The held-out pairs with the reference's log-probs."""
+        return None if batch is None else batch.union(self._read(batch))
+
+    def read_pairs(self, source: PairSource, max_steps: int, batch_size: int) -> Batch:
+        """One row per pair, in the pairs' order; not a number for pairs that no step will read.
+
+        The pairs are read in the batches of the first epoch, so that its steps see to the last bit what a
+        reference in memory would have given.
+        """
+        num_pairs = len(source.pairs)
+        num_batches = min(max_steps, math.ceil(num_pairs / batch_size))
+        known = {key: torch.full((num_pairs,), math.nan) for key in REFERENCE_READING.keys}
+        seen = torch.zeros(num_pairs, dtype=torch.bool)
+        tenth = max(1, num_batches // 10)
+        for number in range(num_batches):
+            if number % tenth == 0:
+                total = min(num_pairs, num_batches * batch_size)
+                self.observer.on_message(
+                    f"reading the reference once: {number * batch_size} of {total} pairs done"
+                )
+            rows = torch.tensor(source.rows(number))
+            read = self._read(source.next_batch(number))
+            fresh = ~seen[rows]  # the last batch may begin the next epoch
+            for key, values in known.items():
+                values[rows[fresh]] = read[key].values[fresh]
+            seen[rows] = True
+        return Batch({key: Ragged.scalars(values) for key, values in known.items()})
+
+    def _read(self, batch: Batch) -> Batch:
+        return self.reference.infer(REFERENCE_READING, batch).batch
+
+
+class _Evaluation:
+    """The loss on held-out pairs. What a reference that stands still said of them is remembered."""
+
+    def __init__(self, config: DPORunConfig, roles: Mapping[str, LocalRole], batch: Batch | None) -> None:
+        self.loss = dpo_loss(config)
+        self.roles = roles
+        self.batch = batch
+        self.reference_moves = config.reference.sync_ref_model
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/loss`, `eval/accuracy` and `eval/margin`, means over pairs; nothing without held-out pairs."""
+        if self.batch is None:
+            return {}
+        batch = self.batch
+        if not all(key in batch for key in REFERENCE_READING.keys):
+            batch = batch.union(self.roles["reference"].infer(REFERENCE_READING, batch).batch)
+            if not self.reference_moves:
+                self.batch = batch
+        return heldout_metrics(self.loss, self.roles["actor"], batch)
+
+
+def heldout_metrics(loss: DPOLoss, actor: LocalRole, batch: Batch) -> dict[str, float]:
+    """Loss, accuracy and margin of the actor on pairs whose reference log-probs are in the batch."""
+    result = loss(actor.infer(loss.reading, batch).batch.fields, batch)
+    sums = {"loss": result.total, "accuracy": result.sums["accuracy"], "margin": result.sums["margin"]}
+    return {f"eval/{name}": float(value) / len(batch) for name, value in sums.items()}
+
+
+def _check(config: DPORunConfig) -> PairSets:
+    """The data, when it and the models fit together; a dry run and a run both begin with it."""
+    check_before_reading(config, "actor", config.actor)
+    names = role_models(config)
+    check_same_tokenizer(names)
+    if config.reference.sync_ref_model:
+        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    data = load_pairs(config.data, names["actor"])
+    role, limit = shortest_limit(names)
+    data.check_lengths(role, names[role], limit)
+    return data
+
+
+def _unused(data: PairSets) -> tuple[str, ...]:
+    where = next((pair.where for pair in data.train.pairs if pair.margin is not None), None)
+    note = f"the column margin is for reward models; DPO does not read it, as at {where}"
+    return () if where is None else (note,)

@@ -1,0 +1,69 @@
+"""The same few prompts, completed again and again as the actor changes, for the report's side-by-side table.
+
+It knows nothing of rewards. Its draws are from streams of its own and it changes no weight, so a run is the same
+with and without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from meshift.batch import Batch, Ragged
+from meshift.generation.rollout import SamplingTask
+from meshift.step import Role
+
+NUM_TIMES = 5
+"""Without a setting, the prompts are completed before the first step and about this many times after it."""
+SEED_DISTANCE = 2**40
+"""Added to the run's seed, which training's own streams start from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSamples:
+    """Completes `prompts` (token ids) after the steps in `steps`, where 0 is before the first."""
+
+    role: Role
+    task: SamplingTask
+    prompts: Sequence[Sequence[int]]
+    decode: Callable[[list[int]], str]
+    steps: frozenset[int]
+
+    def rows(self, num_done: int) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl with `"fixed": true`; none after a step that is not among `steps`.
+
+        Sequence i draws the same random numbers each time: what differs between two steps is the weights' doing.
+        """
+        if num_done not in self.steps or not self.prompts:
+            return []
+        count = len(self.prompts)
+        given = Batch(
+            {
+                "prompts": Ragged.from_rows([list(prompt) for prompt in self.prompts], torch.int64),
+                "index": Ragged.scalars(list(range(count)), torch.int64),
+            }
+        )
+        task = replace(self.task, seed=self.task.seed + SEED_DISTANCE)
+        drawn = self.role.generate(task, given).batch
+        lengths = drawn["completion_lengths"].values.tolist()
+        return [
+            {
+                "step": num_done,
+                "index": i,
+                "prompt": self.decode(tokens[: len(tokens) - length].tolist()),
+                "completion": self.decode(tokens[len(tokens) - length :].tolist()),
+                "truncated": bool(drawn["truncated"].values[i]),
+                "fixed": True,
+            }
+            for i, (tokens, length) in enumerate(zip(drawn["tokens"].rows(), lengths, strict=True))
+        ]
+
+
+def sampled_steps(max_steps: int, every: int | None) -> frozenset[int]:
+    """Before the first step, after the last, and after every `every`-th (None: about `NUM_TIMES` in all)."""
+    distance = every if every is not None else math.ceil(max_steps / NUM_TIMES)
+    return frozenset((*range(0, max_steps, distance), max_steps))

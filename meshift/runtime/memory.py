@@ -1,0 +1,84 @@
+"""What a run keeps in memory, held against what the machine has.
+
+It knows the roles of each method, and nothing of activations: they come on top of what is counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.config.sections import TrainableConfig
+from meshift.models.config import HeadKind
+from meshift.runtime.machine import Memory, machine_memory
+from meshift.runtime.models import compute_dtype, device_for_run, resident_bytes
+from meshift.runtime.ppo_run import role_models
+
+TIGHT = 0.8
+"""Above this share of the free memory a run may fail for its activations, which are not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A model that a run keeps; `trained` is how, or None where it stands still."""
+
+    role: str
+    name: str
+    head: HeadKind
+    trained: TrainableConfig | None = None
+
+
+def held_models(config: RunConfig) -> list[Held]:
+    """Every model that the run keeps from its first step to its last."""
+    if isinstance(config, PPORunConfig):
+        heads: dict[str, HeadKind] = {"critic": "value", "reward": "reward"}
+        trained: dict[str, TrainableConfig] = {"actor": config.actor, "critic": config.critic}
+        names = role_models(config)
+        return [
+            Held(role=role, name=name, head=heads.get(role, "lm"), trained=trained.get(role))
+            for role, name in names.items()
+        ]
+    if isinstance(config, DPORunConfig):
+        actor = str(config.actor.model_name_or_path)
+        held = [Held(role="actor", name=actor, head="lm", trained=config.actor)]
+        if not config.dpo.precompute_ref_log_probs:
+            held.append(Held(role="reference", name=config.reference.model_name_or_path or actor, head="lm"))
+        return held
+    if isinstance(config, SFTRunConfig | RewardRunConfig):
+        head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
+        return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
+    return []
+
+
+def held_bytes(config: RunConfig, held: Sequence[Held]) -> int:
+    """Bytes of weights, masters, gradients and optimizer moments, all roles together."""
+    dtype = compute_dtype(config.dtype)
+    return sum(resident_bytes(one.name, one.head, dtype, one.trained) for one in held)
+
+
+def device_memory() -> Memory:
+    """The memory of the device that a run would use: the GPU's, else the machine's."""
+    device = device_for_run()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(device=torch.cuda.get_device_name(device), total=total, free=free)
+    return machine_memory()
+
+
+def memory_verdict(needed: int, memory: Memory) -> tuple[bool, str]:
+    """Whether the run can fit, and a sentence: that it will not, that it may not, or what it takes."""
+    gigabytes = f"{needed / 1e9:.2f} GB for weights, gradients and optimizers"
+    if needed > memory.total:
+        return False, (
+            f"the run needs {gigabytes}, and {memory.device} has {memory.total / 1e9:.2f} GB: it will not fit; "
+            "use smaller models, dtype=bfloat16, or freeze layers with num_frozen_layers"
+        )
+    if needed > TIGHT * memory.free:
+        return True, (
+            f"{gigabytes} of {memory.free / 1e9:.2f} GB free on {memory.device}: activations come on top, so it "
+            "may not fit"
+        )
+    return True, f"{gigabytes}, of {memory.free / 1e9:.2f} GB free on {memory.device}; activations come on top"

@@ -1,0 +1,113 @@
+"""Everything that can be found wrong with a config's files before a run: several problems at once.
+
+It knows which keys name models, data and functions, and nothing of what a run does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from meshift.config.runs import RunConfig
+from meshift.config.sections import RewardFunctionConfig
+from meshift.data.dataset import dataset_rows
+from meshift.errors import MeshiftError
+from meshift.models.config import HeadKind
+from meshift.models.hf.files import WeightFiles
+from meshift.models.hf.load import check_weights, load_config
+from meshift.rewards.configured import load_functions
+from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict
+from meshift.runtime.models import model_folder, open_tokenizer
+from meshift.runtime.run_folder import check_output_dir
+
+
+def file_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the folders and files that a config names, whether or not its keys are right.
+
+    `values` are as the YAML has them. One sentence each, which names the key.
+    """
+    problems = []
+    for key, value in _leaves(values):
+        leaf = key.rpartition(".")[2]
+        if leaf in PROBES and isinstance(value, str):
+            sentence = _sentence_of(partial(PROBES[leaf], value))
+            if sentence is not None:
+                problems.append(f"`{key}`: {sentence}")
+    output_dir = values.get("output_dir")
+    if isinstance(output_dir, str) and output_dir:
+        overwrite = bool(values.get("overwrite_output_dir")) or bool(values.get("resume"))
+        sentence = _sentence_of(lambda: check_output_dir(Path(output_dir), overwrite=overwrite))
+        problems += [sentence] if sentence is not None else []
+    return list(dict.fromkeys(problems))
+
+
+def weight_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the weights of each role's model, by the headers of its files."""
+    held = held_models(config)
+    sentences = [_sentence_of(partial(_check_weights, one.name, one.head)) for one in held]
+    return list(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
+
+
+def memory_of(config: RunConfig) -> tuple[bool, str]:
+    """Whether the run can fit into this machine's memory, and a sentence on it."""
+    return memory_verdict(held_bytes(config, held_models(config)), device_memory())
+
+
+def dry_run(
+    check: Callable[[Any], list[tuple[str, str]]], config: RunConfig
+) -> tuple[list[tuple[str, str]], str | None]:
+    """The rows of a dry run, or none and the problem that it ends with."""
+    try:
+        return check(config), None
+    except MeshiftError as error:
+        return [], str(error)
+
+
+def _sentence_of(probe: Callable[[], object]) -> str | None:
+    try:
+        probe()
+    except MeshiftError as error:
+        return str(error)
+    return None
+
+
+def _check_weights(name: str, head: HeadKind) -> None:
+    check_weights(model_folder(name), head)
+
+
+def _probe_model(name: str) -> None:
+    folder = model_folder(name)
+    load_config(folder)
+    WeightFiles(folder)
+    open_tokenizer(name)
+
+
+def _probe_rows(name: str) -> None:
+    for _ in dataset_rows(name):  # a row that cannot be read is found when the reading gets there
+        pass
+
+
+def _probe_function(spec: str) -> None:
+    load_functions([RewardFunctionConfig(function=spec)])
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no section and no list."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from _leaves(value, f"{prefix}[{i}]")
+    else:
+        yield prefix, values
+
+
+PROBES: Mapping[str, Callable[[str], None]] = {
+    "model_name_or_path": _probe_model,
+    "dataset_name": _probe_rows,
+    "eval_dataset_name": _probe_rows,
+    "function": _probe_function,
+}

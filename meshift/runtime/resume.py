@@ -1,0 +1,173 @@
+"""Where a run goes on: what its folder holds, and whether the config of today may continue it.
+
+It knows nothing of models. The rules: a whole checkpoint is gone on from; a run that has none yet begins again; a
+finished run stays as it is; and a config that would give another run than the one begun is refused, by key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meshift.config.loading import load_config, make_config
+from meshift.config.runs import RunConfig
+from meshift.config.section import Section
+from meshift.config.sections import TrainableConfig
+from meshift.errors import CheckpointError, ConfigError
+from meshift.runtime.checkpoints import Checkpoint, find_checkpoint
+from meshift.runtime.run_folder import CONFIG, FINAL, METRICS, worth_keeping, written_by_run
+
+C = TypeVar("C", bound=RunConfig)
+
+FREE = frozenset(
+    {
+        *("output_dir", "overwrite_output_dir", "resume", "report_to", "num_logged_samples"),
+        *("save_steps", "save_total_limit", "eval_steps", "num_report_prompts", "report_samples_every"),
+    }
+)
+"""Last parts of keys that change nothing about the trained model."""
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+"""How long the run is; `check_length` says when that may change."""
+LAST_BITS = frozenset(
+    {"num_threads", "max_tokens_per_micro_batch", "logits_chunk", "gradient_checkpointing", "num_slots"}
+)
+"""Memory and speed: they change the order of sums, and with it the last bits of the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins: at its first step, after a checkpoint, or not at all, because it is finished."""
+
+    checkpoint: Checkpoint | None = None
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_done(self) -> int:
+        """Steps that need not be run again."""
+        return self.checkpoint.step if self.checkpoint is not None else 0
+
+
+def find_start(config: RunConfig) -> Start:
+    """Where the run in `output_dir` goes on.
+
+    Raises `ConfigError` where the folder is of another run or of none, naming the key that differs, and
+    `CheckpointError` where there are checkpoints but none is whole.
+    """
+    run = Path(config.output_dir)
+    kept = worth_keeping(run)
+    if kept is None:
+        return Start(notes=(f"there is nothing to resume in {run}; the run starts at its first step",))
+    if not written_by_run(run / CONFIG):
+        raise ConfigError(
+            f"cannot resume in {run}: it holds {kept}, but no {CONFIG} that a run wrote; name the folder of a run"
+        )
+    begun = load_config(type(config), run / CONFIG)
+    if (run / FINAL).is_dir():
+        return _finished(config, begun, run)
+    found = find_checkpoint(run)
+    if found.checkpoint is None:
+        return _from_the_beginning(config, begun, found.broken)
+    checkpoint = found.checkpoint
+    name = checkpoint.folder.name
+    passed_over = tuple(f"{broken}; going on from {name} instead" for broken in found.broken)
+    changed = check_same_run(_stored_config(config, checkpoint), config, str(checkpoint.folder))
+    notes = (*passed_over, *changed, f"going on after step {checkpoint.step}, from {name}")
+    return Start(checkpoint=checkpoint, notes=notes)
+
+
+def _finished(config: RunConfig, begun: RunConfig, run: Path) -> Start:
+    check_same_run(begun, config, str(run))
+    if any(getattr(begun, key) != getattr(config, key) for key in LENGTH):
+        raise ConfigError(
+            f"the run in {run} is finished, and cannot be made longer or shorter; start a new one, "
+            f"in another output_dir, from {run / FINAL}"
+        )
+    return Start(finished=True, notes=(f"the run in {run} is finished; there is nothing left to do",))
+
+
+def _from_the_beginning(config: RunConfig, begun: RunConfig, broken: list[str]) -> Start:
+    if broken:
+        raise CheckpointError(
+            f"no checkpoint in {config.output_dir} is whole: {'; '.join(broken)}. Restore one, or start the run "
+            "again with overwrite_output_dir=true and without --resume"
+        )
+    changed = check_same_run(begun, config, config.output_dir)
+    note = f"{config.output_dir} has no checkpoint yet; the run starts again at its first step"
+    return Start(notes=(*changed, note))
+
+
+def _stored_config(config: C, checkpoint: Checkpoint) -> C:
+    kind = checkpoint.facts["run"]
+    if kind != type(config).__name__:
+        raise ConfigError(f"{checkpoint.folder} is of a {kind}, this is a {type(config).__name__}")
+    return make_config(type(config), checkpoint.facts["config"], where=str(checkpoint.folder))
+
+
+def check_same_run(begun: RunConfig, config: RunConfig, where: str) -> tuple[str, ...]:
+    """Notes on what has changed since; raises `ConfigError`, naming key and values, where that may not change."""
+    before, now = dict(_flat(begun.model_dump(mode="json"))), dict(_flat(config.model_dump(mode="json")))
+    notes = []
+    for key in sorted(before.keys() | now.keys()):
+        leaf = key.rsplit(".", 1)[-1]
+        if before.get(key) == now.get(key) or leaf in FREE | LENGTH:
+            continue
+        change = f"`{key}` was {json.dumps(before.get(key))} in {where} and is {json.dumps(now.get(key))} now"
+        if leaf not in LAST_BITS:
+            raise ConfigError(f"{change}: a resumed run must be the same run; set it back, or start a new run")
+        notes.append(f"{change}: the run may differ in its last bits from one that was never broken off")
+    return tuple(notes)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def check_length(config: RunConfig, checkpoint: Checkpoint, max_steps: int) -> None:
+    """Raise `ConfigError` unless a run of that many steps can go on from the checkpoint.
+
+    A run may be made longer or shorter where its learning rates do not depend on its length, and it may be
+    ended where it stands.
+    """
+    before = checkpoint.facts["max_steps"]
+    if max_steps < checkpoint.step:
+        raise ConfigError(f"the run is to have {max_steps} steps, but {checkpoint.folder} is after more")
+    if max_steps in (before, checkpoint.step):
+        return
+    for key in _decaying(config):
+        raise ConfigError(
+            f"the run had {before} steps and is to have {max_steps} now, but `{key}` spreads the learning rate "
+            "over all steps, and those that are done had another rate; keep the number of steps"
+        )
+
+
+def _decaying(section: Section, prefix: str = "") -> Iterator[str]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, TrainableConfig) and value.lr_scheduler_type != "constant":
+            yield f"{prefix}{name}.lr_scheduler_type"
+
+
+def check_environment(checkpoint: Checkpoint, now: Mapping[str, str]) -> tuple[str, ...]:
+    """One note for each thing outside the config that the last bits depend on and that is another now."""
+    before = checkpoint.facts["environment"]
+    return tuple(
+        f"{key} was {before.get(key)} when {checkpoint.folder.name} was written and is {value} now: the run may "
+        "differ in its last bits from one that was never broken off"
+        for key, value in now.items()
+        if before.get(key) != value
+    )
+
+
+def last_metrics(run: Path) -> dict[str, Any]:
+    """The metrics of the last step that a run has written; nothing where there are none."""
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return {key: value for key, value in last.items() if value is not None}

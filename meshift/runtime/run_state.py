@@ -1,0 +1,120 @@
+"""What a run's checkpoint holds: the state of every role and algorithm, and proof that the rest is as it was.
+
+The rest are weights that no step changes (they are not stored, only their sha256) and the data (the sha256 of the
+last step's batch). It knows nothing of when checkpoints are made, nor of files and their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from meshift import __version__
+from meshift.batch import Batch, column_key
+from meshift.errors import DataError, ModelError
+from meshift.step import Role
+from meshift.training.checkpoint import Remembers, State, fingerprint, read_state, write_state
+
+RUN = "run"
+"""The folder beside those of the roles: what is of no role."""
+
+
+class KeptRole(Role, Protocol):
+    """A role that can be written into a checkpoint and read back."""
+
+    def state(self) -> State:
+        """All that steps have changed."""
+
+    def load_state(self, state: State) -> None:
+        """Continue from a checkpoint."""
+
+    def fixed_weights(self) -> Mapping[str, Tensor]:
+        """The parameters that no step has changed."""
+
+
+class RunState:
+    """The roles and memories of a run, to be written after a step and read back before one."""
+
+    def __init__(
+        self,
+        roles: Mapping[str, KeptRole],
+        memories: Mapping[str, Remembers],
+        next_batch: Callable[[int], Batch],
+    ) -> None:
+        self._roles = roles
+        self._memories = memories
+        self._next_batch = next_batch
+        self._fingerprints: dict[tuple[str, frozenset[str]], str] = {}
+
+    def write(self, folder: Path, num_done: int) -> None:
+        """Fill a folder with the state after `num_done` steps. Raises `OSError` where that cannot be done."""
+        values = {
+            "num_done": num_done,
+            "memories": {name: memory.state_dict() for name, memory in self._memories.items()},
+            "fixed_weights": {name: self._fixed(name) for name in self._roles},
+            "last_batch": batch_fingerprint(self._next_batch(num_done - 1)),
+        }
+        write_state(folder / RUN, State(values=values))
+        for name, role in self._roles.items():
+            write_state(folder / name, role.state())
+
+    def restore(self, folder: Path) -> None:
+        """Continue from what `write` wrote.
+
+        Raises `DataError` where the data now give other rows, `ModelError` where a model that the run only
+        reads is another, `CheckpointError` where a trained model has another shape.
+        """
+        values = read_state(folder / RUN).values
+        if batch_fingerprint(self._next_batch(values["num_done"] - 1)) != values["last_batch"]:
+            raise DataError(
+                f"the data are not those that {folder} was trained on: step {values['num_done']} would get other "
+                "rows or other tokens; resume with the data and the tokenizer that the run began with"
+            )
+        for name, role in self._roles.items():
+            role.load_state(read_state(folder / name))
+            if self._fixed(name) != values["fixed_weights"][name]:
+                raise ModelError(
+                    f"the {name} model is not the one that {folder} was trained with (its weights have another "
+                    "sha256); resume with the models that the run began with"
+                )
+        for name, memory in self._memories.items():
+            memory.load_state_dict(values["memories"][name])
+
+    def _fixed(self, name: str) -> str:
+        """Weights that stay need to be read once only."""
+        weights = self._roles[name].fixed_weights()
+        key = (name, frozenset(weights))
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(weights)
+        return self._fingerprints[key]
+
+
+def batch_fingerprint(batch: Batch) -> str:
+    """A sha256 over the whole numbers and the data's columns in a batch.
+
+    Fields of floats are left out: what a model computed may differ in its last bits on another machine. So are
+    columns that are not of the data, such as the place of a row, which may be another after a move.
+    """
+    columns = {key: list(values) for key, values in batch.columns.items() if key.startswith(column_key(""))}
+    digest = hashlib.sha256(json.dumps(columns, sort_keys=True, default=str).encode())
+    for key, ragged in sorted(batch.fields.items()):
+        if not ragged.values.is_floating_point():
+            digest.update(fingerprint({f"{key}.values": ragged.values, f"{key}.lengths": ragged.lengths}).encode())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """What the last bits of a run depend on besides its config."""
+    cuda = torch.cuda.is_available()
+    return {
+        "meshift": __version__,
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
+        "num_threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,119 @@
+"""What can be read of given texts: log-probs of a demonstration's trained tokens, and of both texts of a pair.
+
+It knows nothing of losses or optimizers. Rollouts are read by `readings.py`; the texts here were not sampled, so
+there is no temperature and no support.
+
+Keys of demonstrations, one row per text: `tokens` [length] and `loss_mask` [length], true where trained on.
+Keys of pairs, one row per pair: `chosen` and `rejected` [length], both with the prompt, `num_prompt_tokens` [1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meshift.batch import Batch, Ragged, ranges
+from meshift.training.readings import in_chunks
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTokens:
+    """`logprobs` of every trained token and `correct`, 1 where it is the likeliest: [trained tokens per row].
+
+    Nothing predicts the first token of a text, so it is never trained on, whatever the mask says.
+    """
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of each text."""
+        return batch["tokens"].lengths.tolist()
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """The texts."""
+        return batch["tokens"]
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The row before each trained token: its hidden state predicts that token."""
+        return _trained_mask(batch).values.nonzero()[:, 0] - 1
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        targets = batch["tokens"].values[self.rows(batch) + 1].to(hidden.device)
+
+        def part(start: int, stop: int) -> tuple[Tensor, ...]:
+            logits = head(hidden[start:stop]).float()
+            likeliest = logits.detach().argmax(-1) == targets[start:stop]
+            return _logprobs(logits, targets[start:stop]), likeliest.float()
+
+        logprobs, correct = in_chunks(part, targets.shape[0], chunk)
+        lengths = num_trained_tokens(batch)
+        return {"logprobs": Ragged(logprobs, lengths), "correct": Ragged(correct, lengths)}
+
+
+def num_trained_tokens(batch: Batch) -> Tensor:
+    """How many tokens of each text are trained on, int64 [n]."""
+    return _trained_mask(batch).sum_rows()
+
+
+def _trained_mask(batch: Batch) -> Ragged:
+    mask = batch["loss_mask"]
+    trained = mask.values.to(torch.int64, copy=True)
+    trained[mask.starts[mask.lengths > 0]] = 0
+    return Ragged(trained, mask.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLogprobs:
+    """Log-probs of the two completions of a pair, each a sum over its tokens, in nats.
+
+    Writes `<prefix>chosen_logps` [1] and `<prefix>rejected_logps` [1], in fp32.
+    """
+
+    prefix: str = ""
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What it writes."""
+        return f"{self.prefix}chosen_logps", f"{self.prefix}rejected_logps"
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of both texts."""
+        return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """All chosen texts, then all rejected texts, so that both run in one pass."""
+        chosen, rejected = (batch[side] for side in SIDES)
+        return Ragged(torch.cat([chosen.values, rejected.values]), torch.cat([chosen.lengths, rejected.lengths]))
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The row before each completion token."""
+        texts, lengths = self.sequences(batch), _both_lengths(batch)
+        return ranges(texts.starts + texts.lengths - lengths - 1, lengths)
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        targets = self.sequences(batch).values[self.rows(batch) + 1].to(hidden.device)
+
+        def part(start: int, stop: int) -> tuple[Tensor, ...]:
+            return (_logprobs(head(hidden[start:stop]).float(), targets[start:stop]),)
+
+        (logprobs,) = in_chunks(part, targets.shape[0], chunk)
+        sums = Ragged(logprobs, _both_lengths(batch)).sum_rows().chunk(2)
+        return {key: Ragged.scalars(side) for key, side in zip(self.keys, sums, strict=True)}
+
+
+def num_completion_tokens(batch: Batch, side: str) -> Tensor:
+    """Tokens of each pair's completion that something predicts, int64 [n]; without prompt all but the first."""
+    return batch[side].lengths - batch["num_prompt_tokens"].values.clamp(min=1)
+
+
+def _both_lengths(batch: Batch) -> Tensor:
+    return torch.cat([num_completion_tokens(batch, side) for side in SIDES])
+
+
+def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs [N] of targets [N] under logits [N, vocab]."""
+    return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)

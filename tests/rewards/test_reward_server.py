@@ -1,0 +1,174 @@
+"""A reward server of OpenRLHF's kind, on this machine: what it is asked, and every way in which it may fail."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from reward_batches import rollout, score_spec
+
+from meshift.errors import RewardError
+from meshift.rewards import remote
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by the request's path: the server's `answers` has (status, body) for each try of each path."""
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        self.server.asked.append((self.path, self.headers["Content-Type"], json.loads(self.rfile.read(length))))
+        self.server.act(self)
+
+    do_GET = do_POST  # noqa: N815 - what a followed redirect would ask by
+
+    def say(self, status, body=b"", **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """`serve(act)` -> a server whose `url` answers by `act(handler)` and whose `asked` remembers."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    servers = []
+
+    def start(act):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        server.act, server.asked = act, []
+        server.url = f"http://127.0.0.1:{server.server_port}/get_reward"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def answers(*said):
+    """Say these in turn, the last one ever after."""
+    left = list(said)
+
+    def act(handler):
+        status, body = left.pop(0) if len(left) > 1 else left[0]
+        handler.say(status, body)
+
+    return act
+
+
+BATCH = {"prompts": ["abh", "c"], "completions": ["deh", "fga"], "label": ["x", 2]}
+
+
+def test_a_server_is_asked_as_openrlhf_asks_it(serve):
+    server = serve(answers((200, {"rewards": [0.5, -1.0], "extra_logs": {"hits": [1, 0], "share": 0.25}})))
+    scores, metrics = score_spec(server.url, rollout(**BATCH), weight=2.0)
+    assert scores == [1.0, -2.0]
+    assert metrics == {
+        "reward/get_reward": -0.25,
+        "reward/get_reward/hits": 0.5,
+        "reward/get_reward/share": 0.25,
+    }
+    query = {"query": ["ab<end>de<end>", "cfga"], "prompts": ["ab<end>", "c"], "labels": ["x", 2]}
+    assert server.asked == [("/get_reward", "application/json", query)]
+
+
+def test_scores_are_taken_where_there_are_no_rewards(serve):
+    assert score_spec(serve(answers((200, {"scores": [1, True]}))).url)[0] == [1.0, 1.0]
+
+
+def test_a_server_that_is_busy_is_asked_again(serve):
+    server = serve(answers((503, b""), (429, b""), (200, {"rewards": [1.0, 2.0]})))
+    assert score_spec(server.url)[0] == [1.0, 2.0]
+    assert len(server.asked) == 3
+
+
+def test_a_connection_that_breaks_is_tried_again(serve):
+    def act(handler):
+        if len(handler.server.asked) > 1:
+            return handler.say(200, {"rewards": [1.0, 2.0]})
+        handler.close_connection = True
+        return handler.connection.close()
+
+    assert score_spec(serve(act).url)[0] == [1.0, 2.0]
+
+
+def test_a_server_that_is_not_there_is_named_after_a_few_tries(serve):
+    server = serve(answers((200, {})))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RewardError, match=r"get_reward got no answer from http://127.* in 5 tries .* batch of 2"):
+        score_spec(server.url)
+    scores, metrics = score_spec(server.url, on_error="skip")
+    assert (scores, metrics["reward/get_reward/num_errors"]) == ([0.0, 0.0], 2)
+
+
+@pytest.mark.parametrize("way", ["silent", "drop by drop"])
+def test_a_server_that_hangs_is_given_up_in_time(serve, way):
+    released = threading.Event()
+
+    def act(handler):
+        if way == "silent":
+            released.wait(60)
+            return
+        handler.send_response(200)
+        handler.end_headers()
+        while not released.wait(0.05):
+            handler.wfile.write(b" ")
+
+    url = serve(act).url
+    started = time.monotonic()
+    with pytest.raises(
+        RewardError, match=r"get_reward gave no answer within timeout_s = 0\.5 on a batch of 2 samples"
+    ):
+        score_spec(url, timeout_s=0.5)
+    _, metrics = score_spec(url, timeout_s=0.5, on_error="skip")
+    released.set()
+    assert metrics["reward/get_reward/num_timeouts"] == 2
+    assert time.monotonic() - started < 30
+
+
+def test_a_redirect_is_not_followed(serve):
+    other = serve(answers((200, {"rewards": [1.0, 2.0]})))
+    server = serve(lambda handler: handler.say(302, b"", Location=other.url))
+    with pytest.raises(RewardError, match=r"got status 302 from http://127.* a redirect, which is not followed"):
+        score_spec(server.url)
+    assert not other.asked
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"<html>", "got an answer that is not JSON: b'<html>'"),
+        (b"[1.0, 2.0]", "got an answer that is no JSON object with 'rewards'"),
+        (b'{"reward": [1.0, 2.0]}', r"returned a dictionary of \['reward'\] without 'rewards' or 'scores'"),
+        (b'{"rewards": [1.0, NaN]}', r"returned nan on sample 1 \(data.jsonl:2\)"),
+        (b'{"rewards": [1.0, "2"]}', "returned '2', which is no number, on sample 1"),
+        (b'{"rewards": 1.0}', "returned float instead of a list"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_named(serve, body, sentence):
+    with pytest.raises(RewardError, match=f"get_reward {sentence}"):
+        score_spec(serve(answers((200, body))).url)
+
+
+def test_a_sample_that_the_server_fails_on_is_found(serve):
+    def act(handler):
+        queries = handler.server.asked[-1][2]["query"]
+        handler.say(*((500, b"") if "cfga" in queries else (200, {"rewards": [3.0] * len(queries)})))
+
+    url = serve(act).url
+    with pytest.raises(RewardError, match=r"got status 500 from .*get_reward on sample 1 \(data.jsonl:2\)"):
+        score_spec(url)
+    assert score_spec(url, on_error="skip")[0] == [3.0, 0.0]

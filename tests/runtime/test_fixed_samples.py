@@ -1,0 +1,77 @@
+"""The report's prompts are completed through the run, and the run does not notice."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from meshift.runtime.environment import ENVIRONMENT, write_environment
+from meshift.runtime.fixed_samples import FixedSamples, sampled_steps
+from meshift.runtime.observer import SilentObserver
+from meshift.runtime.ppo_run import build_ppo_job, run_ppo
+
+
+def files_of(run):
+    names = ("final/model.safetensors", "final_critic/model.safetensors")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/t"))} for row in rows]
+    return [(run / name).read_bytes() for name in names], kept
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, ppo_config_on_disk):
+    """The same three steps with the report's prompts and without."""
+    found = []
+    for count in (2, 0):
+        folder = tmp_path_factory.mktemp("fixed") / "run"
+        run_ppo(
+            ppo_config_on_disk(folder, max_steps=3, num_report_prompts=count, report_samples_every=2),
+            SilentObserver(),
+        )
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        found.append(
+            (folder, [row for row in rows if row.get("fixed")], [row for row in rows if "fixed" not in row])
+        )
+    return found
+
+
+def test_training_is_bit_identical_with_and_without(runs):
+    (one, _, samples), (other, none, others) = runs
+    assert files_of(one) == files_of(other)
+    assert samples == others
+    assert none == []
+
+
+def test_the_same_prompts_are_completed_before_between_and_at_the_end(runs):
+    _, fixed, _ = runs[0]
+    assert [(row["step"], row["index"]) for row in fixed] == [(s, i) for s in (0, 2, 3) for i in range(2)]
+    assert len({row["prompt"] for row in fixed}) == 2
+    assert all(row["completion"] or row["truncated"] is False for row in fixed)
+
+
+def test_same_weights_give_the_same_texts_and_other_streams_than_training(tmp_path, ppo_config_on_disk):
+    config = ppo_config_on_disk(tmp_path / "run")
+    job = build_ppo_job(config)
+    task = job.graph.calls[0].task
+    fixed = FixedSamples(
+        role=job.roles["actor"], task=task, prompts=[[2, 3]] * 3, decode=str, steps=frozenset({0})
+    )
+    assert fixed.rows(0) == fixed.rows(0)
+    assert fixed.rows(1) == []
+    drawn = replace(fixed, task=replace(task, seed=task.seed + 1))
+    assert fixed.rows(0) != drawn.rows(0), "the run's seed reaches them"
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "every", "expected"),
+    [(1, None, {0, 1}), (16, None, {0, 4, 8, 12, 16}), (10, 3, {0, 3, 6, 9, 10}), (4, 100, {0, 4})],
+)
+def test_first_and_last_step_are_always_among_the_sampled(max_steps, every, expected):
+    assert sampled_steps(max_steps, every) == expected
+
+
+def test_environment_is_json_and_names_no_path(tmp_path):
+    write_environment(tmp_path)
+    facts = json.loads((tmp_path / ENVIRONMENT).read_text())
+    assert {"meshift", "python", "torch", "processor", "threads", "device"} <= set(facts)
+    assert not [value for value in facts.values() if str(value).startswith("/")]

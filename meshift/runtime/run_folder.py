@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from meshift.config.loading import dump_config
 from meshift.config.section import Section
+from meshift.data.names import parse_name
 from meshift.errors import ConfigError, SaveError
 from meshift.runtime.checkpoints import LATEST, checkpoint_folders
 from meshift.runtime.durable import (
@@ -198,7 +199,8 @@ def check_inputs_stay(config: Section, output_dir: Path, prefix: str = "") -> No
         if isinstance(value, Section):
             check_inputs_stay(value, output_dir, f"{prefix}{name}.")
         elif name in INPUT_KEYS and value is not None:
-            _check_stays(f"{prefix}{name}", Path(value), output_dir)
+            place = value if name == "model_name_or_path" else parse_name(value).source
+            _check_stays(f"{prefix}{name}", Path(place), output_dir)
 
 
 def _check_stays(key: str, path: Path, output_dir: Path) -> None:

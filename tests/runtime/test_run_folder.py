@@ -198,3 +198,6 @@ def test_an_input_that_the_run_would_delete_is_refused(tmp_path, section, key, m
             check_inputs_stay(config_with(inside), Path("out"))
     for outside in ("out/mine", "out", "final", "org/final"):
         check_inputs_stay(config_with(outside), Path("out"))
+    if section == "data":
+        with pytest.raises(ConfigError, match="lies in `output_dir` out"):
+            check_inputs_stay(config_with("out/samples.jsonl[:10]"), Path("out"))

@@ -55,7 +55,7 @@ def test_a_killed_ppo_run_would_end_with_other_bytes(kill, ppo_config_on_disk, t
 
 def test_a_run_killed_amid_writing_would_be_lost(kill, ppo_config_on_disk, tmp_path):
     config = ppo(ppo_config_on_disk, tmp_path, "float32").model_copy(update={"max_steps": 3})
-    kill("ppo", config, "--at-writes", "23")
+    kill("ppo", config, "--at-writes", "41")
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_twenty_kills_of_ppo_leave_no_trace(kill, ppo_config_on_disk, tmp_path, 
 
 @pytest.mark.slow
 def test_a_kill_before_any_write_at_all_leaves_no_trace(kill, ppo_config_on_disk, tmp_path):
-    config = ppo(ppo_config_on_disk, tmp_path, "bfloat16").model_copy(update={"max_steps": 4})
+    config = ppo(ppo_config_on_disk, tmp_path, "bfloat16").model_copy(update={"max_steps": 3})
     kill("ppo", config, "--at-writes", "1")
 
 

@@ -28,12 +28,20 @@ class ModelError(InputError):
     """A model folder is missing, incomplete or of an unsupported architecture."""
 
 
+class LayoutError(InputError):
+    """A mesh or a layout is badly written, does not fit the devices, or cannot cut this model."""
+
+
 class SaveError(MeshiftError):
     """A model could not be written, though the run was right: the disk is full, or the folder has gone."""
 
 
 class CheckpointError(InputError):
     """A checkpoint is torn, was changed since it was written, or belongs to another run."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint is whole, but another version of Meshift wrote it in a form that this one cannot read."""
 
 
 class StoppedRunError(MeshiftError):

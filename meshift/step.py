@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from meshift.batch import Batch, Outcome
-from meshift.graph.calls import Call, Graph, HostCall, ModelCall, SyncCall
+from meshift.graph.calls import Call, Graph, HostCall, LoopCall, ModelCall, SyncCall
 
 
 class Role(Protocol):
@@ -55,15 +55,22 @@ def run_step(
     for call in graph.order():
         on_call(call.name)
         started = time.perf_counter()
-        outcome = run_call(call, roles, batch, step)
+        outcome = run_call(call, roles, batch, step, on_call)
         metrics[f"timing_s/{call.name}"] = time.perf_counter() - started
         metrics.update(outcome.metrics)
-        batch = batch.union(outcome.batch)
+        replaced = isinstance(call, LoopCall) and call.replaces_batch
+        batch = outcome.batch if replaced else batch.union(outcome.batch)
     return Outcome(batch=batch, metrics=metrics)
 
 
-def run_call(call: Call, roles: Mapping[str, Role], batch: Batch, step: int) -> Outcome:
-    """Run one call on the keys it reads."""
+def run_call(
+    call: Call,
+    roles: Mapping[str, Role],
+    batch: Batch,
+    step: int,
+    on_call: Callable[[str], None] = lambda name: None,
+) -> Outcome:
+    """Run one call on the keys it reads. `on_call` hears the calls within it, if there are any."""
     match call:
         case HostCall():
             return call.function(batch.select(call.reads))
@@ -71,6 +78,11 @@ def run_call(call: Call, roles: Mapping[str, Role], batch: Batch, step: int) -> 
             if (step + 1) % call.every == 0:
                 roles[call.target].mix(roles[call.source], call.rate)
             return Outcome()
+        case LoopCall():
+            given, outcomes = batch.select(call.reads), list[Outcome]()
+            while (fed := call.feed(given, outcomes)) is not None:
+                outcomes.append(run_step(call.graph, roles, fed, step, on_call))
+            return call.collect(given, outcomes)
         case ModelCall(kind="generate"):
             return roles[call.role].generate(call.task, batch.select(call.reads))
         case ModelCall(kind="infer"):

@@ -36,9 +36,10 @@ from meshift.evaluation.completions import Completions, complete, distinct_n, me
 from meshift.evaluation.judges import vader
 from meshift.report.write import write_report
 from meshift.runtime.models import compute_dtype, open_tokenizer, stop_token_ids
-from meshift.runtime.ppo_run import run_ppo, sampling_task
+from meshift.runtime.ppo_run import run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.role import LocalRole, open_role
+from meshift.runtime.rollout_run import sampling_task
 from meshift.runtime.sft_run import run_sft
 
 RECIPES = Path(__file__).parent

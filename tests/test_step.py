@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meshift.batch import Batch, Outcome, Ragged
-from meshift.graph.calls import Graph, HostCall, ModelCall, SyncCall
+from meshift.graph.calls import Graph, HostCall, LoopCall, ModelCall, SyncCall
 from meshift.step import run_call, run_step
 
 
@@ -150,6 +150,43 @@ def test_every_call_is_timed_announced_and_its_metrics_kept():
     assert {f"timing_s/{name}" for name in heard} <= set(metrics)
     assert all(metrics[f"timing_s/{name}"] >= 0 for name in heard)
     assert {"tokens/mean", "host", "train_actor/loss", "train_critic/loss"} <= set(metrics)
+
+
+def make_loop(num_rounds, **options):
+    """Each round feeds the prompts once more; the outcome has the tokens of the last round, or of all."""
+
+    def collect(batch, outcomes):
+        kept = Batch.concat([o.batch for o in outcomes]) if options else outcomes[-1].batch.select(("tokens",))
+        return Outcome(batch=kept, metrics={"num_rounds": len(outcomes)})
+
+    inner = Graph((call("rollout", "actor", "generate", ("prompts",), ("tokens",)),), frozenset({"prompts"}))
+    return LoopCall(
+        name="draw",
+        graph=inner,
+        feed=lambda batch, outcomes: batch if len(outcomes) < num_rounds else None,
+        collect=collect,
+        reads=("prompts",),
+        writes=("tokens",),
+        **options,
+    )
+
+
+def test_a_loop_runs_its_graph_until_it_is_fed_no_more_and_is_heard_within():
+    score = call("score", "reward", "infer", ("tokens",), ("scores",))
+    graph, heard = Graph((make_loop(3), score), frozenset({"prompts"})), []
+    outcome = run_step(graph, make_roles(), make_prompts(), 0, on_call=heard.append)
+    assert heard == ["draw", "rollout", "rollout", "rollout", "score"]
+    assert outcome.metrics["num_rounds"] == 3
+    plain = run_step(make_graph(), make_roles(), make_prompts(), 0)
+    assert values_of(outcome.batch) == values_of(plain.batch.select(("prompts", "tokens", "scores")))
+
+
+def test_a_loop_that_replaces_the_batch_leaves_no_row_of_the_old_one():
+    score = call("score", "reward", "infer", ("tokens",), ("scores",))
+    graph = Graph((make_loop(2, replaces_batch=True), score), frozenset({"prompts"}))
+    batch = run_step(graph, make_roles(), make_prompts(), 0).batch
+    assert batch["prompts"].values.tolist() == [1.0, 2.0, 3.0] * 2
+    assert len(batch["scores"]) == 4
 
 
 def test_the_batch_that_came_in_is_left_as_it_was():

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from meshift.batch import micro_batches
 from meshift.config.sections import TrainableConfig
-from meshift.models.hf.families import hf_name
 from meshift.models.hf.save import save_model
+from meshift.models.hf.stored import stored_tensors
 from meshift.training.engine import TrainingEngine
 
 
@@ -18,11 +18,13 @@ def budget_for(sizes, num_parts):
     return next(b for b in range(sum(sizes), 0, -1) if len(micro_batches(sizes, b)) == num_parts)
 
 
-def accumulated(head, loss, batch, num_parts, **options):
+def accumulated(model, loss, batch, num_parts, **options):
+    """Our gradients, by name, and the statistics; `model` is a decoder, or the head of a tiny one."""
+    model = tiny_model(model) if isinstance(model, str) else model
     config = TrainableConfig(
         max_tokens_per_micro_batch=budget_for(loss.reading.sizes(batch), num_parts), **options
     )
-    engine = TrainingEngine(tiny_model(head), config, trainable=True)
+    engine = TrainingEngine(model, config, trainable=True)
     stats = engine.accumulate(loss, batch)
     return {name: p.grad for name, p in engine.model.named_parameters()}, stats
 
@@ -40,9 +42,14 @@ def twin_of(model, tmp_path):
         twin = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     else:
         twin = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, dtype=torch.float32)
-    theirs = dict(twin.named_parameters())
-    names = [name for name, _ in model.named_parameters()]
-    return twin, lambda: {n: theirs[hf_name(model.config, model.head_kind, n)].grad for n in names}
+    stored = stored_tensors(model.config, model.head_kind)
+
+    def gradients():
+        theirs = dict(twin.named_parameters())
+        parts = (held.split(theirs[name].grad) for name, held in stored.items())
+        return {ours: gradient for part in parts for ours, gradient in part.items()}
+
+    return twin, gradients
 
 
 def padded(rows):
@@ -53,4 +60,4 @@ def padded(rows):
 
 def hidden_rows(twin, rows):
     tokens, mask = padded(rows)
-    return twin.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    return twin.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state

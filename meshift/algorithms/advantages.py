@@ -160,3 +160,60 @@ class KLController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.coef = state["coef"]
+
+
+def group_sum(values: Tensor, counted: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+    """For each row of `values` [n]: sum and number of the `counted` [n] rows of its group, in fp64, both [n].
+
+    Rows come in blocks of `num_generations`, the completions of one prompt.
+    """
+    grid = torch.where(counted, values.double(), 0.0).view(-1, num_generations)
+    sums, counts = grid.sum(1), counted.view(-1, num_generations).sum(1)
+    return sums.repeat_interleave(num_generations), counts.repeat_interleave(num_generations)
+
+
+def group_mean(values: Tensor, counted: Tensor, num_generations: int) -> Tensor:
+    """Mean over the counted rows of each row's group [n], in fp64; 0 where none is."""
+    sums, counts = group_sum(values, counted, num_generations)
+    return sums / counts.clamp(min=1)
+
+
+def group_std(values: Tensor, counted: Tensor, num_generations: int) -> Tensor:
+    """Sample standard deviation (divided by count - 1) of each row's group [n], in fp64.
+
+    Exactly 0 where the counted rows are equal, whatever rounding says of their mean, and where fewer than two are.
+    """
+    exact = values.double()
+    squares = (exact - group_mean(values, counted, num_generations)).square()
+    sums, counts = group_sum(squares, counted, num_generations)
+    std = torch.sqrt(sums / (counts - 1).clamp(min=1))
+    return torch.where(has_signal(values, counted, num_generations), std, 0.0)
+
+
+def has_signal(values: Tensor, counted: Tensor, num_generations: int) -> Tensor:
+    """Whether the counted rows of each row's group differ in value, bool [n]."""
+    grid, mask = values.double().view(-1, num_generations), counted.view(-1, num_generations)
+    highest = grid.masked_fill(~mask, -torch.inf).amax(1)
+    lowest = grid.masked_fill(~mask, torch.inf).amin(1)
+    return (highest > lowest).repeat_interleave(num_generations)
+
+
+def leave_one_out(values: Tensor, counted: Tensor, num_generations: int) -> Tensor:
+    """Each counted row less the mean of the other counted rows of its group [n]; 0 where there is no other.
+
+    r_i - 1 / (k - 1) * sum over j != i of r_j (Kool et al. 2019, Ahmadian et al. 2024, equation 8).
+    """
+    exact = values.double()
+    sums, counts = group_sum(values, counted, num_generations)
+    others = (sums - exact) / (counts - 1).clamp(min=1)
+    usable = counted & (counts > 1) & has_signal(values, counted, num_generations)
+    return torch.where(usable, exact - others, 0.0)
+
+
+def returns_to_go(rewards: Ragged, gamma: float) -> Ragged:
+    """sum over s >= t of gamma^(s - t) * r_s at every token t, in fp64."""
+    width = int(rewards.lengths.max()) if len(rewards) else 0
+    grid = _to_grid(Ragged(rewards.values.double(), rewards.lengths), width)
+    for t in range(width - 2, -1, -1):
+        grid[:, t] += gamma * grid[:, t + 1]
+    return Ragged(grid[torch.arange(width) < rewards.lengths[:, None]], rewards.lengths)

@@ -7,7 +7,7 @@ It knows nothing of devices, of how texts are sampled, or of where rewards come 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,15 +23,24 @@ from meshift.algorithms.advantages import (
     whiten,
 )
 from meshift.algorithms.losses import PolicyLoss, ValueLoss
+from meshift.algorithms.rollouts import (
+    ROLLOUT_INPUTS,
+    RewardCall,
+    infer_call,
+    length_metrics,
+    rollout_call,
+    rollout_keys,
+    score_metrics,
+    scoring_calls,
+    sync_calls,
+    total_score,
+)
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.runs import PPORunConfig
 from meshift.generation.rollout import SamplingTask
-from meshift.graph.calls import Call, Graph, HostCall, ModelCall, SyncCall
+from meshift.graph.calls import Call, Graph, HostCall, ModelCall
 from meshift.training.engine import TrainTask
-from meshift.training.readings import SequenceScores, TokenLogprobs, TokenValues
-
-ROLLOUT_INPUTS = ("prompts", "index")
-RewardCall = Callable[[Batch], Outcome]
+from meshift.training.readings import TokenLogprobs, TokenValues
 
 
 class PPO:
@@ -46,23 +55,14 @@ class PPO:
 
     def graph(self, reward_functions: RewardCall | None = None, columns: tuple[str, ...] = ()) -> Graph:
         """The calls of a step. `reward_functions` reads tokens and the named `columns`, writes one score a row."""
-        rollout = ("tokens", "completion_lengths", *self.sampling.support_keys)
-        calls: list[Call] = [
-            ModelCall(
-                name="rollout",
-                role="actor",
-                kind="generate",
-                task=self.sampling,
-                reads=ROLLOUT_INPUTS,
-                writes=(*rollout, "logprobs", "truncated", "version"),
-            )
-        ]
-        scoring = self._scoring(reward_functions, columns)
-        calls += scoring
+        rollout = rollout_keys(self.sampling)
+        scoring = scoring_calls(self.config.reward, reward_functions, columns)
         score_keys = tuple(key for call in scoring for key in call.writes)
-        calls += [
-            _infer("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
-            _infer("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
+        calls: tuple[Call, ...] = (
+            rollout_call(self.sampling),
+            *scoring,
+            infer_call("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
+            infer_call("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
             HostCall(
                 name="advantages",
                 function=self.advantages,
@@ -83,35 +83,14 @@ class PPO:
                 task=self._task(ValueLoss(cliprange_value=self.config.ppo.cliprange_value)),
                 reads=("tokens", "completion_lengths", "values", "returns"),
             ),
-        ]
-        reference = self.config.reference
-        if reference.sync_ref_model:
-            calls.append(
-                SyncCall(
-                    name="sync_reference",
-                    source="actor",
-                    target="reference",
-                    rate=reference.ref_model_mixup_alpha,
-                    every=reference.ref_model_sync_steps,
-                )
-            )
-        return Graph(tuple(calls), frozenset((*ROLLOUT_INPUTS, *columns)))
-
-    def _scoring(self, reward_functions: RewardCall | None, columns: tuple[str, ...]) -> list[Call]:
-        calls: list[Call] = []
-        if self.config.reward.model_name_or_path is not None:
-            scoring = SequenceScores(key="model_scores")
-            calls.append(_infer("score", "reward", scoring, ("tokens",), "model_scores"))
-        if reward_functions is not None:
-            reads = ("tokens", "completion_lengths", *columns)
-            written = ("function_scores",)
-            calls.append(HostCall(name="reward_functions", function=reward_functions, reads=reads, writes=written))
-        return calls
+            *sync_calls(self.config.reference),
+        )
+        return Graph(calls, frozenset((*ROLLOUT_INPUTS, *columns)))
 
     def advantages(self, batch: Batch) -> Outcome:
         """Scores and KL to rewards per token, to advantages and normalised returns, over the whole batch."""
         ppo = self.config.ppo
-        scores, judged = self._total_score(batch)
+        scores, judged = total_score(batch, self.config.reward.weight)
         truncated = batch["truncated"].values.bool() & (not ppo.length_limit_is_end)
         rewarded, scored = self._truncation_rule(scores.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
         scored = scored & judged
@@ -123,12 +102,12 @@ class PPO:
         self.value_norm.update(returns.values)
         kl = Ragged(logprobs.values - ref_logprobs.values, logprobs.lengths).sum_rows()
         metrics = {
-            **self._score_metrics(batch, scores[judged]),
+            **score_metrics(batch, scores[judged]),
             "objective/kl": float(kl.mean()),
             "objective/kl_coef": self.kl.coef,
             "objective/rlhf_reward": float((rewarded * scored).mean() - self.kl.coef * kl.mean()),
             "objective/no_score_fraction": float((~scored).float().mean()),
-            **_length_metrics(logprobs.lengths, batch["truncated"].values),
+            **length_metrics(logprobs.lengths, batch["truncated"].values),
             "critic/values/mean": float(values.drop_last().values.mean()),
             "critic/returns/mean": float(returns.values.mean()),
             "critic/advantages/mean": float(advantages.values.mean()),
@@ -152,18 +131,6 @@ class PPO:
         self.kl.load_state_dict(state["kl"])
         self.value_norm.load_state_dict(state["value_norm"])
 
-    def _total_score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each row's score, and whether anything scored it: where no function did, `function_scores` is NaN."""
-        total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
-        if "model_scores" in batch:
-            total = total + self.config.reward.weight * batch["model_scores"].values
-            judged = ~judged
-        if "function_scores" in batch:
-            given = ~batch["function_scores"].values.isnan()
-            total = total + torch.where(given, batch["function_scores"].values, 0.0)
-            judged = judged | given
-        return total, judged
-
     def _truncation_rule(self, scores: Tensor, truncated: Tensor) -> tuple[Tensor, Tensor]:
         penalty = self.config.ppo.missing_eos_penalty
         if penalty is None:
@@ -180,12 +147,6 @@ class PPO:
         if self.config.ppo.kl_target_unit == "sequence":
             return float(kl.mean())
         return float(kl.sum() / lengths.sum())
-
-    def _score_metrics(self, batch: Batch, scores: Tensor) -> dict[str, float]:
-        metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
-        if "model_scores" in batch:
-            metrics["reward/reward_model"] = float(batch["model_scores"].values.mean())
-        return metrics
 
     def _reading(self, key: str, *, entropy: bool = False) -> TokenLogprobs:
         return TokenLogprobs(
@@ -211,16 +172,3 @@ class PPO:
     def _task(self, loss: PolicyLoss | ValueLoss) -> TrainTask:
         ppo = self.config.ppo
         return TrainTask(loss=loss, num_epochs=ppo.num_ppo_epochs, num_mini_batches=ppo.num_mini_batches)
-
-
-def _infer(name: str, role: str, reading: Any, reads: tuple[str, ...], key: str) -> ModelCall:
-    return ModelCall(name=name, role=role, kind="infer", task=reading, reads=reads, writes=(key,))
-
-
-def _length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
-    return {
-        "response_length/mean": float(lengths.double().mean()),
-        "response_length/max": float(lengths.max()),
-        "response_length/min": float(lengths.min()),
-        "response_length/clip_ratio": float(truncated.float().mean()),
-    }

@@ -50,6 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     conversations = [_open(args, name) for name in (args.model, args.compare) if name]
     for conversation in conversations:
         conversation.reset(args.system)
+        conversation.check_room()
     chat = Chat(conversations, system=args.system, interactive=sys.stdin.isatty())
     chat.run()
     return 0
@@ -60,9 +61,17 @@ def _open(args: argparse.Namespace, name: str) -> Conversation:
 
     from meshift.cli.conversation import Conversation
     from meshift.generation.engine import GenerationEngine
-    from meshift.runtime.models import open_model, open_tokenizer, stop_token_ids
+    from meshift.models.hf.load import load_config
+    from meshift.runtime.conversion import head_of
+    from meshift.runtime.models import model_folder, open_model, open_tokenizer, stop_token_ids
 
     tokenizer = open_tokenizer(name)
+    folder = model_folder(name)
+    if head_of(folder, load_config(folder)) == "reward":
+        raise UsageError(
+            f"{name} is a reward model or a critic: it scores texts and writes none; give the language model that "
+            "it came from"
+        )
     if not tokenizer.chat_template:
         raise UsageError(
             f"{name} has no chat template, so it cannot tell who speaks; use `meshift generate` for plain text"

@@ -35,22 +35,25 @@ class Verdict:
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="+", metavar="CONFIG", help="YAML file, or a key.sub=value that is set in all"
+        "words", nargs="+", metavar="CONFIG", help="YAML file, sft:FILE, or a key.sub=value that is set in all"
     )
-    parser.add_argument("--command", metavar="NAME", help="sft, reward, dpo or ppo; default: told from the keys")
+    parser.add_argument(
+        "--command", metavar="NAME", help="of the files without a command before them; default: told from the keys"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     commands = _training_commands()
-    if args.command is not None and args.command not in commands:
-        raise UsageError(f"--command {args.command} trains nothing; give one of {', '.join(commands)}")
+    if args.command is not None:
+        _check_command(args.command, f"--command {args.command}", commands)
     overrides = [word for word in args.words if "=" in word and not Path(word).exists()]
-    files = [word for word in args.words if word not in overrides]
-    if not files:
+    named = [_command_and_file(word, commands) for word in args.words if word not in overrides]
+    if not named:
         raise UsageError("no config is named; write `meshift check run.yaml`")
-    failed = [file for file in files if not _show(file, check_file(file, overrides, commands, args.command))]
+    verdicts = [(file, check_file(file, overrides, commands, name or args.command)) for name, file in named]
+    failed = [file for file, verdict in verdicts if not _show(file, verdict)]
     if failed:
-        some = f"{len(failed)} of {len(files)} configs" if len(files) > 1 else failed[0]
+        some = f"{len(failed)} of {len(named)} configs" if len(named) > 1 else failed[0]
         raise CheckFailedError(f"{some} cannot be run; the problems are listed above")
     return 0
 
@@ -61,10 +64,24 @@ def _training_commands() -> dict[str, Training]:
     return {name: command.run for name, command in COMMANDS.items() if isinstance(command.run, Training)}
 
 
+def _command_and_file(word: str, commands: Mapping[str, Training]) -> tuple[str | None, str]:
+    """`sft:a.yaml` as its two parts; a file alone has no command."""
+    name, colon, file = word.partition(":")
+    if not colon or Path(word).exists() or (name not in commands and not Path(file).exists()):
+        return None, word
+    _check_command(name, f"`{name}` in {word}", commands)
+    return name, file
+
+
+def _check_command(name: str, said: str, commands: Mapping[str, Training]) -> None:
+    if name not in commands:
+        raise UsageError(f"{said} trains nothing; give one of {', '.join(commands)}")
+
+
 def check_file(
     file: str, overrides: Sequence[str], commands: Mapping[str, Training], named: str | None = None
 ) -> Verdict:
-    """Look at one config. Its command is `named`, or the one whose keys it has."""
+    """Look at one config. Its command is `named`, or the one whose keys it has and whose rows its data are."""
     try:
         values = read_yaml(Path(file))
         for override in overrides:
@@ -73,17 +90,32 @@ def check_file(
         return Verdict(command="config", problems=[str(error)])
     fitting = [named] if named is not None else _fitting(values, file, commands)
     if len(fitting) > 1:
-        choices = " or ".join(f"--command {name}" for name in fitting)
-        return Verdict(
-            command="config", problems=[f"{file} could be of {' or '.join(fitting)}; say which with {choices}"]
-        )
+        return _undecided(fitting, commands, values, file)
     return _verdict(fitting[0], commands[fitting[0]], values, file)
 
 
-def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str) -> Verdict:
-    from meshift.runtime.preflight import dry_run, file_problems, memory_of, weight_problems
+def _undecided(
+    fitting: Sequence[str], commands: Mapping[str, Training], values: Mapping[str, Any], file: str
+) -> Verdict:
+    """What is wrong with the config whichever of the commands it is of, and the question which."""
+    found = [_problems(commands[name], values, file) for name in fitting]
+    shared = [problem for problem in found[0] if all(problem in others for others in found[1:])]
+    either = " or ".join(fitting)
+    question = f"{file} could be of {either}; say which, as in `meshift check {fitting[0]}:{file}`"
+    return Verdict(command=either, problems=[*shared, question])
 
-    problems = [*config_problems(training.schema, values, file), *file_problems(values)]
+
+def _problems(training: Training, values: Mapping[str, Any], file: str) -> list[str]:
+    """What is wrong with the keys, and with the files and models that they name."""
+    from meshift.runtime.preflight import file_problems
+
+    return [*config_problems(training.schema, values, file), *file_problems(values)]
+
+
+def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str) -> Verdict:
+    from meshift.runtime.preflight import dry_run, memory_of, weight_problems
+
+    problems = _problems(training, values, file)
     if problems:
         return Verdict(command=name, problems=problems)
     config = make_config(training.schema, values, file)
@@ -98,16 +130,26 @@ def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str
 
 
 def _fitting(values: Mapping[str, Any], file: str, commands: Mapping[str, Training]) -> list[str]:
-    """The commands that a config may be of: by fewest unknown keys, fewest problems, its name, its comments."""
+    """The commands that a config may be of: by fewest unknown keys, fewest problems, its name, its comments.
+
+    Where these leave several, the columns of its data decide.
+    """
+    text = Path(file).read_text(encoding="utf-8")
 
     def strangeness(name: str) -> tuple[int, int, bool, bool]:
         problems = config_problems(commands[name].schema, values)
         unknown = sum(problem.startswith("unknown key") for problem in problems)
         return unknown, len(problems), not _named(name, Path(file).stem), f"meshift {name} " not in text
 
-    text = Path(file).read_text(encoding="utf-8")
-    least = min(strangeness(name) for name in commands)
-    return [name for name in commands if strangeness(name) == least]
+    found = {name: strangeness(name) for name in commands}
+    least = min(found.values())
+    fitting = [name for name in commands if found[name] == least]
+    if len(fitting) == 1:
+        return fitting
+    from meshift.runtime.preflight import commands_of_rows
+
+    of_rows = commands_of_rows(values)
+    return [name for name in fitting if name in of_rows] or fitting
 
 
 def _named(name: str, stem: str) -> bool:
@@ -134,7 +176,7 @@ CHECK = Command(
         "reward functions, the output folder, and whether the models fit into this machine's memory. All\n"
         "problems are listed, not the first alone. Exit code 0: it can start; 2: it cannot."
     ),
-    example="meshift check recipes/*.yaml max_steps=10",
+    example="meshift check recipes/*.yaml reward:mine.yaml max_steps=10",
     configure=_configure,
     run=_run,
 )

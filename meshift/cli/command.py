@@ -9,11 +9,13 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from meshift.errors import InputError, MeshiftError
 
 DOCS = "README.md and docs/ of the source"
+RESUME = "--resume"
 
 
 class UsageError(InputError):
@@ -78,6 +80,18 @@ def refuse_unknown(parser: Parser, words: Sequence[str]) -> None:
     """Raise `UsageError` for the first of the words that a parser could not place, if there is one."""
     if words:
         raise UsageError(_unknown_option(parser, words[0]))
+
+
+def add_way_on(error: MeshiftError, output_dir: str) -> None:
+    """Let the sentence of a run that failed end with the checkpoint that `--resume` goes on from, if there is one.
+
+    What is wrong with the input (exit code 2) must be mended first, and a sentence that speaks of it says enough.
+    """
+    from meshift.runtime.checkpoints import latest_name
+
+    latest = latest_name(Path(output_dir))
+    if latest is not None and error.exit_code == MeshiftError.exit_code and RESUME not in str(error):
+        error.args = (f"{error}; {RESUME} goes on from {Path(output_dir) / latest}",)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

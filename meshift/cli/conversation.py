@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from meshift.generation.engine import GenerationEngine
     from meshift.generation.params import SamplingParams
 
+SHORTEST_MESSAGE = "Hi"
+
 
 @dataclass(kw_only=True)
 class Conversation:
@@ -40,6 +42,23 @@ class Conversation:
         """Forget everything; begin with this system prompt, if there is one."""
         self.messages = [{"role": "system", "content": system}] if system else []
         self.num_forgotten = 0
+
+    def check_room(self) -> None:
+        """Raise `DataError` where no message at all would fit beside an answer of the longest kind."""
+        needed = len(self._tokens([*self.messages, {"role": "user", "content": SHORTEST_MESSAGE}]))
+        limit = self.engine.model.config.max_positions
+        if needed + self.params.max_new_tokens <= limit:
+            return
+        if needed >= limit:
+            raise DataError(
+                f"the system prompt leaves no room for a message: with a short one it has {needed} tokens, and "
+                f"{self.name} takes {limit}; shorten it"
+            )
+        raise DataError(
+            f"--max-new-tokens {self.params.max_new_tokens} leaves no room for a message: {self.name} takes "
+            f"{limit} tokens, and a short message with its system prompt has {needed}; give at most "
+            f"{limit - needed}, better half of that"
+        )
 
     def last_question(self) -> str | None:
         """Take back the last question with its answer; returns it, or None where nothing was asked."""

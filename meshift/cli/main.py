@@ -18,12 +18,13 @@ from meshift.cli.command import DOCS, Command, Parser, UsageError, did_you_mean,
 from meshift.cli.convert import CONVERT
 from meshift.cli.env import ENV
 from meshift.cli.generate import GENERATE
+from meshift.cli.policy_commands import POLICY_COMMANDS
 from meshift.cli.report import REPORT
 from meshift.cli.train import DPO, PPO, REWARD, SFT
 from meshift.errors import MeshiftError
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {c.name: c for c in (SFT, REWARD, DPO, PPO, GENERATE, CHAT, REPORT, CONVERT, CHECK, ENV)}
+    {c.name: c for c in (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, GENERATE, CHAT, REPORT, CONVERT, CHECK, ENV)}
 )
 
 EXAMPLE = """\

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from meshift.cli.command import Command, InterruptedRunError, UsageError
+from meshift.cli.command import Command, InterruptedRunError, UsageError, add_way_on
 from meshift.cli.tables import print_keys, print_metrics, print_rows
 from meshift.config.loading import load_config
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
-from meshift.errors import MeshiftError
+from meshift.errors import MeshiftError, ModelError
 
 if TYPE_CHECKING:
     from meshift.cli.progress import RichObserver
@@ -86,13 +86,14 @@ class Training:
         check_output_dir(Path(config.output_dir), overwrite=config.overwrite_output_dir or config.resume)
         run, check = self.load()
         if args.dry_run:
-            print_rows("dry run: nothing was trained", [*check(config), *_start(config)])
+            print_rows("dry run: nothing was trained", _dry_run(check, config))
         else:
             _run_and_show(run, config)
         return 0
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of every training command."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
     parser.add_argument("--dry-run", action="store_true", help="check config, data and models; train nothing")
     parser.add_argument(
@@ -116,6 +117,17 @@ def _read_resume(args: argparse.Namespace) -> None:
     args.overrides.append("resume=true")
 
 
+def _dry_run(check: Check, config: RunConfig) -> list[tuple[str, str]]:
+    """What the run would do, whether or not it fits into this machine. Raises where weights are missing."""
+    from meshift.runtime.preflight import memory_of, weight_problems
+
+    rows = check(config)
+    for problem in weight_problems(config):
+        raise ModelError(problem)
+    _, sentence = memory_of(config)
+    return [*((what, sentence if what == "memory" else value) for what, value in rows), *_start(config)]
+
+
 def _start(config: RunConfig) -> list[tuple[str, str]]:
     """Where a resumed run would go on, as a row of the dry run."""
     from meshift.runtime.resume import find_start
@@ -132,6 +144,9 @@ def _run_and_show(run: Run, config: RunConfig) -> None:
             result = run(config, observer)
         except KeyboardInterrupt:
             raise InterruptedRunError(_kept(observer, config.output_dir)) from None
+        except MeshiftError as error:
+            add_way_on(error, config.output_dir)
+            raise
     chosen = {key: result.metrics[key] for key in CLOSING_METRICS if key in result.metrics}
     print_metrics("last step", chosen)
     print(f"model    {result.final_dir}\nmetrics  {result.output_dir / 'metrics.jsonl'}")
@@ -188,7 +203,7 @@ PPO = Command(
         "Hugging Face folder."
     ),
     example="meshift ppo --config run.yaml actor.learning_rate=1e-6 max_steps=100 --dry-run",
-    configure=_configure,
+    configure=configure,
     run=Training(schema=PPORunConfig, load=_load_ppo),
 )
 REWARD = Command(
@@ -201,7 +216,7 @@ REWARD = Command(
         "`reward.model_name_or_path` of `meshift ppo` takes."
     ),
     example="meshift reward --config reward.yaml data.batch_size=32 max_steps=200",
-    configure=_configure,
+    configure=configure,
     run=Training(schema=RewardRunConfig, load=_load_reward),
 )
 SFT = Command(
@@ -214,7 +229,7 @@ SFT = Command(
         "TensorBoard curves and final/, a plain Hugging Face folder."
     ),
     example="meshift sft --config sft.yaml data.loss_on=assistant num_train_epochs=2",
-    configure=_configure,
+    configure=configure,
     run=Training(schema=SFTRunConfig, load=_load_sft),
 )
 DPO = Command(
@@ -227,6 +242,6 @@ DPO = Command(
         "Face folder."
     ),
     example="meshift dpo --config dpo.yaml dpo.beta=0.05 dpo.precompute_ref_log_probs=true",
-    configure=_configure,
+    configure=configure,
     run=Training(schema=DPORunConfig, load=_load_dpo),
 )

@@ -56,16 +56,14 @@ class RunConfig(Section):
         return names
 
 
-class PPORunConfig(RunConfig):
-    """`meshift ppo`: PPO with a critic, a reference and a reward."""
+class RolloutRunConfig(RunConfig):
+    """A run that samples completions of prompts and is told what they are worth."""
 
     data: PromptDataConfig
     actor: TrainableConfig
-    critic: CriticConfig = CriticConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()
-    ppo: PPOConfig = PPOConfig()
     num_report_prompts: int = Field(
         4, ge=0, description="prompts that are completed again through the run, for the report (0: none)"
     )
@@ -73,16 +71,55 @@ class PPORunConfig(RunConfig):
         None, ge=1, description="steps between two such completions (null: first, last and a few between)"
     )
 
+    @property
+    def num_sequences(self) -> int:
+        """Completions that a step trains on."""
+        return self.data.batch_size * self.generation.num_generations
+
+    @property
+    def num_passes(self) -> int:
+        """How often a step goes through its completions."""
+        raise NotImplementedError
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer updates per pass."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> PPORunConfig:
+    def _has_actor_and_reward(self) -> Self:
         _need_model("actor", self.actor)
         if self.reward.model_name_or_path is None and not self.reward.functions:
             raise ValueError("a reward is needed: `reward.model_name_or_path`, `reward.functions`, or both")
-        sequences = self.data.batch_size * self.generation.num_generations
-        if sequences < self.ppo.num_mini_batches:
+        return self
+
+    def _need_a_sequence_for_each_update(self, section: str) -> None:
+        if self.num_sequences < self.num_mini_batches:
             raise ValueError(
-                f"`ppo.num_mini_batches` = {self.ppo.num_mini_batches} is more than a step's {sequences} sequences"
+                f"`{section}.num_mini_batches` = {self.num_mini_batches} is more than a step's "
+                f"{self.num_sequences} sequences"
             )
+
+
+class PPORunConfig(RolloutRunConfig):
+    """`meshift ppo`: PPO with a critic, a reference and a reward."""
+
+    critic: CriticConfig = CriticConfig()
+    ppo: PPOConfig = PPOConfig()
+
+    @property
+    def num_passes(self) -> int:
+        """How often a step goes through its completions."""
+        return self.ppo.num_ppo_epochs
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer updates per pass."""
+        return self.ppo.num_mini_batches
+
+    @model_validator(mode="after")
+    def _has_sequences_enough(self) -> PPORunConfig:
+        self._need_a_sequence_for_each_update("ppo")
         return self
 
 

@@ -1,15 +1,18 @@
 """What a row's columns hold: texts, messages, truth values, numbers, each checked. It knows nothing of tokens."""
 
 import math
+import re
 from typing import Any
 
 from meshift.data.chat import Messages, check_messages
 from meshift.data.rows import Row, did_you_mean, load_json
 from meshift.errors import DataError
 
-TRUTHS = {"true": True, "false": False, "1": True, "0": False}
+# A table with gaps has its truth values as 1.0 and 0.0.
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 # What str() makes of a list of messages: many CSV files hold that in place of JSON.
 PYTHON_MESSAGES = ("[{'role'", "[{'content'")
+JSON_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
 
 
 def has(row: Row, column: str) -> bool:
@@ -27,26 +30,42 @@ def text_or_messages(row: Row, column: str) -> str | Messages:
     return _text(value, column, row.where)
 
 
+def answer(row: Row, column: str) -> str | Messages:
+    """A text or messages to learn from; the text or the last message may be blank. Raises DataError."""
+    if column not in row.values:
+        raise missing(row, column)
+    value: Any = row.values[column]
+    if not isinstance(value, str):
+        return check_messages(value, column, row.where, may_end_blank=True)
+    return _no_messages(value, column, row.where)
+
+
 def text(row: Row, column: str) -> str:
-    """A text that is not blank. Raises DataError."""
+    """A text, which may be blank. Raises DataError."""
     value = row.values[column]
     if not isinstance(value, str):
         raise DataError(f"{row.where}: {column!r} must be a text, not {type(value).__name__}: write it as one.")
-    return _text(value, column, row.where)
+    return _no_messages(value, column, row.where)
 
 
 def messages(row: Row, column: str) -> Messages:
-    """A conversation. Raises DataError."""
-    return check_messages(row.values[column], column, row.where, or_text=False)
+    """A conversation, the last message of which may be blank. Raises DataError."""
+    return check_messages(row.values[column], column, row.where, or_text=False, may_end_blank=True)
 
 
 def truth(row: Row, column: str) -> bool:
     """True or false, also as the text that CSV has. Raises DataError."""
     value = row.values[column]
-    found = TRUTHS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    found = TRUTHS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if found is None:
-        raise DataError(f"{row.where}: {column!r} is {_shown(value)}: write true or false.")
+        raise DataError(f"{row.where}: {column!r} is {shown(value)}: write true or false.")
     return found
+
+
+def is_disliked(row: Row) -> bool:
+    """Whether `label` says false, in any way that `truth` reads; another label (a class, a name) says nothing."""
+    value = row.values.get("label")
+    return isinstance(value, bool | int | float | str) and TRUTHS.get(str(value).strip().lower()) is False
 
 
 def number(row: Row, column: str) -> float | None:
@@ -59,7 +78,7 @@ def number(row: Row, column: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise DataError(f"{row.where}: {column!r} is {_shown(value)}: write a finite number.")
+        raise DataError(f"{row.where}: {column!r} is {shown(value)}: write a finite number.")
     return found
 
 
@@ -74,7 +93,7 @@ def tools(row: Row) -> list[Any] | None:
                 f"{row.where}: 'tools' is bad JSON ({error}): write a list of JSON schemas."
             ) from error
     if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
-        raise DataError(f"{row.where}: 'tools' is {_shown(value)}: write a list of JSON schemas.")
+        raise DataError(f"{row.where}: 'tools' is {shown(value)}: write a list of JSON schemas.")
     return value or None
 
 
@@ -89,13 +108,22 @@ def missing(row: Row, column: str) -> DataError:
 def _text(value: str, column: str, where: str) -> str:
     if not value.strip():
         raise DataError(f"{where}: {column!r} is blank: give it a text or remove the row.")
+    return _no_messages(value, column, where)
+
+
+def _no_messages(value: str, column: str, where: str) -> str:
     if value.startswith(PYTHON_MESSAGES):
         raise DataError(
             f"{where}: {column!r} is a list of messages in Python's notation: write it as JSON (json.dumps)."
         )
+    if JSON_MESSAGES.match(value):
+        raise DataError(
+            f"{where}: {column!r} is a text that holds a list of messages: write the list itself, without quotes."
+        )
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a sentence, cut where it is long."""
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

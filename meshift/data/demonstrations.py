@@ -3,16 +3,16 @@
 It knows the shapes such files come in (see `load_demonstrations`), and nothing of losses, packing or batches.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from meshift.data.chat import Messages
-from meshift.data.columns import has, messages, text, text_or_messages, truth
+from meshift.data.chat import Messages, says_nothing
+from meshift.data.columns import answer, has, is_disliked, messages, text, text_or_messages
 from meshift.data.dataset import dataset_rows, warn_left_out
 from meshift.data.exchanges import Encoder, Exchange
-from meshift.data.pairs import split_pair
+from meshift.data.pairs import Said, split_pair
 from meshift.data.rows import Row
 from meshift.data.transcripts import answer_start, is_transcript
 from meshift.errors import DataError
@@ -45,7 +45,7 @@ class Demonstration:
 class DemonstrationData:
     """The demonstrations of a dataset in its order, and where those rows stand that were left out ("path:line").
 
-    `disliked`: rows labelled false; `blank`: HH dialogues whose last answer is empty.
+    `disliked`: rows labelled false; `blank`: rows whose answer is empty.
     """
 
     demonstrations: list[Demonstration]
@@ -117,12 +117,14 @@ def load_demonstrations(
 
 
 def _add(row: Row, form: str, encoder: Encoder, shape: _Shape, data: DemonstrationData) -> None:
-    exchange = _exchange(row, form, encoder)
-    if form == "prompt and completion" and isinstance(row.values.get("label"), bool) and not truth(row, "label"):
+    prompt, response = _parts(row, form, encoder)
+    if form == "prompt and completion" and is_disliked(row):
         data.disliked.append(row.where)
-    elif exchange.is_blank:
+    elif says_nothing(response):
         data.blank.append(row.where)
-    elif (demonstration := _demonstration(exchange, encoder, shape)) is None:
+    elif (
+        demonstration := _demonstration(_exchange(prompt, response, row, form, encoder), encoder, shape)
+    ) is None:
         data.overlong.append(row.where)
     else:
         data.demonstrations.append(demonstration)
@@ -132,7 +134,7 @@ def _report(data: DemonstrationData, name: str, max_length: int, num_rows: int) 
     """Log what is left out and cut. Raises DataError when nothing is left."""
     warn_left_out(f"demonstrations of more than max_length={max_length} tokens", data.overlong, num_rows)
     warn_left_out("completions that are labelled false", data.disliked, num_rows)
-    warn_left_out("dialogues whose last answer is blank", data.blank, num_rows)
+    warn_left_out("demonstrations whose answer is blank", data.blank, num_rows)
     if not data.demonstrations:
         raise DataError(
             f"{name}: none of {num_rows} demonstrations can be used ({data.num_overlong} have more than "
@@ -162,19 +164,25 @@ def _form(row: Row, first: tuple[str, str] | None) -> str:
     return forms[0]
 
 
-def _exchange(row: Row, form: str, encoder: Encoder) -> Exchange:
+def _exchange(prompt: Said, response: Said, row: Row, form: str, encoder: Encoder) -> Exchange:
+    if form == "messages":  # a column `prompt` beside them is not what they begin with
+        row = replace(row, values={**row.values, "prompt": None})
+    return encoder.exchange(prompt, response, row)
+
+
+def _parts(row: Row, form: str, encoder: Encoder) -> tuple[Said, Said]:
+    """(prompt, response) of a row; the response may be blank. Raises DataError."""
     if form == "messages":
-        return _conversation(messages(row, "messages"), row, encoder)
+        return _conversation(messages(row, "messages"), row)
     if form == "text":
         return _text(text(row, "text"), row, encoder)
     if form == "prompt and completion":
-        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
-        return encoder.exchange(prompt, completion, row)
+        return text_or_messages(row, "prompt"), answer(row, "completion")
     prompt, chosen, _ = split_pair(row)
-    return encoder.exchange(prompt, chosen, row)
+    return prompt, chosen
 
 
-def _conversation(conversation: Messages, row: Row, encoder: Encoder) -> Exchange:
+def _conversation(conversation: Messages, row: Row) -> tuple[Said, Said]:
     last = conversation[-1]["role"]
     if last != "assistant":
         raise DataError(
@@ -183,19 +191,19 @@ def _conversation(conversation: Messages, row: Row, encoder: Encoder) -> Exchang
         )
     if len(conversation) == 1:
         raise DataError(f"{row.where}: 'messages' has an answer only: put the user's message before it.")
-    return encoder.rendered(conversation[:-1], conversation[-1:], row)
+    return conversation[:-1], conversation[-1:]
 
 
-def _text(whole: str, row: Row, encoder: Encoder) -> Exchange:
+def _text(whole: str, row: Row, encoder: Encoder) -> tuple[Said, Said]:
     if is_transcript(whole):
         start = answer_start(whole)
-        return encoder.exchange(whole[:start], whole[start:], row)
-    if encoder.apply_chat_template:
+        return whole[:start], whole[start:]
+    if encoder.apply_chat_template and whole.strip():
         raise DataError(
             f"{row.where}: apply_chat_template is on, but 'text' is no dialogue of \\n\\nHuman: and "
             "\\n\\nAssistant: turns: give 'messages', or leave it off."
         )
-    return Exchange(prompt="", response=whole, where=row.where)
+    return "", whole
 
 
 def _demonstration(exchange: Exchange, encoder: Encoder, shape: _Shape) -> Demonstration | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from meshift.data.chat import Conversation, Messages, Span, encode, encode_with_spans, tokens_inside
 from meshift.data.columns import tools
 from meshift.data.rows import Row
-from meshift.data.transcripts import HUMAN, answers, is_transcript, transcript_messages
+from meshift.data.transcripts import answers, is_transcript, opens_dialogue, transcript_messages
 from meshift.data.turns import assistant_turns
 from meshift.errors import DataError
 
@@ -27,14 +27,6 @@ class Exchange:
     response: str
     where: str
     said: Conversation | None = None
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether the response says nothing, nor calls a tool."""
-        if self.said is None:
-            return not self.response.strip()
-        last = self.said.messages[-1]
-        return not last["content"].strip() and not last.get("tool_calls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +56,9 @@ class Encoder:
         """Both as texts. Messages anywhere make messages of both; a prompt "" is none."""
         if isinstance(prompt, str) and isinstance(response, str) and not self.apply_chat_template:
             return Exchange(prompt=prompt, response=response, where=row.where)
-        asked = self.prompt_messages(prompt) if isinstance(prompt, str) else prompt
-        if not asked:
-            raise DataError(
-                f"{row.where}: there is no prompt to begin the conversation with: add a column 'prompt'."
-            )
-        return self.rendered(asked, self.answer(response) if isinstance(response, str) else response, row)
-
-    def rendered(self, prompt: Messages, response: Messages, row: Row) -> Exchange:
-        """The conversation in the template's words, parted where generation would begin."""
-        asked = Conversation(messages=prompt, where=row.where, tools=tools(row))
-        said = asked.then(response)
-        opening = self.opening(asked)
+        asked = self.asked(prompt, row)
+        said = asked.then(self._answer(response, asked) if isinstance(response, str) else response)
+        opening = asked.opening(self.tokenizer)
         whole = said.render(self.tokenizer, add_generation_prompt=False)
         if not whole.startswith(opening):
             raise DataError(
@@ -84,20 +67,39 @@ class Encoder:
             )
         return Exchange(prompt=opening, response=whole[len(opening) :], where=row.where, said=said)
 
-    def opening(self, asked: Conversation) -> str:
-        """The prompt as generation is given it."""
-        return asked.render(self.tokenizer, add_generation_prompt=True)
+    def asked(self, prompt: str | Messages, row: Row) -> Conversation:
+        """The prompt as a conversation: a text as `apply_chat_template` has it.
 
-    def prompt_messages(self, text: str) -> Messages:
-        """What `apply_chat_template` makes of a text prompt."""
-        if text.startswith(HUMAN):
+        It goes on where its last words are the assistant's, in a text or in the row's own messages `prompt`;
+        messages that two answers share, or that stand before the last of `messages`, are complete. Raises
+        DataError where there is no message, or one that cannot be gone on with.
+        """
+        messages = self._prompt_messages(prompt) if isinstance(prompt, str) else prompt
+        if not messages:
+            raise DataError(
+                f"{row.where}: there is no prompt to begin the conversation with: add a column 'prompt'."
+            )
+        is_given = isinstance(prompt, str) or isinstance(row.values.get("prompt"), list)
+        goes_on = is_given and messages[-1]["role"] == "assistant"
+        if goes_on and messages[-1].get("tool_calls"):
+            raise DataError(
+                f"{row.where}: 'prompt' ends with a call of a tool, which nobody answers: add the tool's message."
+            )
+        return Conversation(messages=messages, where=row.where, tools=tools(row), goes_on=goes_on)
+
+    def _prompt_messages(self, text: str) -> Messages:
+        if opens_dialogue(text):
             return transcript_messages(text)
         return [{"role": "user", "content": text}] if text else []
 
-    def answer(self, text: str) -> Messages:
+    def _answer(self, text: str, asked: Conversation) -> Messages:
         """What a text response is among messages: one of the assistant's."""
-        # A text that was written to follow a text begins with the blank between them.
-        return [{"role": "assistant", "content": text.strip() if self.apply_chat_template else text}]
+        if self.apply_chat_template:
+            # A text that was written to follow a text begins with the blank between them; within a message that
+            # blank is needed, once.
+            has_blank = not asked.goes_on or asked.messages[-1]["content"][-1].isspace()
+            text = text.strip() if has_blank else text.rstrip()
+        return [{"role": "assistant", "content": text}]
 
     def prompt_tokens(self, exchange: Exchange) -> list[int]:
         """The prompt as generation sees it: a text gets the tokenizer's BOS, a template has written its own."""

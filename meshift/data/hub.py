@@ -54,8 +54,8 @@ def _datasets(why: str) -> ModuleType:
 
 
 def _faults(datasets: ModuleType) -> tuple[type[Exception], ...]:
-    # Missing files, no connection, unknown configs, scripts that are not run, files that do not parse.
-    return (OSError, ValueError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError)
+    # Missing or empty files, no connection, unknown configs, scripts that are not run, files that do not parse.
+    return (OSError, ValueError, RuntimeError, LookupError, TypeError, datasets.exceptions.DatasetsError)
 
 
 def _values(found: Any, name: str, split: str | None) -> Iterator[dict[str, Any]]:
@@ -63,12 +63,17 @@ def _values(found: Any, name: str, split: str | None) -> Iterator[dict[str, Any]
     if not isinstance(found, Mapping):
         if split is not None:
             raise DataError(f"{name} is one dataset without splits: leave out {split!r}.")
-        return iter(found)
+        return _plain(found)
     wanted = split or (DEFAULT_SPLIT if DEFAULT_SPLIT in found or len(found) != 1 else next(iter(found)))
     if wanted not in found:
         splits = ", ".join(sorted(found))
         raise DataError(f"{name} has no split {wanted!r}: name one of {splits}, as {name}:{sorted(found)[0]}.")
-    return iter(found[wanted])
+    return _plain(found[wanted])
+
+
+def _plain(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows of Python's own types, whatever form (numpy, torch) the dataset was saved with."""
+    return iter(rows.with_format(None) if hasattr(rows, "with_format") else rows)
 
 
 def _first_line(error: Exception) -> str:

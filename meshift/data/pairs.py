@@ -4,9 +4,9 @@ It knows columns and the ways that public datasets fill them, and no tokens.
 """
 
 from meshift.data.chat import Messages
-from meshift.data.columns import has, text_or_messages
+from meshift.data.columns import answer, has, text_or_messages
 from meshift.data.rows import Row
-from meshift.data.transcripts import HUMAN, num_shared, shared_dialogue
+from meshift.data.transcripts import num_shared, shared_dialogue
 from meshift.errors import DataError
 
 Said = str | Messages
@@ -17,9 +17,9 @@ def split_pair(row: Row) -> tuple[Said, Said, Said]:
 
     Without `prompt` the prompt is what both have in common: leading messages of message lists; of HH dialogues
     all up to the last `\n\nAssistant:` they share; of other texts nothing (""). A prompt that both sides repeat,
-    as some hub datasets do, is taken off them.
+    as some hub datasets do, is taken off them. Responses may be blank.
     """
-    chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+    chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
     prompt = text_or_messages(row, "prompt") if has(row, "prompt") else None
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _texts(prompt, chosen, rejected, row.where)
@@ -34,7 +34,7 @@ def _texts(prompt: Said | None, chosen: str, rejected: str, where: str) -> tuple
     if prompt is None:
         prompt = shared_dialogue(chosen, rejected, where)
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    if isinstance(prompt, str) and prompt.startswith(HUMAN) and _repeated(prompt, chosen, rejected):
+    if isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
     return prompt, chosen, rejected
 
@@ -47,11 +47,7 @@ def _messages(prompt: Said | None, chosen: Messages, rejected: Messages, where: 
         if shared == 0:
             raise DataError(f"{where}: 'chosen' and 'rejected' share no first message: add a column 'prompt'.")
         return chosen[:shared], chosen[shared:], rejected[shared:]
-    if isinstance(prompt, list) and _repeated(prompt, chosen, rejected):
+    repeated = [side[: len(prompt)] == prompt and len(side) > len(prompt) for side in (chosen, rejected)]
+    if isinstance(prompt, list) and all(repeated):
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
     return prompt, chosen, rejected
-
-
-def _repeated(prompt: Said, chosen: Said, rejected: Said) -> bool:
-    """Whether both sides begin with the prompt, and go on."""
-    return all(side[: len(prompt)] == prompt and len(side) > len(prompt) for side in (chosen, rejected))

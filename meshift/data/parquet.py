@@ -1,6 +1,6 @@
 """Parquet files, read with pyarrow in batches; it knows no columns. pyarrow is part of the extra `data`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ def parquet_values(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is a Parquet file, which needs pyarrow: install it with {INSTALL}.") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no Parquet file that can be read ({error}): write it anew.") from error
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has more than one column {repeated[0]!r}: give each column a name of its own.")

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from meshift.data.chat import Conversation, Messages, check_asks, encode
-from meshift.data.columns import has, missing, text_or_messages, tools
+from meshift.data.chat import Messages, check_asks, encode
+from meshift.data.columns import has, missing, shown, text_or_messages
 from meshift.data.dataset import dataset_rows, warn_left_out
 from meshift.data.exchanges import Encoder
 from meshift.data.pairs import split_pair
@@ -87,31 +87,39 @@ def load_prompts(
     return PromptData(prompts=prompts, overlong=tuple(overlong))
 
 
-def with_answers(columns: Mapping[str, Any]) -> dict[str, Any]:
+def with_answers(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The columns, with what is right under each of the names that reward functions ask for it by.
 
     These are `ground_truth` (verl), `answer` and `label`; verl's rows have it in `reward_model`. A row without any
-    gets none, and one whose columns of these names differ stays as it is.
+    gets none. Two that are equal as texts (4 and "4") stay as they are. Raises DataError for two that differ.
     """
     nested = columns.get("reward_model")
     verl = nested.get("ground_truth") if isinstance(nested, Mapping) else None
-    given = [v for v in (verl, *(columns.get(name) for name in ANSWER_COLUMNS)) if v not in (None, "")]
-    if not given or any(value != given[0] for value in given):
+    named = {"reward_model.ground_truth": verl, **{name: columns.get(name) for name in ANSWER_COLUMNS}}
+    given = {name: value for name, value in named.items() if value not in (None, "")}
+    if not given:
         return dict(columns)
-    return {**columns, **dict.fromkeys(ANSWER_COLUMNS, given[0])}
+    first, truth = next(iter(given.items()))
+    for name, value in given.items():
+        if value != truth and str(value).strip() != str(truth).strip():
+            raise DataError(
+                f"{where}: {first!r} is {shown(truth)} and {name!r} is {shown(value)}, but both are names of the "
+                "right answer: rename or remove one."
+            )
+    return {**columns, **{name: given.get(name, truth) for name in ANSWER_COLUMNS}}
 
 
 def _prompt(row: Row, encoder: Encoder) -> Prompt:
-    columns = with_answers({key: value for key, value in row.values.items() if key != "prompt"})
+    columns = with_answers({key: value for key, value in row.values.items() if key != "prompt"}, row.where)
     value = _asked(row)
     if isinstance(value, str) and not encoder.apply_chat_template:
         tokens = encode(encoder.tokenizer, value, opening=True)
         return Prompt(tokens=tokens, text=value, columns=columns, where=row.where)
-    messages = encoder.prompt_messages(value) if isinstance(value, str) else value
-    check_asks(messages, "prompt", row.where)
-    text = encoder.opening(Conversation(messages=messages, where=row.where, tools=tools(row)))
+    asked = encoder.asked(value, row)
+    check_asks(asked.messages, "prompt", row.where)
+    text = asked.opening(encoder.tokenizer)
     tokens = encode(encoder.tokenizer, text)
-    return Prompt(tokens=tokens, text=text, columns=columns, where=row.where, messages=messages)
+    return Prompt(tokens=tokens, text=text, columns=columns, where=row.where, messages=asked.messages)
 
 
 def _asked(row: Row) -> str | Messages:

@@ -42,11 +42,12 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def iter_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a `.jsonl`, `.json` (a list of objects, or {"data": a list}), `.csv` or `.parquet` file.
+    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
 
-    JSON Lines and Parquet are read bit by bit. Blank lines of JSON Lines are skipped; CSV values are texts, but
-    for JSON objects and lists of objects. Raises DataError naming file and line for whatever cannot be read, when
-    the reading gets there.
+    A `.json` file holds a list of objects, {"data": a list}, or JSON Lines under another name. JSON Lines and
+    Parquet are read bit by bit. Blank lines of JSON Lines are skipped; CSV values are texts, but for JSON objects
+    and lists of objects. Raises DataError naming file and line for whatever cannot be read, when the reading gets
+    there.
     """
     path = Path(path).expanduser()
     reader = READERS.get(path.suffix.lower())
@@ -101,7 +102,8 @@ def _text(path: Path) -> str:
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:  # in bytes, lines end at \n alone; U+2028 and its like may stand in a string
         for number, data in enumerate(file, start=1):
-            line = _decode(data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data, path, number)
+            # Files with such marks, put behind one another, have them in the middle.
+            line = _decode(data.removeprefix(BYTE_ORDER_MARK), path, number)
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -114,19 +116,32 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     text = _text(path)
+    if not text.strip():
+        return iter(())
+    if _is_json_lines(text):
+        return _jsonl(path)
     try:
         values = load_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: bad JSON ({error}): write a list of objects.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply; ...
-        raise DataError(
-            f"{path}:{_line_of_bad_row(text)}: bad JSON ({error}): write plain numbers and texts."
-        ) from error
+        raise DataError(f"{path}:{_line_of_bad_row(text)}: bad JSON ({error}): correct this row.") from error
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values = values["data"]
     if not isinstance(values, list):
         raise DataError(f'{path}:1: this JSON is {_kind(values)}: write a list of objects, or {{"data": a list}}.')
     return (_row(value, f"{path}:row {number}") for number, value in enumerate(values, start=1))
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is an object by itself, and something follows it, as in many a `.json` of the hub."""
+    first, _, rest = text.strip().partition("\n")
+    if not (rest and first.startswith("{")):
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def load_json(text: str) -> Any:
@@ -181,25 +196,27 @@ def _kind(value: Any) -> str:
 
 def _csv(path: Path) -> Iterator[Row]:
     """A quoted field may span lines, so a row's line is where it begins: one after the last one's end."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    text = _text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be a whole book
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     line = 1
     try:
         for fields in reader:
-            if header is None:
-                header = _header(path, fields)
-            elif fields:
+            if header is None and fields:
+                header = _header(path, fields, line)
+            elif header is not None and fields:
                 yield _csv_row(header, fields, f"{path}:{line}")
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: bad CSV ({error}): check the quotes, or write JSON Lines.") from error
 
 
-def _header(path: Path, fields: list[str]) -> list[str]:
-    repeated = sorted({name for name in fields if fields.count(name) > 1})
-    if repeated or not all(fields):
-        fault = f"column {repeated[0]!r} stands there twice" if repeated else "a column has no name"
-        raise DataError(f"{path}:1: bad CSV header ({fault}): give each column a name of its own.")
+def _header(path: Path, fields: list[str], line: int) -> list[str]:
+    repeated = sorted({name for name in fields if name and fields.count(name) > 1})
+    if repeated or not any(fields):
+        fault = f"column {repeated[0]!r} stands there twice" if repeated else "no column has a name"
+        raise DataError(f"{path}:{line}: bad CSV header ({fault}): give each column a name of its own.")
     return fields
 
 
@@ -208,7 +225,9 @@ def _csv_row(header: list[str], fields: list[str], where: str) -> Row:
         raise DataError(
             f"{where}: {len(fields)} fields under {len(header)} columns: quote fields that hold commas."
         )
-    return Row(values=dict(zip(header, map(_cell, fields), strict=True)), where=where)
+    # A column without a name is the numbering that pandas writes, or what stands behind a last comma.
+    cells = zip(header, map(_cell, fields), strict=True)
+    return Row(values={name: cell for name, cell in cells if name}, where=where)
 
 
 def _cell(text: str) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from meshift.data.chat import Messages
-from meshift.data.columns import has, missing, text_or_messages, truth
+from meshift.data.chat import Messages, says_nothing
+from meshift.data.columns import answer, has, missing, text_or_messages, truth
 from meshift.data.dataset import dataset_rows, warn_left_out
 from meshift.data.exchanges import Encoder
 from meshift.data.rows import Row
@@ -33,10 +33,11 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedData:
-    """The judged completions of a dataset in its order, and where the over-long ones stand ("path:line")."""
+    """The judged completions of a dataset in its order, and where those stand that were left out ("path:line")."""
 
     judged: list[Judged]
     overlong: tuple[str, ...]
+    blank: tuple[str, ...] = ()
 
     @property
     def num_overlong(self) -> int:
@@ -56,8 +57,8 @@ def load_unpaired(
     """Read and tokenise `prompt`, `completion` and `label` (true or false), for methods that need no pairs.
 
     Prompts and completions are texts or message lists; the options are those of `Encoder`. Rows of more than
-    `max_length` tokens are left out, counted and logged. Raises DataError naming file and line of a row that is
-    none such, and when none is left.
+    `max_length` tokens and blank completions are left out, counted and logged. Raises DataError naming file and
+    line of a row that is none such, and when none is left.
     """
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -68,19 +69,24 @@ def load_unpaired(
     encoder.check(dataset_name)
     judged: list[Judged] = []
     overlong: list[str] = []
+    blank: list[str] = []
     for row in dataset_rows(dataset_name):
         one = _judged(row, encoder)
-        if len(one.tokens) > max_length:
+        if one is None:
+            blank.append(row.where)
+        elif len(one.tokens) > max_length:
             overlong.append(one.where)
         else:
             judged.append(one)
-    num_rows = len(judged) + len(overlong)
+    num_rows = len(judged) + len(overlong) + len(blank)
     warn_left_out(f"completions that with their prompt have more than {max_length} tokens", overlong, num_rows)
+    warn_left_out("completions that are blank", blank, num_rows)
     if not judged:
         raise DataError(
-            f"{dataset_name}: each of {num_rows} rows has more than max_length={max_length} tokens: raise it."
+            f"{dataset_name}: none of {num_rows} rows can be used ({len(overlong)} have more than "
+            f"max_length={max_length} tokens, {len(blank)} are blank)."
         )
-    return UnpairedData(judged=judged, overlong=tuple(overlong))
+    return UnpairedData(judged=judged, overlong=tuple(overlong), blank=tuple(blank))
 
 
 def is_unpaired(row: Row) -> bool:
@@ -90,10 +96,11 @@ def is_unpaired(row: Row) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedRows:
-    """Rows with `prompt`, `chosen` and `rejected`, and where those stand that found no counterpart."""
+    """Rows with `prompt`, `chosen` and `rejected`; where those stand that found no counterpart or are blank."""
 
     rows: list[Row]
     unpaired: tuple[str, ...]
+    blank: tuple[str, ...] = ()
 
 
 def matched(rows: list[Row]) -> MatchedRows:
@@ -102,10 +109,12 @@ def matched(rows: list[Row]) -> MatchedRows:
     So no row is used twice, and what a prompt has more of one kind is left over. The pairs come in the order of
     their liked rows.
     """
+    blank = [row for row in rows if says_nothing(answer(row, "completion"))]
+    places = {row.where for row in blank}
+    rows = [row for row in rows if row.where not in places]
     groups: dict[str, tuple[list[Row], list[Row]]] = {}
     for row in rows:
         key = json.dumps(_key(text_or_messages(row, "prompt")))
-        text_or_messages(row, "completion")
         groups.setdefault(key, ([], []))[0 if truth(row, "label") else 1].append(row)
     order = {id(row): number for number, row in enumerate(rows)}
     pairs = [pair for liked, disliked in groups.values() for pair in zip(liked, disliked, strict=False)]
@@ -114,6 +123,7 @@ def matched(rows: list[Row]) -> MatchedRows:
     return MatchedRows(
         rows=[_pair_row(liked, disliked) for liked, disliked in pairs],
         unpaired=tuple(row.where for row in rows if id(row) not in used),
+        blank=tuple(row.where for row in blank),
     )
 
 
@@ -130,11 +140,15 @@ def _pair_row(liked: Row, disliked: Row) -> Row:
     return Row(values=values, where=f"{liked.where} with {disliked.where.rpartition(':')[2]}")
 
 
-def _judged(row: Row, encoder: Encoder) -> Judged:
+def _judged(row: Row, encoder: Encoder) -> Judged | None:
+    """The row's tokens; None where its completion is blank."""
     for column in COLUMNS:
         if not has(row, column):
             raise missing(row, column)
-    exchange = encoder.exchange(text_or_messages(row, "prompt"), text_or_messages(row, "completion"), row)
+    asked, said = text_or_messages(row, "prompt"), answer(row, "completion")
+    if says_nothing(said):
+        return None
+    exchange = encoder.exchange(asked, said, row)
     prompt = encoder.prompt_tokens(exchange)
     return Judged(
         tokens=prompt + encoder.response_tokens(exchange),

@@ -1,21 +1,23 @@
-"""Keys and values of the live sequences, and the attention that reads and writes them in a forward pass.
+"""Keys and values of the live sequences, and the attentions that read and write them in a forward pass.
 
 Knows nothing of sampling or of why a sequence is live; lengths and slots are told to it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention
+from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention, packed_positions
 from meshift.models.config import DecoderConfig
 
 LENGTH_STEP = 32
 """Attention looks at whole multiples of this many positions, so that few different shapes occur."""
+WINDOW_GAIN = 4
+"""On a CPU, products with a slice of the positions take this many times as long as with all of them."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -70,21 +72,63 @@ def _serves(buffer: Tensor, size: int, like: Tensor) -> bool:
 
 
 class KVCache:
-    """`keys`, `values`: [layers, slots, kv_heads, max_len, head_dim]; live sequences take the first slots.
+    """`keys`, `values`: [layers, slots, kv_heads, reach, head_dim]; live sequences take the first slots.
 
-    Positions that were never written hold some finite numbers, which every reader masks.
+    Positions that were never written hold some finite numbers, which every reader masks. On a CPU the `reach`
+    grows with the sequences, up to the `max_len` of the shape, and a layer's positions lie without gaps: its
+    matrix products take four times as long over a slice. Elsewhere the reach is `max_len` from the start.
     """
 
     def __init__(self, buffers: tuple[Tensor, Tensor], shape: Sequence[int]):
         self.buffers = buffers
-        size = torch.Size(shape).numel()
-        self.keys, self.values = (buffer[:size].view(shape) for buffer in buffers)
+        self._shape = torch.Size(shape)
+        self.reach = LENGTH_STEP if buffers[0].device.type == "cpu" else shape[3]
+        self.keys, self.values = self._views()
 
     @staticmethod
     def shape(config: DecoderConfig, num_slots: int, max_len: int) -> tuple[int, ...]:
         """The shape of a cache for a decoder."""
         length = round_up(max_len, LENGTH_STEP)
         return (config.num_layers, num_slots, config.num_kv_heads, length, config.head_dim)
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        num_layers, slots, heads, _, dim = self._shape
+        used = slots * heads * self.reach * dim
+        keys, values = (
+            buffer[: self._shape.numel()].view(num_layers, -1)[:, :used].unflatten(1, (slots, heads, -1, dim))
+            for buffer in self.buffers
+        )
+        return keys, values
+
+    def grow(self, length: int, num_used: int) -> None:
+        """Make room for `length` positions, keeping those of the first `num_used` slots."""
+        if length <= self.reach:
+            return
+        before, old = (self.keys, self.values), self.reach
+        self.reach = min(round_up(length, LENGTH_STEP), self._shape[3])
+        self.keys, self.values = self._views()
+        if num_used == 0:
+            return
+        for narrow, wide in zip(before, (self.keys, self.values), strict=True):
+            for source, target in zip(narrow, wide, strict=True):  # a layer's old and new places overlap
+                target[:num_used, :, :old] = source[:num_used].clone()
+
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """For row i, the places of slot `slots[i]` and position `positions[i]` in a layer, int64 [T, kv_heads]."""
+        heads = self._shape[2]
+        first = (slots * heads).unsqueeze(1) + torch.arange(heads, device=slots.device)
+        return first * self.reach + positions.unsqueeze(1)
+
+    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put rows [T, kv_heads, head_dim] at their places."""
+        dim = self._shape[4]
+        self.keys[layer].view(-1, dim).index_put_((places,), key)
+        self.values[layer].view(-1, dim).index_put_((places,), value)
+
+    def prefix(self, slot: int, length: int, hidden: Tensor) -> Prefix:
+        """A copy of what a slot holds."""
+        keys, values = (part[:, slot, :, :length].clone() for part in (self.keys, self.values))
+        return Prefix(keys=keys, values=values, hidden=hidden)
 
     def fill(self, start: int, stop: int, prefix: Prefix) -> None:
         """Begin the sequences of slots `start` to `stop` with the same prefix."""
@@ -97,82 +141,101 @@ class KVCache:
         for part in (self.keys, self.values):
             part[:, target, :, :length] = part[:, source, :, :length]
 
+    def spread(self, source: int, stop: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to those from the next one to `stop`."""
+        if stop > source + 1:
+            for part in (self.keys, self.values):
+                part[:, source + 1 : stop, :, :length] = part[:, source : source + 1, :, :length]
 
-class StepAttention:
-    """The attention of one forward pass over rows [one per live sequence | packed prompts | padding].
 
-    Live row i belongs to slot i, which holds `live_lengths[i]` positions; its key and value are added
-    there, and it attends to all of them, or to the last ones where the layer has a window. Prompts attend
-    within themselves; their keys and values are kept for `prefixes`. Padding rows get zeros.
+class PromptAttention:
+    """The attention of a pass over packed prompts and padding rows: each prompt within itself.
+
+    Keys and values go to the cache, prompt i's to slot `slots[i]`. Padding rows get zeros.
     """
 
-    def __init__(self, cache: KVCache, live_lengths: Sequence[int], prompt_lengths: Sequence[int]):
+    def __init__(self, cache: KVCache, lengths: Sequence[int], slots: Sequence[int]):
         self._cache = cache
-        self._num_live = len(live_lengths)
-        self._ends = list(accumulate(prompt_lengths, initial=self._num_live))
-        self._prompts = PackedAttention(prompt_lengths)
-        self._prompt_keys: list[Tensor] = []
-        self._prompt_values: list[Tensor] = []
-        device = cache.keys.device
-        self._lengths = torch.tensor(live_lengths, dtype=torch.int64, device=device)
-        self._slots = torch.arange(self._num_live, device=device)
-        self._shortest = min(live_lengths, default=0)
-        self._reach = round_up(max(live_lengths, default=0) + 1, LENGTH_STEP)
-        self._seen: dict[int | None, tuple[int, Tensor]] = {}
+        self._num_rows = sum(lengths)
+        self._packed = PackedAttention(lengths)
+        rows = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
+        self._places = cache.places(rows, packed_positions(lengths)).to(cache.keys.device)
+        self.last_rows = [end - 1 for end in accumulate(lengths)]
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `meshift.models.attention.Attention`."""
-        live, prompts = slice(self._num_live), slice(self._num_live, self._ends[-1])
-        parts = []
-        if self._num_live:
-            parts.append(self._attend_cached(layer, query[live], key[live], value[live]))
-        if len(self._ends) > 1:
-            self._prompt_keys.append(key[prompts])
-            self._prompt_values.append(value[prompts])
-            parts.append(self._prompts(layer, query[prompts], key[prompts], value[prompts]))
-        if len(query) > self._ends[-1]:
-            parts.append(query.new_zeros(len(query) - self._ends[-1], *query.shape[1:]))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        num_padding = len(query) - self._num_rows
+        query, key, value = (rows[: self._num_rows] for rows in (query, key, value))
+        self._cache.write(layer.index, self._places, key, value)
+        attended = self._packed(layer, query, key, value)
+        return F.pad(attended, (0, 0, 0, 0, 0, num_padding)) if num_padding else attended
 
-    def _attend_cached(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One query row per sequence. The query heads of a group become the rows of their shared key head."""
-        keys, values = self._cache.keys[layer.index], self._cache.values[layer.index]
-        keys[self._slots, :, self._lengths] = key
-        values[self._slots, :, self._lengths] = value
-        first, visible = self._seen_within(layer.window)
-        keys, values = (x[: self._num_live, :, first : self._reach] for x in (keys, values))
+
+class DecodeAttention:
+    """The attention of a decode step: row i is the newest token of slot i, at `positions[i]` (int64 [rows]).
+
+    Its key and value are added there, and it attends to all positions up to its own, or to the last ones where the
+    layer has a window. Rows behind the live ones may write to their slots, which are free. `shortest` and
+    `longest` are the least and greatest position of a live row; all shapes follow from the number of rows and the
+    cache's reach.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, *, shortest: int, longest: int):
+        self._cache = cache
+        self._positions = positions
+        self._shortest = shortest
+        self._reach = min(round_up(longest + 1, LENGTH_STEP), cache.reach)
+        self._on_cpu = positions.device.type == "cpu"
+        self._places = cache.places(torch.arange(len(positions), device=positions.device), positions)
+        self._seen: dict[int | None, tuple[int, Tensor, Tensor]] = {}
+
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `meshift.models.attention.Attention`."""
+        self._cache.write(layer.index, self._places, key, value)
+        first, visible, mask = self._seen_within(layer.window, query.dtype)
+        stored = (self._cache.keys[layer.index], self._cache.values[layer.index])
+        keys, values = (part[: len(query), :, first : self._reach] for part in stored)
         if layer.softcap is not None:
             return capped_attention(query.unsqueeze(2), keys, values, visible.unsqueeze(1), layer).squeeze(2)
-        grouped = query.unflatten(1, (key.shape[1], -1))
+        grouped = query.unflatten(1, (key.shape[1], -1))  # the query heads of a group: rows of their key head
+        if self._on_cpu:
+            return _attend_in_products(grouped, keys, values, mask, layer.scale).flatten(1, 2)
         attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=layer.scale)
         return attended.flatten(1, 2)
 
-    def _seen_within(self, window: int | None) -> tuple[int, Tensor]:
-        """The first position to look at, and which of those up to the reach each live row sees.
+    def _seen_within(self, window: int | None, dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:
+        """The first position to look at, and which of those up to the reach each row sees.
 
-        The latter is bool [live, 1, 1, positions], made once for all layers of a window.
+        The latter as bool [rows, 1, 1, positions] and as 0 or -inf in `dtype`, once for all layers of a window.
         """
         if window is not None and window >= self._reach:
             window = None
         if window not in self._seen:
-            first = 0 if window is None else max(0, self._shortest + 1 - window) // LENGTH_STEP * LENGTH_STEP
-            columns = torch.arange(first, self._reach, device=self._lengths.device)
-            visible = columns <= self._lengths[:, None]
+            first = self._first(window)
+            columns = torch.arange(first, self._reach, device=self._positions.device)
+            visible = columns <= self._positions[:, None]
             if window is not None:
-                visible &= columns > self._lengths[:, None] - window
-            self._seen[window] = (first, visible[:, None, None])
+                visible &= columns > self._positions[:, None] - window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            mask.masked_fill_(~visible, float("-inf"))
+            self._seen[window] = (first, visible[:, None, None], mask[:, None, None])
         return self._seen[window]
 
-    def prefixes(self, hidden: Tensor) -> list[Prefix]:
-        """One for each prompt of the pass, from the rows [T, hidden] it ended with."""
-        if len(self._ends) == 1:
-            return []
-        keys, values = (torch.stack(parts).transpose(1, 2) for parts in (self._prompt_keys, self._prompt_values))
-        return [
-            Prefix(
-                keys=keys[:, :, start - self._num_live : end - self._num_live],
-                values=values[:, :, start - self._num_live : end - self._num_live],
-                hidden=hidden[end - 1],
-            )
-            for start, end in pairwise(self._ends)
-        ]
+    def _first(self, window: int | None) -> int:
+        """Where to begin: at the first position that some row sees, where leaving the others out pays."""
+        if window is None:
+            return 0
+        first = max(0, self._shortest + 1 - window) // LENGTH_STEP * LENGTH_STEP
+        pays = not self._on_cpu or (self._reach - first) * WINDOW_GAIN < self._reach
+        return first if pays else 0
+
+
+def _attend_in_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of [rows, kv_heads, group, dim] queries as two batched products, [rows, kv_heads, group, dim].
+
+    With so few queries to a head, torch's fused attention takes twice as long on a CPU.
+    """
+    shape = query.shape
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT).view(*shape[:3], -1)
+    weights = torch.add(mask, scores, alpha=scale).softmax(dim=-1)
+    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(shape)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Integers = Sequence[int] | np.ndarray
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-def uniforms(seed: int, indices: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+def uniforms(seed: int, indices: Integers, positions: Integers) -> np.ndarray:
     """Float64 [N] in [0, 1): the number of each (seed, indices[i], positions[i]), 53 random bits.
 
     h = mix(mix(mix(seed) + G (index + 1)) + G (position + 1)), u = (h >> 11) / 2**53: the positions of one
@@ -28,7 +30,9 @@ def uniforms(seed: int, indices: Sequence[int], positions: Sequence[int]) -> np.
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _words(numbers: Sequence[int]) -> np.ndarray:
+def _words(numbers: Integers) -> np.ndarray:
+    if isinstance(numbers, np.ndarray):
+        return numbers.astype(np.uint64)  # two's complement: modulo 2**64
     return np.array([number & 0xFFFFFFFFFFFFFFFF for number in numbers], dtype=np.uint64)
 
 

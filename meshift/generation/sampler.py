@@ -3,7 +3,6 @@
 Knows nothing of caches, scheduling or text.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from meshift.errors import NonFiniteError
 from meshift.generation.params import SamplingParams
-from meshift.generation.random_stream import uniforms
+from meshift.generation.random_stream import Integers, uniforms
 
 BLOCK = 256
 """The vocabulary is summed in blocks of this many tokens; only the drawn block then token by token."""
@@ -20,6 +19,8 @@ SPARE = 32
 """Candidates sorted beyond top_k, so that a tie at the k-th rarely needs a second look."""
 NUCLEUS = 512
 """Candidates sorted at first for top_p alone; as many more as needed if they do not reach it."""
+ROWS = 8
+"""Rows that are drawn for at once on a CPU: their scores then stay in its cache, in memory that is used again."""
 NEVER = float("-inf")
 
 
@@ -51,12 +52,23 @@ class Sampler:
         self.params = params
         self.seed = seed
 
-    def draw(self, logits: Tensor, indices: Sequence[int], positions: Sequence[int]) -> Draw:
+    def draw(self, logits: Tensor, indices: Integers, positions: Integers) -> Draw:
         """One token for each row of `logits` [N, vocab] (any float dtype; computed in fp32).
 
         Row i belongs to sequence `indices[i]`, which has `positions[i]` generated tokens so far. Raises
         NonFiniteError, naming both, if a logit is NaN or infinite.
         """
+        step = ROWS if logits.device.type == "cpu" else max(1, len(logits))
+        parts = [slice(start, start + step) for start in range(0, len(logits), step)]
+        draws = [self._draw(logits[part], indices[part], positions[part]) for part in parts]
+        supports = [support for draw in draws for support in draw.support or ()]
+        return Draw(
+            tokens=[token for draw in draws for token in draw.tokens],
+            logprobs=[logprob for draw in draws for logprob in draw.logprobs],
+            support=supports if self.params.truncates else None,
+        )
+
+    def _draw(self, logits: Tensor, indices: Integers, positions: Integers) -> Draw:
         scores = logits.to(torch.float32, copy=True)
         _require_finite(scores, indices, positions)
         self._restrict(scores, positions)
@@ -71,17 +83,17 @@ class Sampler:
         tokens = candidates.ids.gather(1, columns[:, None])[:, 0]
         return Draw(tokens=tokens.tolist(), logprobs=logprobs.tolist(), support=_support(candidates))
 
-    def _restrict(self, scores: Tensor, positions: Sequence[int]) -> None:
+    def _restrict(self, scores: Tensor, positions: Integers) -> None:
         """Rule the stop tokens out in rows that are too short to stop, divide by the temperature; in place."""
-        short = [row for row, position in enumerate(positions) if position < self.params.min_new_tokens]
-        if short and self.params.stop_token_ids:
-            rows = torch.tensor(short, device=scores.device)[:, None]
+        short = np.flatnonzero(np.asarray(positions) < self.params.min_new_tokens)
+        if len(short) and self.params.stop_token_ids:
+            rows = torch.from_numpy(short).to(scores.device)[:, None]
             scores[rows, torch.tensor(self.params.stop_token_ids, device=scores.device)] = NEVER
         if self.params.temperature not in (0, 1):
             scores.div_(self.params.temperature)
 
 
-def _require_finite(scores: Tensor, indices: Sequence[int], positions: Sequence[int]) -> None:
+def _require_finite(scores: Tensor, indices: Integers, positions: Integers) -> None:
     finite = torch.isfinite(scores.sum(dim=1))  # one pass; NaN and infinities go through a sum
     if not bool(finite.all()):
         row = finite.tolist().index(False)

@@ -9,27 +9,15 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from meshift.generation.cache import Prefix
-from meshift.generation.params import Completion, Request
-from meshift.generation.stop_strings import StopStringMatcher
+from meshift.generation.params import Request
 
-
-@dataclass(kw_only=True)
-class LiveSequence:
-    """A sequence that holds a slot."""
-
-    prompt_length: int
-    completion: Completion
-    matcher: StopStringMatcher | None = None
-
-    @property
-    def num_cached(self) -> int:
-        """Positions in the cache: all tokens but the last, which the next step feeds."""
-        return self.prompt_length + len(self.completion.tokens) - 1
+ADMISSION_PART = 8
+"""While sequences live, others wait until one in this many slots is free: prompts then run several at a time."""
 
 
 @dataclass(kw_only=True)
 class PromptGroup:
-    """One prompt and the requests for it that wait; `prefix` is there once the prompt was run."""
+    """One prompt and the requests for it that wait; `prefix` is there once some entered and others wait on."""
 
     tokens: Sequence[int]
     waiting: deque[Request]
@@ -37,27 +25,39 @@ class PromptGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One forward pass: `live` sequences advance by a token, prompts of `prefill` are run, `entering` begin.
+class Entry:
+    """Sequences of one prompt that got slots: the first has slot `slot`, the others those after it."""
 
-    `entering` pairs a group with its sequences that got a slot now; they take the slots after the live ones.
-    """
-
-    live: list[LiveSequence]
-    prefill: list[PromptGroup]
-    entering: list[tuple[PromptGroup, list[LiveSequence]]]
+    group: PromptGroup
+    requests: list[Request]
+    slot: int
 
     @property
-    def sequences(self) -> list[LiveSequence]:
-        """All that get a token in this step, in the order of their slots."""
-        return [*self.live, *(sequence for _, sequences in self.entering for sequence in sequences)]
+    def stop(self) -> int:
+        """The slot after the last."""
+        return self.slot + len(self.requests)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The sequences of slots 0 to `num_live` advance by a token; `entering` ones begin, in the slots after those.
+
+    The prompts of entries without a prefix are run in this step.
+    """
+
+    num_live: int
+    entering: list[Entry]
+
+    @property
+    def prefill(self) -> list[Entry]:
+        """Entries whose prompt is run now."""
+        return [entry for entry in self.entering if entry.group.prefix is None]
 
 
 class Scheduler:
     """Requests in, steps out. Neighbouring requests with the same tokens share one prefill.
 
-    `finished` maps indices to completions. Invariant: `live[i]` holds slot i. When a sequence leaves, the
-    last one moves into its slot.
+    Live sequences have the slots from 0 to `num_live`. When a sequence leaves, the last one moves into its slot.
     """
 
     def __init__(self, requests: Sequence[Request], *, num_slots: int, prefill_budget: int):
@@ -67,50 +67,49 @@ class Scheduler:
             PromptGroup(tokens=tokens, waiting=deque(group))
             for tokens, group in groupby(requests, key=lambda request: list(request.tokens))
         )
-        self.live: list[LiveSequence] = []
-        self.finished: dict[int, Completion] = {}
+        self._num_waiting = len(requests)
+        self.num_live = 0
 
     @property
     def done(self) -> bool:
         """Whether nothing lives or waits."""
-        return not self.live and not self._waiting
+        return not self.num_live and not self._waiting
 
     def schedule(self) -> Step:
         """The next step. A prompt over the budget is the only one of its step, beside whatever lives."""
-        step = Step(live=list(self.live), prefill=[], entering=[])
+        step = Step(num_live=self.num_live, entering=[])
         budget = self._prefill_budget
-        while self._waiting and len(self.live) < self._num_slots:
+        while self._may_admit(step):
             group = self._waiting[0]
             if group.prefix is None:
                 if len(group.tokens) > budget and step.prefill:
                     break
                 budget -= len(group.tokens)
-                step.prefill.append(group)
-            step.entering.append((group, self._admit(group)))
+            step.entering.append(self._admit(group))
         return step
 
-    def _admit(self, group: PromptGroup) -> list[LiveSequence]:
-        num_entering = min(self._num_slots - len(self.live), len(group.waiting))
-        entering = [
-            LiveSequence(
-                prompt_length=len(group.tokens), completion=Completion(index=group.waiting.popleft().index)
-            )
-            for _ in range(num_entering)
-        ]
-        self.live += entering
+    def _may_admit(self, step: Step) -> bool:
+        num_free = self._num_slots - self.num_live
+        if not num_free or not self._waiting:
+            return False
+        enough = min(self._num_waiting, self._num_slots // ADMISSION_PART)
+        return bool(step.entering) or not self.num_live or num_free >= enough
+
+    def _admit(self, group: PromptGroup) -> Entry:
+        num_entering = min(self._num_slots - self.num_live, len(group.waiting))
+        requests = [group.waiting.popleft() for _ in range(num_entering)]
+        entry = Entry(group=group, requests=requests, slot=self.num_live)
+        self.num_live += num_entering
+        self._num_waiting -= num_entering
         if not group.waiting:
             self._waiting.popleft()
-        return entering
+        return entry
 
-    def leave(self, finished: Sequence[bool]) -> list[tuple[int, int, int]]:
-        """Free each slot i with `finished[i]`; returns the moves: (source slot, target slot, positions)."""
+    def leave(self, ended: Sequence[int]) -> list[tuple[int, int]]:
+        """Free the slots of `ended`, ascending; returns the moves that close the gaps: (source, target) slots."""
         moves = []
-        for slot in reversed(range(len(self.live))):
-            if not finished[slot]:
-                continue
-            self.finished[self.live[slot].completion.index] = self.live[slot].completion
-            last = self.live.pop()
-            if slot < len(self.live):
-                self.live[slot] = last
-                moves.append((len(self.live), slot, last.num_cached))
+        for slot in reversed(ended):
+            self.num_live -= 1
+            if slot < self.num_live:
+                moves.append((self.num_live, slot))
         return moves

@@ -1,4 +1,4 @@
-"""The graph of one algorithm's step: model calls, host calls and weight syncs, and the edges between them.
+"""The graph of one algorithm's step: model calls, host calls, weight syncs and loops, and the edges between them.
 
 It knows nothing of torch, of models or of devices: what a call computes is an opaque task object that the
 role it names understands. Edges follow from the keys that calls read and write, and from the weights they use.
@@ -6,7 +6,7 @@ role it names understands. Edges follow from the keys that calls read and write,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,7 +74,35 @@ class SyncCall:
         return frozenset((self.target,))
 
 
-Call = ModelCall | HostCall | SyncCall
+@dataclass(frozen=True, kw_only=True)
+class LoopCall:
+    """A graph within the step, run on each batch that `feed` gives until it gives None.
+
+    `feed(batch, outcomes)` and `collect(batch, outcomes)` are told what the call reads and the outcomes so far;
+    `collect` makes the call's own outcome of them. With `replaces_batch` that outcome's rows take the place of the
+    step's batch, with all its inputs: such a call must be the first.
+    """
+
+    name: str
+    graph: Graph
+    feed: Callable[[Any, Sequence[Any]], Any]
+    collect: Callable[[Any, Sequence[Any]], Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    replaces_batch: bool = False
+
+    @property
+    def weights_read(self) -> frozenset[str]:
+        """Roles whose weights the inner calls read."""
+        return frozenset(role for call in self.graph.calls for role in call.weights_read)
+
+    @property
+    def weights_written(self) -> frozenset[str]:
+        """Roles whose weights the inner calls change."""
+        return frozenset(role for call in self.graph.calls for role in call.weights_written)
+
+
+Call = ModelCall | HostCall | SyncCall | LoopCall
 
 
 @dataclass(frozen=True)
@@ -119,10 +147,14 @@ def _derive_edges(calls: tuple[Call, ...], inputs: frozenset[str]) -> dict[str, 
     edges: dict[str, set[str]] = {}
     for position, call in enumerate(calls):
         waits = edges.setdefault(call.name, set())
+        if isinstance(call, LoopCall) and call.replaces_batch:
+            if position > 0:
+                raise GraphError(f"call {call.name!r} replaces the step's batch, so it must be the first call")
+            writers.update(dict.fromkeys(inputs - set(call.writes), call.name))
         for key in call.reads:
             if key not in writers and key not in inputs:
                 raise GraphError(f"call {call.name!r} reads {key!r}, which no earlier call writes")
-            if key in writers:
+            if key in writers and writers[key] != call.name:
                 waits.add(writers[key])
         for key in call.writes:
             if key in writers or key in inputs:

@@ -45,15 +45,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        query = self._heads(self.query(x), self.query_norm)
-        key = self._heads(self.key(x), self.key_norm)
+        query = self.heads(self.query(x), self.query_norm)
+        key = self.heads(self.key(x), self.key_norm)
         value = self.value(x).unflatten(-1, (-1, self.head_dim))
         if self.rotary is not None:
             cosine, sine = angles[self.rotary]
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return self.output(attention(self.layer, query, key, value).flatten(1))
 
-    def _heads(self, rows: Tensor, norm: nn.Module | None) -> Tensor:
+    def heads(self, rows: Tensor, norm: nn.Module | None) -> Tensor:
         """[T, heads * head_dim] -> [T, heads, head_dim], normed by head or before it is cut into heads."""
         heads = (-1, self.head_dim)
         if norm is None:

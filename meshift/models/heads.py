@@ -30,7 +30,10 @@ class LanguageModelHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] in the weights' dtype; with a softcap c, each logit s is c tanh(s / c)."""
-        logits = F.linear(hidden, self.projection)
+        return self.cap(F.linear(hidden, self.projection))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The logits of what the projection gives."""
         return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
 

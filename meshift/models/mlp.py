@@ -33,6 +33,7 @@ class MLP(nn.Module):
                 f"The activation '{config.activation}' (hidden_act in config.json) is not supported; choose "
                 f"one of {', '.join(ACTIVATIONS)}."
             )
+        self.activation_name = config.activation
         self.activation = ACTIVATIONS[config.activation]
         self.gate: nn.Linear | None = None
         if config.gated_mlp:

@@ -39,6 +39,16 @@ class PlusOneRMSNorm(RMSNorm):
         return _Normalise.apply(x, weight, self.eps)
 
 
+def norm_rows(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)` where no gradient is asked for: on a CPU half the time for the few rows of a decode step.
+
+    The last bits may differ from the module's.
+    """
+    if type(norm) is RMSNorm:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    return norm(x)
+
+
 def make_norm(config: DecoderConfig, size: int) -> nn.Module:
     """The norm of the config's kind over rows of `size` numbers."""
     if config.norm == "layer":

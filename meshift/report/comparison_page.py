@@ -5,17 +5,18 @@ It arranges what the other modules draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from meshift.report.catalogue import EXACT, Group, charts_for
+from meshift.report.catalogue import BY_SOURCE, EXACT, Chart, Group, charts_for
 from meshift.report.completion_tables import MAX_PROMPTS, last_fixed, side_by_side
 from meshift.report.document import document, number_table, section
 from meshift.report.line_chart import Caption, Line, line_chart
 from meshift.report.markup import Markup, element
 from meshift.report.numbers import counted, duration, short
 from meshift.report.run_data import RunData
-from meshift.report.run_page import KEY_FIGURES, METHODS, anchor, header, verdict_list
+from meshift.report.run_page import KEY_FIGURES, METHODS, anchor, header, same, verdict_list
 from meshift.report.timeline import STEP_TIME, colour, legend, share_bar, timeline_of
 from meshift.report.verdicts import diagnose
 
@@ -114,17 +115,41 @@ def _still(runs: Runs, key: str) -> bool:
 
 
 def _group(runs: Runs, group: Group) -> Markup:
-    charts = []
-    for chart in group.charts:
-        for key, label in chart.lines:
-            title = f"{chart.title}, {label}" if label and len(chart.lines) > 1 else chart.title
-            lines = [
-                Line(label=name, series=run.series(key), slot=_slot(i), exact=key in EXACT)
-                for i, (name, run) in enumerate(runs)
-                if len(run.series(key))
-            ]
-            charts.append(line_chart(Caption(title=title, key=key, note=chart.note), lines, raw=len(runs) <= 3))
-    return section(group.title, element("div", *charts, class_="grid"), anchor=anchor(group.title))
+    """One chart per metric, all runs in each; those of several sources of reward below a heading of their own."""
+    shown: list[list[Line]] = []
+    parts: list[Markup] = []
+    for by_source, charts in groupby(group.charts, key=lambda chart: chart.title == BY_SOURCE):
+        drawn = [one for chart in charts for one in _charts(runs, chart, shown)]
+        if drawn and by_source:
+            parts.append(element("h3", BY_SOURCE))
+        parts += [element("div", *drawn, class_="grid")] if drawn else []
+    return section(group.title, *parts, anchor=anchor(group.title))
+
+
+def _charts(runs: Runs, chart: Chart, shown: list[list[Line]]) -> Iterator[Markup]:
+    """A chart per line of the catalogue's, without those whose curves are in `shown`, as of the only source."""
+    for key, label in chart.lines:
+        lines = [
+            Line(label=name, series=run.series(key), slot=_slot(i), exact=key in EXACT)
+            for i, (name, run) in enumerate(runs)
+            if len(run.series(key))
+        ]
+        if not any(_same_lines(lines, others) for others in shown):
+            shown.append(lines)
+            caption = Caption(title=_title(chart, label), key=key, note=chart.note)
+            yield line_chart(caption, lines, raw=len(runs) <= 3)
+
+
+def _title(chart: Chart, label: str) -> str:
+    if chart.title == BY_SOURCE:
+        return label
+    return f"{chart.title}, {label}" if label and len(chart.lines) > 1 else chart.title
+
+
+def _same_lines(ours: Sequence[Line], theirs: Sequence[Line]) -> bool:
+    return [line.label for line in ours] == [line.label for line in theirs] and all(
+        same(one.series, other.series) for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 def _time(runs: Runs) -> Markup | None:

@@ -19,6 +19,9 @@ DRIFT_MAX_NOTICE = 2.0
 DRIFT_GROWTH, DRIFT_GROWTH_FLOOR = 3.0, 0.01
 """A difference that ends this many times above its beginning grows; below the floor, in nats, it is rounding."""
 
+REWARDS, MODEL_REWARD, SCORED = "reward/", "reward/reward_model", ("reward/mean", "reward/std")
+UNSCORED, GRADIENT, STOPPED = "objective/no_score_fraction", "grad_norm", "early_stop"
+
 
 def completeness(run: RunData) -> Diagnosis | None:
     """A run that is not done, or whose files have lines that cannot be read."""
@@ -50,8 +53,8 @@ def shortness(run: RunData) -> Diagnosis | None:
 
 
 def not_finite(run: RunData) -> Diagnosis | None:
-    """Metrics that were NaN or infinite at some step."""
-    lost = {key: series.lost_steps for key, series in run.metrics.items() if series.lost_steps}
+    """Metrics that were NaN or infinite at some step, though there was something to measure."""
+    lost = {key: steps for key in run.metrics if (steps := lost_steps(run, key))}
     if not lost:
         return None
     worst = sorted(lost, key=lambda key: (lost[key][0], -len(lost[key])))
@@ -63,6 +66,28 @@ def not_finite(run: RunData) -> Diagnosis | None:
         "set dtype=float32."
     )
     return say("not_finite", "warning", "NaN or infinity", text, *worst[:3])
+
+
+def lost_steps(run: RunData, key: str) -> list[int]:
+    """Steps at which a metric should have been a number, and was none.
+
+    Nothing is lost where there was nothing to measure: rewards of completions that nothing scored, what a reward
+    function had nothing to say of, and the gradient's norm of a step that was stopped before its first update.
+    """
+    lost = run.series(key).lost_steps
+    if key in SCORED:
+        return [step for step in lost if step not in _steps_of(run, UNSCORED)]
+    if key.startswith(REWARDS) and key != MODEL_REWARD:
+        return []
+    if key.endswith(GRADIENT):
+        return [step for step in lost if step not in _steps_of(run, f"{key.removesuffix(GRADIENT)}{STOPPED}")]
+    return lost
+
+
+def _steps_of(run: RunData, key: str) -> set[int]:
+    """The steps at which a metric that is a part of something was all of it."""
+    series = run.series(key)
+    return {int(step) for step in series.steps[series.values == 1.0]}
 
 
 def spikes(run: RunData) -> Diagnosis | None:

@@ -18,6 +18,8 @@ from meshift.yaml_values import read_yaml
 CONFIG, METRICS, SAMPLES, ENVIRONMENT = "config.yaml", "metrics.jsonl", "samples.jsonl", "environment.json"
 STEP = "training/global_step"
 EMPTY = Series([], [])
+ROLLOUT_METHODS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "remax")
+"""Sections of the methods that learn from sampled completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,10 @@ class RunData:
 
     @property
     def method(self) -> str:
-        """`ppo`, `dpo`, `reward`, `sft`, or an empty string: from the config, else from what was measured."""
-        for section, method in (("ppo", "ppo"), ("dpo", "dpo"), ("grpo", "grpo"), ("sft", "sft")):
+        """`ppo`, `dpo`, `reward`, `sft`, `grpo` ..., or nothing: from the config, else from what was measured."""
+        for section in (*ROLLOUT_METHODS, "dpo", "sft"):
             if section in self.config:
-                return method
+                return section
         for metric, method in (
             ("actor/pg_loss", "ppo"),
             ("logps/chosen", "dpo"),

@@ -21,7 +21,20 @@ from meshift.report.series import Series
 from meshift.report.timeline import STEP_TIME, time_table, timeline_chart, timeline_of
 from meshift.report.verdicts import diagnose
 
-METHODS = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "Reward model", "grpo": "GRPO"}
+METHODS = {
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "sft": "SFT",
+    "reward": "Reward model",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "remax": "ReMax",
+}
 # Key figures of any method: those that a run has are shown, first value to last.
 KEY_FIGURES = (
     ("reward/mean", "Reward"),
@@ -141,7 +154,7 @@ def _charts(run: RunData, group: Group) -> list[Markup]:
         lines: list[Line] = []
         for key, label in chart.lines:
             series = run.series(key)
-            if not any(_same(series, other) for other in shown):
+            if not any(same(series, other) for other in shown):
                 lines.append(Line(label=label, series=series, slot=len(lines), exact=key in EXACT))
                 shown.append(series)
         if lines:
@@ -154,7 +167,8 @@ def _chart(chart: Chart, lines: list[Line]) -> Markup:
     return line_chart(Caption(title=chart.title, key=names, note=chart.note), lines)
 
 
-def _same(one: Series, other: Series) -> bool:
+def same(one: Series, other: Series) -> bool:
+    """Whether one curve would cover the other."""
     return one.steps.tolist() == other.steps.tolist() and one.finite.tolist() == other.finite.tolist()
 
 
@@ -186,10 +200,11 @@ def batch_arithmetic(run: RunData) -> str:
         return ""
     budget = run.number("actor.max_tokens_per_micro_batch") or run.number("model.max_tokens_per_micro_batch")
     limit = f" \N{RIGHTWARDS ARROW} micro-batches of at most {budget:,.0f} tokens" if budget else ""
-    updates = int(run.number("ppo.num_mini_batches"))
+    updates = int(run.number(f"{run.method}.num_mini_batches"))
     if not updates:
         return f"{rows} rows a step \N{RIGHTWARDS ARROW} 1 update{limit}"
-    copies, epochs = int(run.number("generation.num_generations", 1)), int(run.number("ppo.num_ppo_epochs", 1))
+    copies = int(run.number("generation.num_generations", 1))
+    epochs = int(run.number("ppo.num_ppo_epochs") or run.number(f"{run.method}.num_iterations", 1))
     return (
         f"{rows} prompts \N{MULTIPLICATION SIGN} {counted(copies, 'generation')} = {rows * copies} sequences a "
         "step "

@@ -24,13 +24,16 @@ from meshift.rewards.signatures import (
     unknown_signature,
 )
 
+TAKEN = ("mean", "std", "frac_reward_zero_std", "overlong_penalty", "over_greedy")
+"""What runs write as `reward/<name>` themselves: a function of such a name goes by its whole spec."""
+
 
 def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunction]:
     """Import every configured function. Raises `ConfigError` naming the one that is not there, or is no reward."""
     names = [_short_name(config.function) for config in configs]
     loaded = []
     for config, short in zip(configs, names, strict=True):
-        name = short if names.count(short) == 1 else config.function
+        name = config.function if names.count(short) > 1 or short in TAKEN else short
         function, spec = _load(config)
         signature = read_signature(function)
         if signature is None:

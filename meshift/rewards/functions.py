@@ -28,6 +28,8 @@ from meshift.rewards.worker import ProcessInvoker, num_timeouts
 logger = logging.getLogger(__name__)
 WHERE = "where"
 """The key of a batch's column that says where each row's prompt stands: "prompts.jsonl:7"."""
+STEP = "step"
+"""The key of a batch whose rows are not all of a step's: the step, from 0, in every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class RewardFunctions:
         prompts = columns.pop("prompt", None) or [self.decode(ids) for ids in prompt_ids]
         texts = [self.decode(ids) for ids in completion_ids]
         prompt_texts = [self.decode_all(ids) for ids in prompt_ids]
-        step = int(batch["index"].values.min()) // len(batch) if "index" in batch else 0
+        step = _step_of(batch)
         return Samples(
             prompts=prompts,
             completions=[_as_prompted(text, prompt) for text, prompt in zip(texts, prompts, strict=True)],
@@ -137,6 +139,13 @@ class RewardFunctions:
         """Prompt and completion as one text that begins with the prompt: functions cut it off by its length."""
         text = self.decode_all(row)
         return text if text.startswith(prompt) else prompt + self.decode_all(row[len(row) - length :])
+
+
+def _step_of(batch: Batch) -> int:
+    """Given where rows are not all of a step's, else from the sequence numbers, which count through the run."""
+    if STEP in batch:
+        return int(batch[STEP].values[0])
+    return int(batch["index"].values.min()) // len(batch) if "index" in batch else 0
 
 
 def _as_prompted(text: str, prompt: Any) -> Any:

@@ -49,6 +49,11 @@ def _load_file(path: Path, spec: str) -> ModuleType:
         raise ConfigError(f"{path} is not a Python file ({IN_CONFIG} {spec!r})")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
+    # As for a script: modules beside the file are found, also by imports inside its functions. Last, so that
+    # none of them takes the name of an installed one.
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     return _executed(lambda: module_spec.loader.exec_module(module) or module, path, spec)  # type: ignore[union-attr]
 
 

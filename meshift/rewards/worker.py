@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+import torch
+
 from meshift.rewards.calling import MAX_CONCURRENT, timed_out
 from meshift.rewards.scores import TIMEOUT, CallError, Fault, Scores
 from meshift.rewards.signatures import Signature
@@ -138,8 +140,10 @@ class ProcessInvoker:
             limit_s = rounds * self.timeout_s + GRACE_S
         return self._ask(calls, num_samples, limit_s)
 
-    def _ask(self, calls: Sequence[Mapping[str, Any]], num_samples: int, limit_s: float) -> Scores:
-        answer = self.worker.ask({"calls": list(calls), "num_samples": num_samples}, limit_s)
+    def _ask(self, calls: Sequence[Mapping[str, Any]], num_samples: int, limit_s: float, index: int = 0) -> Scores:
+        # The run starts torch's generator anew at each step; the process's start from the same seed.
+        seed = (torch.initial_seed() + index) % 2**63
+        answer = self.worker.ask({"calls": list(calls), "num_samples": num_samples, "seed": seed}, limit_s)
         if "scores" not in answer:
             raise CallError(Fault(answer["what"], answer["kind"]))
         return Scores.from_json(answer["scores"])
@@ -150,7 +154,7 @@ class ProcessInvoker:
         faults: dict[int, Fault] = {}
         extras: dict[str, list[float]] = {}
         for index, call in enumerate(calls):
-            one = self._attempt(call, faults)
+            one = self._attempt(call, index, faults)
             values[index] = one.values[0]
             for fault in one.faults.values():
                 faults[index] = fault
@@ -160,11 +164,11 @@ class ProcessInvoker:
                 break
         return Scores(values=values, faults=faults, extras=extras)
 
-    def _attempt(self, call: Mapping[str, Any], faults: Mapping[int, Fault]) -> Scores:
+    def _attempt(self, call: Mapping[str, Any], index: int, faults: Mapping[int, Fault]) -> Scores:
         if num_timeouts(faults) >= MAX_TIMEOUTS:
             return Scores.all_failed(1, NOT_TRIED, of_batch=False)
         try:
-            return self._ask([call], 1, self.timeout_s)
+            return self._ask([call], 1, self.timeout_s, index)
         except CallError as failure:
             if not failure.can_locate:
                 raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import threading
 from queue import SimpleQueue
@@ -60,10 +61,20 @@ def _load(first: dict[str, Any]) -> Invoker:
 
 
 def _answer(invoker: Invoker, request: dict[str, Any]) -> dict[str, Any]:
+    _seed_generators(request["seed"])
     try:
         return {"scores": invoker(request["calls"], request["num_samples"]).to_json()}
     except CallError as failure:
         return {"what": failure.fault.what, "kind": failure.fault.kind}
+
+
+def _seed_generators(seed: int) -> None:
+    """Start the generators that the function may draw from anew; it has imported their modules, if it does."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def _say(answers: TextIO, answer: dict[str, Any]) -> None:

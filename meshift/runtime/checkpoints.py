@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meshift.errors import CheckpointError, SaveError
+from meshift.errors import CheckpointError, OtherFormatError, SaveError
 from meshift.runtime.durable import folder_aside, put_in_place, remove_folder, sha256_of, sync_tree, write_bytes
 
 LATEST, MANIFEST = "LATEST", "manifest.json"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
+KEYS = {"format", "step", "facts", "files"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,29 @@ def latest_name(run: Path) -> str | None:
 
 
 def find_checkpoint(run: Path) -> Found:
-    """The checkpoint that `LATEST` names, or where that one is broken, the highest other one that is whole."""
-    folders, name = checkpoint_folders(run), latest_name(run)
-    named = [run / name] if name is not None else []
+    """The checkpoint that `LATEST` names, or where that one is broken, the next one before it that is whole.
+
+    Later ones come last: they may be of a future that the run has left. Raises `OtherFormatError` where a whole
+    one cannot be read, since going on from an older one would in the end delete it.
+    """
     broken: list[str] = []
-    for folder in [*named, *(f for f in folders if f not in named)]:
+    for folder in _in_order(run):
         try:
             return Found(checkpoint=verify(folder), broken=broken)
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
             broken.append(str(error))
     return Found(checkpoint=None, broken=broken)
+
+
+def _in_order(run: Path) -> list[Path]:
+    folders, name = checkpoint_folders(run), latest_name(run)
+    if name is None:
+        return folders
+    named = run / name
+    earlier = [folder for folder in folders if _step(folder) < _step(named)]
+    return [named, *earlier, *(folder for folder in folders if _step(folder) > _step(named))]
 
 
 def write_checkpoint(
@@ -84,29 +98,32 @@ def write_checkpoint(
             sync_tree(aside)
             put_in_place(aside, target)
         write_bytes(run / LATEST, f"{target.name}\n".encode())
-        _prune(run, step, limit)
     except OSError as error:
         raise SaveError(
-            f"the checkpoint {target} could not be written ({error.strerror or error}); {_kept(run)}"
+            f"the checkpoint {target} could not be written ({error.strerror or error}); {kept(run)}"
         ) from error
+    _prune(run, step, limit)
     return target
 
 
-def verify(folder: Path) -> Checkpoint:
-    """The checkpoint, if every file is as it was written. Raises `CheckpointError` naming one that is not."""
+def verify(folder: Path, *, sizes_only: bool = False) -> Checkpoint:
+    """The checkpoint, if every file is as it was written. Raises `CheckpointError` naming one that is not.
+
+    With `sizes_only` no file but the manifest is read: that finds what was torn, and not what was changed.
+    """
     manifest = _read_manifest(folder)
     for name, expected in manifest["files"].items():
-        _check_file(folder / name, expected["bytes"], expected["sha256"])
+        _check_file(folder / name, expected["bytes"], None if sizes_only else expected["sha256"])
     return Checkpoint(folder=folder, step=manifest["step"], facts=manifest["facts"])
 
 
-def _check_file(path: Path, num_bytes: int, sha256: str) -> None:
+def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
     try:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != num_bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {num_bytes}")
-        if sha256_of(path) != sha256:
+        if sha256 is not None and sha256_of(path) != sha256:
             raise CheckpointError(f"{path} is not as it was written (its sha256 is another)")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
@@ -130,12 +147,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         intact = digest == _digest(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} cannot be read as a manifest") from None
     if not intact:
         raise CheckpointError(f"{path} is not as it was written (its sha256 is another)")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} is of format {manifest['format']}, this version of meshift reads {FORMAT}")
+    # After the sha256, which every format has: a bit that flipped in the number is damage, not another format.
+    if manifest.get("format") != FORMAT or not manifest.keys() >= KEYS:
+        raise OtherFormatError(
+            f"{path} is of format {manifest.get('format')}, and this version of meshift reads format {FORMAT}; go "
+            "on with the version that wrote it, or delete that checkpoint to go on from an earlier one"
+        )
     if folder.name != f"checkpoint-{manifest['step']}":
         raise CheckpointError(f"{path} is of step {manifest['step']}, which is not what its folder is called")
     return dict(manifest)
@@ -146,21 +167,40 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _prune(run: Path, step: int, limit: int | None) -> None:
-    """Delete all but the `limit` newest up to `step`. Later ones are of a future that this run has left."""
+    """Delete all but the `limit` newest up to `step`; a torn one does not count, or it would push out a whole one.
+
+    Later ones are of a future that this run has left.
+    """
     if limit is None:
         return
-    folders = [run / f"checkpoint-{step}", *(f for f in checkpoint_folders(run) if _step(f) < step)]
-    for folder in checkpoint_folders(run):
-        if folder not in folders[:limit]:
-            remove_folder(folder)
+    newest = run / f"checkpoint-{step}"
+    earlier = [f for f in checkpoint_folders(run) if _step(f) < step and _looks_whole(f)]
+    try:
+        for folder in checkpoint_folders(run):
+            if folder not in [newest, *earlier][:limit]:
+                remove_folder(folder)
+    except OSError as error:
+        raise SaveError(
+            f"{newest} is written, but older checkpoints in {run} could not be deleted "
+            f"({error.strerror or error}); see to that, and go on with --resume"
+        ) from error
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        verify(folder, sizes_only=True)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
-def _kept(run: Path) -> str:
+def kept(run: Path) -> str:
+    """For the sentence of a run whose disk is full: what it can go on from."""
     name = latest_name(run)
     if name is None:
-        return "there is no earlier one; free space, and start the run again"
+        return "there is no earlier one; free space, and start the run again with --resume"
     return f"{name} is as it was: free space, and go on from there with --resume"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from meshift.algorithms.losses import DPOLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
 from meshift.config.sections import TrainableConfig
+from meshift.errors import ModelError
 from meshift.models.hf.save import save_model
 from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due
 from meshift.runtime.models import (
@@ -32,6 +34,7 @@ from meshift.runtime.observer import Observer, SilentObserver
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
 from meshift.runtime.role import LocalRole
 from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.training.checkpoint import Remembers, fingerprint
 
 
 def run_dpo(config: DPORunConfig, observer: Observer) -> RunResult:
@@ -77,10 +80,12 @@ def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job
     source = PairSource(config.data, data.train.pairs, config.seed)
     heldout = pair_batch(data.heldout.pairs) if data.heldout else None
     roles: dict[str, LocalRole] = {}
+    memories: dict[str, Remembers] = {}
     if config.dpo.precompute_ref_log_probs:
         reader = _ReferenceReader(_reference(config, names), observer or SilentObserver())
         heldout = reader.read_heldout(heldout)
         source.known = reader.read_pairs(source, max_steps, config.data.batch_size)
+        memories["read_reference"] = _SameReference(reader.reference)
         del reader  # and the reference with it, before the actor is loaded
     else:
         roles["reference"] = _reference(config, names)
@@ -97,6 +102,8 @@ def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job
         save=lambda folder: save_model(roles["actor"].model, folder, tokenizer=tokenizer),
         evaluate=lambda step: evaluation.metrics() if held_out_due(config, step, max_steps) else {},
         num_tokens=num_pair_tokens,
+        memories=memories,
+        rows=data.train.pairs,
         messages=(*data.messages(), *_unused(data)),
     )
 
@@ -146,6 +153,25 @@ class _ReferenceReader:
 
     def _read(self, batch: Batch) -> Batch:
         return self.reference.infer(REFERENCE_READING, batch).batch
+
+
+class _SameReference:
+    """Of a reference that was read and dropped, the sha256: a resumed run must have read the same."""
+
+    def __init__(self, reference: LocalRole) -> None:
+        self.sha256 = fingerprint(reference.fixed_weights())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"sha256": self.sha256}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare. Raises `ModelError`."""
+        if state["sha256"] != self.sha256:
+            raise ModelError(
+                "the reference model is not the one that the checkpoint was trained with (its weights have "
+                "another sha256); resume with the models that the run began with"
+            )
 
 
 class _Evaluation:

@@ -1,7 +1,7 @@
 """The same few prompts, completed again and again as the actor changes, for the report's side-by-side table.
 
-It knows nothing of rewards. Its draws are from streams of its own and it changes no weight, so a run is the same
-with and without it.
+A reward model may judge them, where nothing else does. Its draws are from streams of its own and it changes no
+weight, so a run is the same with and without it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from meshift.batch import Batch, Ragged
+from meshift.config.sections import RewardConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.step import Role
+from meshift.training.readings import SequenceScores
 
 NUM_TIMES = 5
 """Without a setting, the prompts are completed before the first step and about this many times after it."""
@@ -25,13 +27,17 @@ SEED_DISTANCE = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSamples:
-    """Completes `prompts` (token ids) after the steps in `steps`, where 0 is before the first."""
+    """Completes `prompts` (token ids) after the steps in `steps`, where 0 is before the first.
+
+    `judge` gives each completion its reward from `tokens`; without it rows have none.
+    """
 
     role: Role
     task: SamplingTask
     prompts: Sequence[Sequence[int]]
     decode: Callable[[list[int]], str]
     steps: frozenset[int]
+    judge: Callable[[Batch], list[float]] | None = None
 
     def rows(self, num_done: int) -> list[dict[str, Any]]:
         """Rows of samples.jsonl with `"fixed": true`; none after a step that is not among `steps`.
@@ -50,17 +56,34 @@ class FixedSamples:
         task = replace(self.task, seed=self.task.seed + SEED_DISTANCE)
         drawn = self.role.generate(task, given).batch
         lengths = drawn["completion_lengths"].values.tolist()
+        rewards = self.judge(drawn) if self.judge is not None else None
         return [
             {
                 "step": num_done,
                 "index": i,
                 "prompt": self.decode(tokens[: len(tokens) - length].tolist()),
                 "completion": self.decode(tokens[len(tokens) - length :].tolist()),
+                **({"reward": rewards[i]} if rewards is not None else {}),
                 "truncated": bool(drawn["truncated"].values[i]),
                 "fixed": True,
             }
             for i, (tokens, length) in enumerate(zip(drawn["tokens"].rows(), lengths, strict=True))
         ]
+
+
+def reward_judge(reward: RewardConfig, model: Role | None) -> Callable[[Batch], list[float]] | None:
+    """What a reward model says of completions, weighted as in training; None where functions have a say too.
+
+    A function may keep a state or a count, and the run must be the same with and without the report's prompts.
+    """
+    if model is None or reward.functions:
+        return None
+
+    def judge(drawn: Batch) -> list[float]:
+        read = model.infer(SequenceScores(), drawn.select(("tokens",))).batch
+        return [reward.weight * float(score) for score in read["scores"].values]
+
+    return judge
 
 
 def sampled_steps(max_steps: int, every: int | None) -> frozenset[int]:

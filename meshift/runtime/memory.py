@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from meshift.config.policy_runs import PolicyRunConfig
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
 from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import compute_dtype, device_for_run, resident_bytes
+from meshift.runtime.policy_run import policy_models
 from meshift.runtime.ppo_run import role_models
 
 TIGHT = 0.8
@@ -40,6 +42,13 @@ def held_models(config: RunConfig) -> list[Held]:
         return [
             Held(role=role, name=name, head=heads.get(role, "lm"), trained=trained.get(role))
             for role, name in names.items()
+        ]
+    if isinstance(config, PolicyRunConfig):
+        kinds: dict[str, HeadKind] = {"reward": "reward"}
+        learns: dict[str, TrainableConfig] = {"actor": config.actor}
+        return [
+            Held(role=role, name=name, head=kinds.get(role, "lm"), trained=learns.get(role))
+            for role, name in policy_models(config).items()
         ]
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)

@@ -72,15 +72,21 @@ def open_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 
 def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Every id that ends a text: the tokenizer's end of sequence and what the model's generation config adds."""
-    from transformers import GenerationConfig
+    """Every id that ends a text: the tokenizer's end of sequence and what the model's generation config adds.
 
+    Raises `ModelError` where that config lists something else than ids.
+    """
     folder = model_folder(name_or_path)
-    ids = {tokenizer.eos_token_id} - {None}
-    if (folder / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
-        ids |= set(listed if isinstance(listed, list) else [listed]) - {None}
-    return tuple(sorted(ids))
+    generation = load_config(folder).generation or {}
+    listed = generation.get("eos_token_id")
+    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    for i in ids:
+        if i is not None and (not isinstance(i, int) or isinstance(i, bool)):
+            raise ModelError(
+                f"{folder / 'generation_config.json'}: eos_token_id must be a token id, or a list of them, not "
+                f"{i!r}; correct it, or copy the file from its source again"
+            )
+    return tuple(sorted({i for i in ids if i is not None}))
 
 
 def check_reward_model(reward: str) -> None:

@@ -142,10 +142,9 @@ def _prompt_of(pair: Pair, place: int) -> tuple[int, ...]:
 
 
 def _counted(data: PreferenceData) -> str:
-    unpaired = f"; {data.num_unpaired} rows without a counterpart" if data.unpaired else ""
-    return (
-        f"{len(data.pairs)} ({data.num_overlong} over-long and {data.num_identical} identical left out{unpaired})"
-    )
+    others = ((data.unpaired, "rows without a counterpart"), (data.blank, "with a blank response"))
+    more = "".join(f"; {len(places)} {which}" for places, which in others if places)
+    return f"{len(data.pairs)} ({data.num_overlong} over-long and {data.num_identical} identical left out{more})"
 
 
 def _messages(data: PreferenceData, what: str) -> tuple[str, ...]:
@@ -153,6 +152,7 @@ def _messages(data: PreferenceData, what: str) -> tuple[str, ...]:
         (data.overlong, f"{what} over data.max_length"),
         (data.identical, f"{what} with equal texts"),
         (data.unpaired, f"rows for {what} that have no counterpart"),
+        (data.blank, f"{what} with a blank response"),
     )
     return tuple(
         f"{len(places)} {which} were left out, the first at {places[0]}" for places, which in left_out if places

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meshift.config.runs import RunConfig
-from meshift.config.sections import RewardFunctionConfig
+from meshift.config.sections import RewardFunctionConfig, TrainableConfig
 from meshift.data.dataset import dataset_rows
 from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
@@ -19,7 +19,7 @@ from meshift.models.hf.files import WeightFiles
 from meshift.models.hf.load import check_weights, load_config
 from meshift.rewards.configured import load_functions
 from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict
-from meshift.runtime.models import model_folder, open_tokenizer
+from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
 from meshift.runtime.run_folder import check_output_dir
 
 
@@ -35,12 +35,42 @@ def file_problems(values: Mapping[str, Any]) -> list[str]:
             sentence = _sentence_of(partial(PROBES[leaf], value))
             if sentence is not None:
                 problems.append(f"`{key}`: {sentence}")
+    problems += _layer_problems(values)
     output_dir = values.get("output_dir")
     if isinstance(output_dir, str) and output_dir:
         overwrite = bool(values.get("overwrite_output_dir")) or bool(values.get("resume"))
         sentence = _sentence_of(lambda: check_output_dir(Path(output_dir), overwrite=overwrite))
         problems += [sentence] if sentence is not None else []
     return list(dict.fromkeys(problems))
+
+
+def _layer_problems(values: Mapping[str, Any]) -> list[str]:
+    """Sections that freeze more layers than their model has. A model that cannot be read is told elsewhere."""
+    problems = []
+    for key, section in values.items():
+        if not isinstance(section, Mapping):
+            continue
+        name, frozen = section.get("model_name_or_path"), section.get("num_frozen_layers")
+        if isinstance(name, str) and isinstance(frozen, int) and _sentence_of(partial(_probe_model, name)) is None:
+            trained = TrainableConfig(num_frozen_layers=max(frozen, 0))
+            problems.append(_sentence_of(partial(check_frozen_layers, key, name, trained)))
+    return [problem for problem in problems if problem is not None]
+
+
+def commands_of_rows(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The methods that the first row of a config's data is usually meant for; none where it tells nothing."""
+    data = values.get("data")
+    name = data.get("dataset_name") if isinstance(data, Mapping) else None
+    if not isinstance(name, str):
+        return ()
+    try:
+        columns = next(iter(dataset_rows(name))).values.keys()
+    except MeshiftError:
+        return ()
+    for needed, methods in ROWS_OF.items():
+        if set(needed) <= set(columns):
+            return methods
+    return ()
 
 
 def weight_problems(config: RunConfig) -> list[str]:
@@ -105,6 +135,14 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
+# From the most telling columns to the least; SFT reads pairs too, where its config says that it is SFT.
+ROWS_OF: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("chosen", "rejected"): ("reward", "dpo"),
+    ("completion", "label"): ("reward", "dpo"),
+    ("messages",): ("sft",),
+    ("completion",): ("sft",),
+    ("text",): ("sft",),
+}
 PROBES: Mapping[str, Callable[[str], None]] = {
     "model_name_or_path": _probe_model,
     "dataset_name": _probe_rows,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ FREE = frozenset(
     {
         *("output_dir", "overwrite_output_dir", "resume", "report_to", "num_logged_samples"),
         *("save_steps", "save_total_limit", "eval_steps", "num_report_prompts", "report_samples_every"),
+        *("timeout_s", "on_error"),  # of a reward function: what happens where the run would have ended before
     }
 )
 """Last parts of keys that change nothing about the trained model."""
@@ -65,18 +67,53 @@ def find_start(config: RunConfig) -> Start:
         raise ConfigError(
             f"cannot resume in {run}: it holds {kept}, but no {CONFIG} that a run wrote; name the folder of a run"
         )
-    begun = load_config(type(config), run / CONFIG)
     if (run / FINAL).is_dir():
-        return _finished(config, begun, run)
+        return _finished(config, _begun(config, run), run)
     found = find_checkpoint(run)
     if found.checkpoint is None:
-        return _from_the_beginning(config, begun, found.broken)
+        return _from_the_beginning(config, _begun(config, run), found.broken)
     checkpoint = found.checkpoint
     name = checkpoint.folder.name
     passed_over = tuple(f"{broken}; going on from {name} instead" for broken in found.broken)
     changed = check_same_run(_stored_config(config, checkpoint), config, str(checkpoint.folder))
-    notes = (*passed_over, *changed, f"going on after step {checkpoint.step}, from {name}")
+    lost = _lost_lines(run / METRICS, checkpoint.step)
+    notes = (*passed_over, *changed, *lost, f"going on after step {checkpoint.step}, from {name}")
     return Start(checkpoint=checkpoint, notes=notes)
+
+
+def _begun(config: C, run: Path) -> C:
+    """The config that the run in a folder was begun with."""
+    try:
+        return load_config(type(config), run / CONFIG)
+    except ConfigError as error:
+        raise ConfigError(
+            f"cannot resume in {run}: its {CONFIG} is of no {_method(config)} run "
+            f"({error}); use the command that the run began with, or name another output_dir"
+        ) from None
+
+
+def _method(config: RunConfig) -> str:
+    """`PPORunConfig` -> `PPO`."""
+    return type(config).__name__.removesuffix("RunConfig")
+
+
+def _lost_lines(metrics: Path, num_done: int) -> tuple[str, ...]:
+    """A note where metrics of steps that are done are gone: no run that goes on writes them again."""
+    written = {row.get("training/global_step") for row in _rows(metrics)}
+    lost = [step for step in range(1, num_done + 1) if step not in written]
+    if not lost:
+        return ()
+    return (
+        f"{metrics} lacks {len(lost)} of the {num_done} steps that are done (step {lost[0]} ...); it stays so",
+    )
+
+
+def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def _finished(config: RunConfig, begun: RunConfig, run: Path) -> Start:
@@ -103,7 +140,10 @@ def _from_the_beginning(config: RunConfig, begun: RunConfig, broken: list[str]) 
 def _stored_config(config: C, checkpoint: Checkpoint) -> C:
     kind = checkpoint.facts["run"]
     if kind != type(config).__name__:
-        raise ConfigError(f"{checkpoint.folder} is of a {kind}, this is a {type(config).__name__}")
+        raise ConfigError(
+            f"{checkpoint.folder} is of a run by {kind.removesuffix('RunConfig')}, and this one is by "
+            f"{_method(config)}; use the command that the run began with, or name another output_dir"
+        )
     return make_config(type(config), checkpoint.facts["config"], where=str(checkpoint.folder))
 
 
@@ -123,9 +163,13 @@ def check_same_run(begun: RunConfig, config: RunConfig, where: str) -> tuple[str
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value under its dotted key; of lists of sections as `functions[0].weight`."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                yield from _flat(item, f"{prefix}{name}[{number}].")
         else:
             yield f"{prefix}{name}", value
 
@@ -168,6 +212,7 @@ def check_environment(checkpoint: Checkpoint, now: Mapping[str, str]) -> tuple[s
 
 def last_metrics(run: Path) -> dict[str, Any]:
     """The metrics of the last step that a run has written; nothing where there are none."""
-    lines = (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
+    last: dict[str, Any] = {}
+    for row in _rows(run / METRICS):
+        last = row
     return {key: value for key, value in last.items() if value is not None}

@@ -76,6 +76,7 @@ def build_reward_job(config: RewardRunConfig) -> Job:
         save=lambda folder: _save(role, tokenizer, folder),
         evaluate=evaluate,
         num_tokens=num_pair_tokens,
+        rows=data.train.pairs,
         messages=data.messages(),
     )
 

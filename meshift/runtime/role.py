@@ -12,7 +12,7 @@ import torch
 
 from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
-from meshift.errors import CheckpointError, StaleWeightsError
+from meshift.errors import CheckpointError, NonFiniteError, StaleWeightsError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import SamplingTask, rollout
 from meshift.models.config import HeadKind
@@ -55,7 +55,7 @@ class LocalRole:
         self.config = config
         self.max_steps = max_steps
         self.seed = seed
-        self.trainer = TrainingEngine(model, config, trainable=trainable)
+        self.trainer = TrainingEngine(model, config, trainable=trainable, name=name)
         self.generator: GenerationEngine | None = None
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
@@ -74,8 +74,10 @@ class LocalRole:
         """Sample completions; `perf/generated_tokens` counts them."""
         assert self.generator is not None, f"role {self.name} has no generation engine"
         completed = rollout(self.generator, task, batch, self.version)
-        if self.trainer.optimizer is not None and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
-            self.generator.release()
+        if self.trainer.optimizer is not None:
+            self.generator.release_weights()  # an update will change them
+            if self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
+                self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
 
@@ -84,7 +86,10 @@ class LocalRole:
         return Outcome(batch=self.trainer.infer(task, batch))
 
     def train(self, task: TrainTask, batch: Batch, *, step: int) -> Outcome:
-        """Update. Raises `StaleWeightsError` if other weights than these drew the batch."""
+        """Update. Raises `StaleWeightsError` if other weights than these drew the batch.
+
+        Of a step that was stopped before its first update there is no `grad_norm`.
+        """
         if "version" in batch:
             drawn = set(batch["version"].values.tolist())
             if drawn != {self.version}:
@@ -93,11 +98,16 @@ class LocalRole:
                     f"version {sorted(drawn)}: the generator did not get the last update"
                 )
         rate = learning_rate(self.config, step, self.max_steps)
-        updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
+        try:
+            updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step + 1}: {error}") from None
         metrics = task.loss.summarise(updates)
         # The rate stands beside the gradient's norm: `actor/lr` in PPO, `lr` where one model is trained.
         prefix = f"{self.name}/" if f"{self.name}/grad_norm" in metrics else ""
         metrics[f"{prefix}lr"] = rate
+        if not any("grad_norm" in stats for stats in updates):
+            metrics.pop(f"{prefix}grad_norm", None)  # nothing was measured, which is no NaN
         if self.generator is not None:
             metrics["sync/version"] = self.version
         return Outcome(metrics=metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,11 @@ import torch
 
 from meshift.batch import Batch
 from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
 from meshift.graph.calls import Graph
 from meshift.runtime.checkpoints import write_checkpoint
+from meshift.runtime.disk import bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
 from meshift.runtime.interrupts import StopRequest
 from meshift.runtime.observer import Observer
@@ -46,7 +48,8 @@ class Job:
     """All that a run needs: a graph, its roles, where batches come from, and what to do around steps.
 
     `next_batch` is a function of the step alone, so a resumed run needs no position in the data; `num_tokens`
-    counts what a finished step has trained on. `memories` are what an algorithm carries from step to step.
+    counts what a finished step has trained on. `memories` are what an algorithm carries from step to step; `rows`
+    are the data that batches are made of (dataclasses), by which a resumed run knows that they are the same.
     """
 
     title: str
@@ -59,6 +62,7 @@ class Job:
     samples: Callable[[int, Batch], list[dict[str, Any]]] = lambda step, batch: []
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
     memories: Mapping[str, Remembers] = field(default_factory=dict)
+    rows: Sequence[Any] = ()
     messages: tuple[str, ...] = field(default=())
 
 
@@ -86,7 +90,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     job = build(config)
-    state = RunState(job.roles, job.memories, job.next_batch)
+    state = RunState(job.roles, job.memories, job.next_batch, job.rows)
     if start.checkpoint is not None:
         check_length(config, start.checkpoint, job.max_steps)
         state.restore(start.checkpoint.folder)
@@ -95,13 +99,29 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     with RunFolder(path, config.report_to, overwrite=replace, num_done=start.num_done) as folder:
         folder.write_config(config.model_copy(update={"resume": False}))
         write_environment(folder.path)
-        for text in job.messages:
+        for text in (*job.messages, *_space(config, job), *_long_warmups(config, job.max_steps)):
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
         metrics = _all_steps(config, job, state, start.num_done, folder, observer)
         final = folder.save_models(job.save)
         observer.on_finish()
     return RunResult(output_dir=folder.path, final_dir=final, metrics=metrics)
+
+
+def _space(config: RunConfig, job: Job) -> tuple[str, ...]:
+    num_bytes = bytes_to_write(job.roles, with_checkpoints=config.save_steps is not None)
+    note = space_note(Path(config.output_dir), num_bytes)
+    return () if note is None else (note,)
+
+
+def _long_warmups(config: RunConfig, max_steps: int) -> tuple[str, ...]:
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    return tuple(
+        f"`{name}.warmup_steps` is {section.warmup_steps}, and the run has {max_steps} steps: its rate never "
+        "reaches learning_rate"
+        for name, section in sections.items()
+        if isinstance(section, TrainableConfig) and section.warmup_steps >= max_steps
+    )
 
 
 def _all_steps(

@@ -6,6 +6,7 @@ One that is resumed drops the lines of the steps that it runs again.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -19,7 +20,7 @@ from meshift.config.loading import dump_config
 from meshift.config.section import Section
 from meshift.data.names import parse_name
 from meshift.errors import ConfigError, SaveError
-from meshift.runtime.checkpoints import LATEST, checkpoint_folders
+from meshift.runtime.checkpoints import LATEST, checkpoint_folders, kept
 from meshift.runtime.durable import (
     folder_aside,
     put_in_place,
@@ -41,6 +42,7 @@ WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, ENVIRONMENT, REPORT, LATEST
 STEP_KEYS = {METRICS: "training/global_step", SAMPLES: "step"}
 # The first line of a config.yaml that a run wrote; one without it is the user's own.
 CONFIG_HEADER = "# The resolved configuration of the run in this folder, written by meshift."
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INPUT_KEYS = ("model_name_or_path", "dataset_name", "eval_dataset_name")
 
 
@@ -78,30 +80,41 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
             remove_leftovers(self.path)
+            if self._with_wandb:  # may refuse: while the old run is still there
+                self._wandb = WandbCurves(self.path, resumed=self._num_done > 0)
             if self._num_done > 0:
                 _go_back(self.path, self._num_done)
             elif (self.path / METRICS).is_file():  # else what lies there is no run's, and not ours to delete
                 _remove_old_run(self.path)
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
             self._samples = (self.path / SAMPLES).open("a", encoding="utf-8")
+            if self._with_curves:
+                self._open_curves()
         except OSError as error:
             self.close()
+            if error.errno in DISK_IS_FULL:
+                raise _full(self.path, self.path, error) from error
             raise ConfigError(
                 f"cannot write to `output_dir` {self.path} ({error.strerror}); use another"
             ) from None
-        if self._with_curves:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purged = self._num_done + 1 if self._num_done > 0 else None
-            self._curves = SummaryWriter(log_dir=str(self.path / CURVES), purge_step=purged)
-        if self._with_wandb:
-            self._wandb = WandbCurves(self.path)
+        except ConfigError:
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        # Whatever was being written, the curves' own thread included: a full disk is no defect.
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            raise _full(Path(str(error.filename or self.path)), self.path, error) from error
+
+    def _open_curves(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purged = self._num_done + 1 if self._num_done > 0 else None
+        self._curves = SummaryWriter(log_dir=str(self.path / CURVES), purge_step=purged)
 
     def write_config(self, config: Section) -> None:
         """Write the resolved config; whoever reads it sees all of it or nothing."""
@@ -121,7 +134,7 @@ class RunFolder:
                     self._curves.add_scalar(key, value, step)
             self._curves.flush()
         except OSError as error:
-            raise _full(self.path / CURVES, error) from error
+            raise _full(self.path / CURVES, self.path, error) from error
 
     def write_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows of JSON values, one object per line. NaN and infinity become null."""
@@ -146,8 +159,9 @@ class RunFolder:
                 sync_tree(aside)
                 for saved in sorted(aside.iterdir(), key=lambda path: path.name == FINAL):
                     put_in_place(saved, self.path / saved.name)
-        except OSError as error:
-            raise _full(final, error) from error
+        except (OSError, SaveError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__ or error
+            raise _full(final, self.path, cause) from error
         return final
 
     def close(self) -> None:
@@ -173,7 +187,7 @@ class RunFolder:
             file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
             file.flush()
         except OSError as error:
-            raise _full(Path(file.name), error) from error
+            raise _full(Path(file.name), self.path, error) from error
 
 
 def check_output_dir(path: Path, *, overwrite: bool) -> None:
@@ -252,11 +266,9 @@ def _remove_old_run(path: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _full(path: Path, error: OSError) -> SaveError:
-    return SaveError(
-        f"{path} could not be written ({error.strerror or error}); checkpoints are as they were: "
-        "free space, and go on with --resume"
-    )
+def _full(path: Path, run: Path, error: BaseException) -> SaveError:
+    reason = getattr(error, "strerror", None) or error
+    return SaveError(f"{path} could not be written ({reason}); {kept(run)}")
 
 
 def _lock(path: Path) -> int:

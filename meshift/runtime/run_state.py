@@ -1,28 +1,30 @@
 """What a run's checkpoint holds: the state of every role and algorithm, and proof that the rest is as it was.
 
-The rest are weights that no step changes (they are not stored, only their sha256) and the data (the sha256 of the
-last step's batch). It knows nothing of when checkpoints are made, nor of files and their names.
+The rest are weights that no step changes (they are not stored, only their sha256) and the data (the sha256 of all
+rows, and of the last step's batch). It knows nothing of when checkpoints are made, nor of files and their names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from meshift import __version__
 from meshift.batch import Batch, column_key
-from meshift.errors import DataError, ModelError
+from meshift.errors import CheckpointError, DataError, ModelError
 from meshift.step import Role
 from meshift.training.checkpoint import Remembers, State, fingerprint, read_state, write_state
 
 RUN = "run"
 """The folder beside those of the roles: what is of no role."""
+VALUES = ("num_done", "memories", "fixed_weights", "last_batch", "rows")
 
 
 class KeptRole(Role, Protocol):
@@ -46,10 +48,13 @@ class RunState:
         roles: Mapping[str, KeptRole],
         memories: Mapping[str, Remembers],
         next_batch: Callable[[int], Batch],
+        rows: Sequence[Any] = (),
     ) -> None:
         self._roles = roles
         self._memories = memories
         self._next_batch = next_batch
+        self._rows = rows
+        self._rows_fingerprint: str | None = None
         self._fingerprints: dict[tuple[str, frozenset[str]], str] = {}
 
     def write(self, folder: Path, num_done: int) -> None:
@@ -59,6 +64,7 @@ class RunState:
             "memories": {name: memory.state_dict() for name, memory in self._memories.items()},
             "fixed_weights": {name: self._fixed(name) for name in self._roles},
             "last_batch": batch_fingerprint(self._next_batch(num_done - 1)),
+            "rows": self._fingerprint_of_rows(),
         }
         write_state(folder / RUN, State(values=values))
         for name, role in self._roles.items():
@@ -71,11 +77,9 @@ class RunState:
         reads is another, `CheckpointError` where a trained model has another shape.
         """
         values = read_state(folder / RUN).values
-        if batch_fingerprint(self._next_batch(values["num_done"] - 1)) != values["last_batch"]:
-            raise DataError(
-                f"the data are not those that {folder} was trained on: step {values['num_done']} would get other "
-                "rows or other tokens; resume with the data and the tokenizer that the run began with"
-            )
+        if not values.keys() >= set(VALUES):
+            raise CheckpointError(f"{folder} is of another version of meshift; go on with the one that wrote it")
+        self._check_data(folder, values)
         for name, role in self._roles.items():
             role.load_state(read_state(folder / name))
             if self._fixed(name) != values["fixed_weights"][name]:
@@ -85,6 +89,24 @@ class RunState:
                 )
         for name, memory in self._memories.items():
             memory.load_state_dict(values["memories"][name])
+
+    def _check_data(self, folder: Path, values: Mapping[str, Any]) -> None:
+        num_done = values["num_done"]
+        if batch_fingerprint(self._next_batch(num_done - 1)) != values["last_batch"]:
+            change = f"step {num_done} would get other rows or other tokens"
+        elif self._fingerprint_of_rows() != values["rows"]:
+            change = "a row of another step, its text or its tokens are others"
+        else:
+            return
+        raise DataError(
+            f"the data are not those that {folder} was trained on: {change}; resume with the data and the "
+            "tokenizer that the run began with"
+        )
+
+    def _fingerprint_of_rows(self) -> str:
+        if self._rows_fingerprint is None:
+            self._rows_fingerprint = rows_fingerprint(self._rows)
+        return self._rows_fingerprint
 
     def _fixed(self, name: str) -> str:
         """Weights that stay need to be read once only."""
@@ -106,6 +128,15 @@ def batch_fingerprint(batch: Batch) -> str:
     for key, ragged in sorted(batch.fields.items()):
         if not ragged.values.is_floating_point():
             digest.update(fingerprint({f"{key}.values": ragged.values, f"{key}.lengths": ragged.lengths}).encode())
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: Sequence[Any]) -> str:
+    """A sha256 over the data's rows (dataclasses) in their order, but for where each stood."""
+    digest = hashlib.sha256()
+    for row in rows:
+        values = {part.name: getattr(row, part.name) for part in fields(row) if part.name != "where"}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -94,6 +94,7 @@ def build_sft_job(config: SFTRunConfig) -> Job:
         save=lambda folder: save_model(role.model, folder, tokenizer=tokenizer),
         evaluate=measure,
         num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        rows=texts,
         messages=data.messages(),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,31 @@ from meshift.errors import ConfigError
 
 PROJECT = "meshift"
 INSTALL = "pip install 'meshift[wandb]'"
+RUN_ID = "wandb_run_id"
 
 
 class WandbCurves:
-    """One W&B run for a run's folder. Raises `ConfigError` where wandb is not installed."""
+    """One W&B run for a run's folder, gone on with where the run is resumed.
 
-    def __init__(self, folder: Path) -> None:
+    Raises `ConfigError` where wandb is not installed, nobody is logged in, or its server cannot be reached.
+    """
+
+    def __init__(self, folder: Path, *, resumed: bool = False) -> None:
         wandb = _wandb()
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        self._run: Any = wandb.init(project=project, name=folder.resolve().name, dir=str(folder))
+        try:
+            self._run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=folder.resolve().name,
+                dir=str(folder),
+                id=_run_id(folder / RUN_ID, resumed),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"`report_to` names wandb, which does not begin a run ({reason}); run `wandb login`, set "
+                "WANDB_MODE=offline, or take it out"
+            ) from None
 
     def add(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Log one step's finite metrics."""
@@ -32,6 +49,14 @@ class WandbCurves:
     def close(self) -> None:
         """Finish the W&B run; what was logged is sent."""
         self._run.finish()
+
+
+def _run_id(path: Path, resumed: bool) -> str:
+    """The id by which W&B knows this folder's run: a new one, unless the run is resumed and has one."""
+    if resumed and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _wandb() -> Any:

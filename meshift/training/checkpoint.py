@@ -53,10 +53,13 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """The state that a folder holds, on the CPU."""
+    """The state that a folder holds, on the CPU. Raises `CheckpointError` where it cannot be read."""
     file = folder / TENSORS
-    values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-    return State(tensors=load_file(file) if file.is_file() else {}, values=values)
+    try:
+        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        return State(tensors=load_file(file) if file.is_file() else {}, values=values)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({' '.join(str(error).split())})") from error
 
 
 @torch.no_grad()

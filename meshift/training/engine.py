@@ -24,6 +24,9 @@ from meshift.training.checkpoint import State
 from meshift.training.optimizer import MasterAdamW, freeze_layers
 from meshift.training.readings import Reading, detach
 
+WHERE = "where"
+"""The column that names each row's place (`hh.jsonl:4`), in batches that have it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
@@ -67,9 +70,13 @@ class TrainTask:
 
 
 class TrainingEngine:
-    """One decoder with forwards and, given an optimizer's config, updates. `version` counts the updates."""
+    """One decoder with forwards and, given an optimizer's config, updates. `version` counts the updates.
 
-    def __init__(self, model: Decoder, config: TrainableConfig, *, trainable: bool) -> None:
+    `name` is the role's, for what is said of failures.
+    """
+
+    def __init__(self, model: Decoder, config: TrainableConfig, *, trainable: bool, name: str = "model") -> None:
+        self.name = name
         self.model = model
         self.config = config
         self.version = 0
@@ -94,8 +101,13 @@ class TrainingEngine:
         """
         assert self.optimizer is not None, "this engine was built without an optimizer"
         updates: list[dict[str, float]] = []
+        advice = f"the update was not made: lower learning_rate ({rate:g} here), or {task.loss.reading.suspects}"
         for rows in mini_batch_rows(len(batch), task.num_epochs, task.num_mini_batches, seed):
-            stats = self.accumulate(task.loss, batch.index(rows))
+            update = f"update {len(updates) + 1} of the {self.name}"
+            try:
+                stats = self.accumulate(task.loss, batch.index(rows))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"in {update} {error}; {advice}") from None
             updates.append(stats)
             reason = task.loss.stop_reason(stats)
             if reason is not None:
@@ -104,15 +116,15 @@ class TrainingEngine:
                 break
             stats["grad_norm"] = self.optimizer.step(rate)
             if not math.isfinite(stats["grad_norm"]):
-                raise NonFiniteError(
-                    f"the gradient norm of update {len(updates)} is {stats['grad_norm']}; "
-                    "the update was not made: lower learning_rate, or look for extreme rewards in samples.jsonl"
-                )
+                raise NonFiniteError(f"in {update} the gradient's norm is {stats['grad_norm']}; {advice}")
             self.version += 1
         return updates
 
     def accumulate(self, loss: Loss, batch: Batch) -> dict[str, float]:
-        """Add the mini-batch's gradient, in micro-batches under the token budget. Returns its statistics."""
+        """Add the mini-batch's gradient, in micro-batches under the token budget. Returns its statistics.
+
+        Raises `NonFiniteError` for a NaN or infinite loss, saying of which rows; no gradient is then left.
+        """
         count = max(1, loss.count(batch))
         stats: dict[str, float] = {}
         parts = micro_batches(loss.reading.sizes(batch), self.config.max_tokens_per_micro_batch)
@@ -122,13 +134,24 @@ class TrainingEngine:
             if not torch.isfinite(mean):
                 if self.optimizer is not None:
                     self.optimizer.discard()
-                raise NonFiniteError(
-                    f"the loss of a micro-batch is {mean.item()}; the update was not made: "
-                    "look at this step's rewards and at the model's log-probs"
-                )
+                raise NonFiniteError(f"the loss is {mean.item()} {self._blamed(loss, piece)}")
             mean.backward()
             _merge(stats, result, count, mean.item())
         return stats
+
+    def _blamed(self, loss: Loss, piece: Batch) -> str:
+        """Which of a micro-batch's rows give no number: each is read once more, alone."""
+        rows = [piece.index([i]) for i in range(len(piece))]
+        with torch.no_grad():
+            losses = [loss(self.forward(loss.reading, row), row).total for row in rows]
+        found = [row for row, value in zip(rows, losses, strict=True) if not torch.isfinite(value)]
+        if not found:
+            return f"over {len(rows)} rows, though in none of them alone"
+        if len(found) == len(rows) > 1:
+            return f"in each of {len(rows)} rows"
+        places = [str(row.columns[WHERE][0]) for row in found if WHERE in row]
+        named = f" ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})" if places else ""
+        return f"in {len(found)} of {len(rows)} rows{named}"
 
     def forward(self, reading: Reading, batch: Batch) -> dict[str, Ragged]:
         """One packed pass: the decoder over all rows, the head over those that are read."""

@@ -22,9 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 from meshift.batch import Batch, Ragged, ranges
 
+SUSPECT_REWARDS = "look for extreme rewards in samples.jsonl"
+SUSPECT_PAIRS = "look at the texts of these pairs, their weights and their margins"
+
 
 class Reading(Protocol):
     """Which rows of a packed batch the head reads, and what it makes of them."""
+
+    @property
+    def suspects(self) -> str:
+        """What to look at where a loss of this is no number: an imperative that ends a sentence."""
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens that each row of the batch costs."""
@@ -52,6 +59,11 @@ class TokenLogprobs:
     with_entropy: bool = False
     entropy_gradient: bool = False
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_REWARDS
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of prompt and completion."""
@@ -178,6 +190,11 @@ class TokenValues:
 
     key: str = "values"
 
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_REWARDS
+
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of prompt and completion."""
         return batch["tokens"].lengths.tolist()
@@ -203,6 +220,11 @@ class SequenceScores:
 
     key: str = "scores"
 
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_REWARDS
+
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of prompt and completion."""
         return batch["tokens"].lengths.tolist()
@@ -225,6 +247,11 @@ class SequenceScores:
 @dataclass(frozen=True, kw_only=True)
 class PairScores:
     """Scores of the two texts of preference pairs: `chosen_scores` [1] and `rejected_scores` [1]."""
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_PAIRS
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of both texts."""

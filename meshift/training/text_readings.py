@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meshift.batch import Batch, Ragged, ranges
-from meshift.training.readings import in_chunks
+from meshift.training.readings import SUSPECT_PAIRS, in_chunks
 
 SIDES = ("chosen", "rejected")
 
@@ -26,6 +26,11 @@ class TrainedTokens:
 
     Nothing predicts the first token of a text, so it is never trained on, whatever the mask says.
     """
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return "look at these texts"
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of each text."""
@@ -78,6 +83,11 @@ class PairLogprobs:
     def keys(self) -> tuple[str, str]:
         """What it writes."""
         return f"{self.prefix}chosen_logps", f"{self.prefix}rejected_logps"
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_PAIRS
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of both texts."""

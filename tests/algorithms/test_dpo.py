@@ -8,7 +8,7 @@ from tiny_rl import tiny_model
 from tiny_texts import random_pairs
 from twins import accumulated, padded, relative_difference, twin_of
 
-from meshift.algorithms.dpo import dpo_graph
+from meshift.algorithms.dpo import dpo_graph, dpo_loss
 from meshift.algorithms.losses import DPOLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.loading import make_config
@@ -122,6 +122,25 @@ def trained(config, num_steps, batch):
     actor = LocalRole("actor", tiny_model(), rate, trainable=True, max_steps=num_steps)
     roles = {"actor": actor, "reference": LocalRole("reference", tiny_model(), TrainableConfig())}
     return [run_step(dpo_graph(config), roles, batch, step).metrics for step in range(num_steps)], roles
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_pairs_weight_that_the_graph_did_not_hand_on_would_count_as_one(known):
+    batch = inputs()
+    weights = batch["pair_weight"].values
+    assert weights.mean() != pytest.approx(1.0, abs=0.01), "the weights could not be told from none"
+    config = config_for(dpo={"precompute_ref_log_probs": known})
+    if known:
+        reference = LocalRole("reference", tiny_model(), TrainableConfig())
+        batch = batch.union(reference.infer(dpo_graph(config_for()).calls[0].task, batch).batch)
+    metrics, _ = trained(config, 1, batch)
+    assert metrics[0]["loss"] == pytest.approx(weights.mean().item() * math.log(2), rel=1e-5)
+
+
+def test_every_key_of_the_config_reaches_the_loss():
+    keys = {"beta": 0.7, "label_smoothing": 0.2}
+    assert dpo_loss(config_for(dpo=keys)) == DPOLoss(**keys)
+    assert dpo_loss(config_for(dpo={"loss_type": "ipo", "beta": 0.7})) == DPOLoss(loss_type="ipo", beta=0.7)
 
 
 def test_with_the_reference_as_actor_the_first_loss_is_log_two_and_the_margin_then_grows():

@@ -115,6 +115,34 @@ def test_piped_bytes_that_are_no_text_are_refused(tiny_model, monkeypatch, capsy
     assert "is not UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--max-new-tokens", "500"), "--max-new-tokens 500 leaves no room for a message"),
+        (("--system", "the film " * 100), "the system prompt leaves no room for a message"),
+    ],
+)
+def test_options_that_leave_no_room_are_refused_before_the_first_message(say, options, expected):
+    code, out, err = say(options=options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"meshift: {expected}")
+    assert err.count("\n") == 1
+
+
+def test_the_room_that_is_said_to_be_there_is(say):
+    _, _, err = say(options=("--max-new-tokens", "500"))
+    most = int(re.search(r"give at most (\d+)", err)[1])
+    assert say("a", options=("--max-new-tokens", str(most)))[0] == 0
+    assert say(options=("--max-new-tokens", str(most + 1)))[0] == 2
+
+
+def test_a_reward_model_is_no_partner_and_its_user_is_told_whom_to_ask(say, tiny_reward):
+    code, out, err = say("a film", model=tiny_reward)
+    assert (code, out) == (2, "")
+    assert "is a reward model or a critic" in err
+    assert "give the language model that it came from" in err
+
+
 def test_a_model_without_a_template_is_sent_to_generate(say, tiny_model, tmp_path):
     import shutil
 

@@ -31,17 +31,71 @@ def test_the_command_is_told_from_the_keys(room, capsys, command):
     assert f"a {command} run that can start" in out
 
 
-def test_a_config_of_several_commands_asks_for_one_and_takes_it(room, capsys):
-    """Data and a model: that may be a reward model or a fine-tuned one."""
+@pytest.mark.parametrize("command", ["grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "remax"])
+def test_methods_of_like_keys_are_told_by_their_sections(room, capsys, command):
+    values = room.values()
+    del values["ppo"]
+    values[{"reinforce++": "reinforce_pp"}.get(command, command.replace("-", "_"))] = {"num_iterations": 1}
+    values["generation"]["num_generations"] = 2
+    code, out, err = check(capsys, room.config(values))
+    assert code == 0, out + err
+    assert f"a {command} run that can start" in out
+
+
+def only_data_and_model(room, rows, **more):
+    """A config of the two keys that sft and reward share."""
+    values = {**room.values("reward"), **more}
+    values["data"]["dataset_name"] = room.rows("rows.jsonl", rows)
+    return room.config(values)
+
+
+@pytest.mark.parametrize(
+    ("row", "command"),
+    [
+        ({"prompt": "the film was", "chosen": " good", "rejected": " bad"}, "reward"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}]}, "sft"),
+        ({"prompt": "the film was", "completion": " good"}, "sft"),
+        ({"text": "the film was good"}, "sft"),
+    ],
+)
+def test_rows_tell_the_command_where_keys_do_not(room, capsys, row, command):
+    code, out, err = check(capsys, only_data_and_model(room, [row]))
+    assert code == 0, out + err
+    assert f"a {command} run that can start" in out
+
+
+def test_a_file_can_say_its_command_beside_others(room, capsys):
+    """Pairs without a telling key are taken for a reward model's; the same file is checked as SFT too."""
     file = room.config(command="reward")
+    code, out, err = check(capsys, f"sft:{file}", file, f"reward:{file}", "--command", "sft")
+    assert code == 0, out + err
+    assert [line for line in out.splitlines() if "can start" in line] == [
+        f"{file}: a {command} run that can start" for command in ("sft", "sft", "reward")
+    ]
+    code, _, err = check(capsys, f"generate:{file}")
+    assert code == 2
+    assert "`generate` in generate:" in err
+    assert "trains nothing; give one of sft," in err
+
+
+def test_a_config_that_could_be_of_two_commands_has_its_problems_listed_all_the_same(room, capsys):
+    """Data that cannot be read do not tell which it is."""
+    values = room.values("reward") | {"max_step": 3}
+    values["data"]["dataset_name"] = str(room.path / "gone.jsonl")
+    values["model"]["num_frozen_layers"] = 99
+    file = room.config(values)
     code, out, _ = check(capsys, file)
     assert code == 2
-    assert "could be of" in out
-    assert "--command reward" in out
-    assert check(capsys, file, "--command", "reward")[0] == 0
-    named = room.path / "hh_reward.yaml"
-    named.write_text((room.path / "run.yaml").read_text())
-    assert check(capsys, named)[0] == 0
+    for words in (
+        f"{file} (sft or reward): 4 problems\n",
+        "unknown key `max_step`; did you mean `max_steps`?",
+        "gone.jsonl",
+        "`model.num_frozen_layers` = 99, but the model",
+        f"could be of sft or reward; say which, as in `meshift check sft:{file}`",
+    ):
+        assert words in out, words
+    out = check(capsys, file, f"model.model_name_or_path={room.path / 'gone'}")[1]
+    assert f"`model.model_name_or_path`: there is no model folder {room.path / 'gone'}" in out
 
 
 def test_all_problems_are_listed_at_once(room, capsys):
@@ -66,13 +120,15 @@ def test_all_problems_are_listed_at_once(room, capsys):
         assert words in out, words
 
 
-def test_weights_are_looked_at_though_a_dry_run_does_not_read_them(room, capsys):
+def test_weights_are_looked_at_though_they_are_not_read(room, capsys):
     from bad_input import edit_json
 
     folder = room.model_with(lambda f: edit_json(f / "config.json", intermediate_size=40))
     code, out, _ = check(capsys, room.config(), f"actor.model_name_or_path={folder}")
     assert code == 2
     assert "the config and the weights are not of one model" in out
+    assert main(room.dry(f"actor.model_name_or_path={folder}")) == 2
+    assert "the config and the weights are not of one model" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_numbers(room, capsys, monkeypatch):
@@ -83,6 +139,8 @@ def test_a_run_that_does_not_fit_is_refused_with_the_numbers(room, capsys, monke
     code, out, _ = check(capsys, room.config())
     assert code == 2
     assert "this machine has 0.00 GB: it will not fit; use smaller models" in out
+    assert main(room.dry()) == 0, "the run may be meant for another machine"
+    assert "it will not fit" in " ".join(capsys.readouterr().out.split())
 
 
 def test_several_configs_are_all_looked_at(room, capsys):

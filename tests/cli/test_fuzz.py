@@ -33,6 +33,16 @@ VALID = {
         "data": {"dataset_name": "/absent/pairs.jsonl"},
         "model": {"model_name_or_path": "/absent/model"},
     },
+    "sft": {
+        "output_dir": "runs/fuzz",
+        "data": {"dataset_name": "/absent/texts.jsonl"},
+        "model": {"model_name_or_path": "/absent/model"},
+    },
+    "dpo": {
+        "output_dir": "runs/fuzz",
+        "data": {"dataset_name": "/absent/pairs.jsonl"},
+        "actor": {"model_name_or_path": "/absent/model"},
+    },
 }
 NUMBERS = (0, -1, 1, 2**31, 2**63, 10**400, 0.5, 1e308, -0.0, float("nan"), float("inf"))
 SCALARS = (

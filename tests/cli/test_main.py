@@ -79,7 +79,7 @@ def test_each_commands_help_says_what_it_does_with_an_example(name, capsys):
     ("arguments", "expected"),
     [
         (["pppo"], "unknown command `pppo`; did you mean `ppo`?"),
-        (["zzz"], "unknown command `zzz`; the commands are sft, reward, dpo, ppo, generate, chat, "),
+        (["zzz"], "unknown command `zzz`; the commands are sft, reward, dpo, ppo, grpo, dr-grpo, dapo, "),
         (["--versoin"], "unknown option `--versoin`; did you mean `--version`?"),
         (["ppo", "--dryrun"], "unknown option `--dryrun`; did you mean `--dry-run`?"),
         (["ppo", "--confg=x"], "unknown option `--confg=x`; did you mean `--config`?"),

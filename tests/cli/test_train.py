@@ -7,9 +7,10 @@ import pytest
 
 from meshift.cli.command import Command
 from meshift.cli.main import COMMANDS, main
-from meshift.cli.train import Training, _configure
+from meshift.cli.train import Training, configure
 from meshift.config.runs import RewardRunConfig
 from meshift.errors import NonFiniteError
+from meshift.runtime import preflight
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def invoke(monkeypatch, tmp_path):
             return [("batch", f"{config.data.batch_size} pairs [of texts]")]
 
         training = Training(schema=RewardRunConfig, load=lambda: (run, check))
-        fake = Command(name="reward", summary="", description="", example="", configure=_configure, run=training)
+        fake = Command(name="reward", summary="", description="", example="", configure=configure, run=training)
         monkeypatch.setattr("meshift.cli.main.COMMANDS", {"reward": fake})
         keys = [f"output_dir={tmp_path / 'run'}", "data.dataset_name=d", "model.model_name_or_path=m"]
         return main(["reward", *keys, *words])
@@ -57,7 +58,10 @@ def test_a_finished_run_says_what_it_reached_and_where_it_lies(invoke, capsys, t
     assert "step 3/3" in err
 
 
-def test_a_dry_run_prints_the_arithmetic_and_runs_nothing(invoke, capsys):
+def test_a_dry_run_prints_the_arithmetic_and_runs_nothing(invoke, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "weight_problems", lambda config: [])  # of the models that are not there
+    monkeypatch.setattr(preflight, "memory_of", lambda config: (True, "little"))
+
     def run(config, observer):
         raise AssertionError("a dry run must not train")
 
@@ -85,6 +89,17 @@ def test_a_failed_run_ends_with_its_sentence(invoke, capsys):
 def test_the_commands_find_their_runs(name):
     run, check = COMMANDS[name].run.load()
     assert (run.__name__, check.__name__) == (f"run_{name}", f"check_{name}")
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "remax"])
+def test_the_methods_without_a_critic_share_a_run_and_have_keys_of_their_own(name, capsys):
+    training = COMMANDS[name].run
+    run, check = training.load()
+    assert (run.__name__, check.__name__) == ("run_policy", "check_policy")
+    assert main([name, "--help-config"]) == 0
+    out = capsys.readouterr().out
+    assert f"{training.schema.SECTION}.kl_estimator" in out
+    assert "critic." not in out
 
 
 @pytest.mark.parametrize(

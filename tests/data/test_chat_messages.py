@@ -16,7 +16,14 @@ CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"n
         (["Hi"], "message 1 of 'prompt' must be an object"),
         ([user("a"), {"role": "assistant"}], "message 2 of 'prompt' must be an object with texts"),
         ([user(None)], "message 1 of 'prompt' must be an object with texts"),
-        ([user([{"type": "text", "text": "a"}])], "message 1 of 'prompt' must be an object with texts"),
+        (
+            [user([{"type": "image", "image": "a.png"}])],
+            "message 1 .* has a part of the type 'image': only texts are",
+        ),
+        ([user([{"type": "text", "text": "a"}, "b"])], "message 1 of 'prompt' has a content whose part 2 is none"),
+        ([user([{"type": "text"}])], "message 1 of 'prompt' has a content whose part 1 is none"),
+        ([user([{"type": "text", "text": " "}])], "message 1 of 'prompt' is blank"),
+        ([user([])], "message 1 of 'prompt' is blank"),
         ([{"role": 1, "content": "a"}], "message 1 of 'prompt' must be an object with texts"),
         ([{"from": "human", "value": "a"}], "'from' and 'value': write them as 'role' and 'content'"),
         ([{"role": "human", "content": "a"}], "has the role 'human': write 'user'"),
@@ -29,6 +36,13 @@ CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"n
 def test_bad_messages_would_be_reported_without_their_place(messages, message):
     with pytest.raises(DataError, match=rf"^a\.jsonl:3: .*{message}"):
         check_messages(messages, "prompt", "a.jsonl:3")
+
+
+def test_a_content_in_parts_would_be_refused_or_cut():
+    parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two", "image": None}]
+    message = {"role": "user", "content": parts, "name": None}
+    assert check_messages([message], "prompt", "a.jsonl:3") == [user("one, two")]
+    assert message["content"] == parts
 
 
 def test_blank_system_messages_tool_answers_or_calls_without_a_text_would_be_refused():

@@ -158,6 +158,17 @@ def test_a_demonstration_cut_before_its_completion_would_teach_nothing_unnoticed
         load(rows[0], max_length=5, truncate=True)
 
 
+@pytest.mark.parametrize("false", [False, "false", "False", 0, "0", 0.0, "0.0"])
+def test_a_dislike_as_csv_and_kto_files_write_it_would_be_imitated(load, false):
+    rows = [{"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "c", "label": false}]
+    assert [where[-1] for where in load(*rows).disliked] == ["2"]
+
+
+@pytest.mark.parametrize("label", ["comedy", 3, None, 0.5])
+def test_a_label_that_is_no_judgement_would_cost_its_row(load, label):
+    assert load({"prompt": "a", "completion": "b", "label": label}).disliked == []
+
+
 def test_disliked_completions_would_be_imitated(load, caplog):
     rows = [{"prompt": "a", "completion": text, "label": text == "b"} for text in "bc"]
     with caplog.at_level(logging.INFO):
@@ -167,12 +178,31 @@ def test_disliked_completions_would_be_imitated(load, caplog):
     assert "1 of 2 rows left out: completions that are labelled false" in caplog.text
 
 
-def test_blank_answers_of_dialogues_would_be_imitated(load):
-    rows = [{"text": f"{HUMAN} "}, {"text": f"{HUMAN} No"}]
+@pytest.mark.parametrize(
+    ("blank", "good"),
+    [
+        ({"text": f"{HUMAN} "}, {"text": f"{HUMAN} No"}),
+        ({"text": HUMAN}, {"text": HUMAN.strip() + " No"}),
+        ({"text": " "}, {"text": f"{HUMAN} No"}),
+        ({"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": TALK[:1], "completion": [says("")]}, {"prompt": TALK[:1], "completion": [says("b")]}),
+        ({"messages": [user("a"), says(" ")]}, {"messages": TALK}),
+        ({"chosen": HUMAN, "rejected": f"{HUMAN} No"}, {"chosen": f"{HUMAN} No", "rejected": HUMAN}),
+    ],
+)
+def test_blank_answers_would_be_imitated_or_stop_the_run(load, caplog, blank, good):
     for options in ({}, {"apply_chat_template": True}):
-        data = load(*rows, **options)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            data = load(blank, good, **options)
         assert [one.where[-1] for one in data.demonstrations] == ["2"]
         assert [where[-1] for where in data.blank] == ["1"]
+        assert "1 of 2 rows left out: demonstrations whose answer is blank" in caplog.text
+
+
+def test_a_call_of_a_tool_would_be_taken_for_a_blank_answer(load):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    assert load({"messages": [user("a"), call]}).blank == []
 
 
 @pytest.mark.parametrize(
@@ -181,7 +211,6 @@ def test_blank_answers_of_dialogues_would_be_imitated(load):
         ({"a": 1}, r"rows\.jsonl:2: the row has \['a'\], which is no demonstration: give 'messages'"),
         ({"prompt": "a"}, r"rows\.jsonl:2: .*is no demonstration"),
         ({"text": None}, r"rows\.jsonl:2: .*is no demonstration"),
-        ({"text": ""}, r"rows\.jsonl:2: 'text' is blank"),
         ({"text": 3}, r"rows\.jsonl:2: 'text' must be a text, not int"),
         (
             {"messages": TALK},
@@ -201,7 +230,9 @@ def test_a_bad_row_would_be_reported_without_its_line(load, row, message):
         ({"messages": "a"}, "'messages' must be a non-empty list of messages, not str"),
         ({"messages": TALK[:3]}, "ends with a message of the role 'user'.*: end with the assistant's"),
         ({"messages": TALK[3:]}, "has an answer only: put the user's message before it"),
-        ({"prompt": "a", "completion": " "}, "'completion' is blank"),
+        ({"prompt": " ", "completion": "a"}, "'prompt' is blank"),
+        ({"messages": [user("a"), says(""), user("b"), says("c")]}, "message 2 of 'messages' is blank"),
+        ({"prompt": json.dumps(TALK[:1]), "completion": "a"}, "'prompt' is a text that holds a list of messages"),
         ({"prompt": "a", "completion": 3}, "'completion' must be a text or a non-empty list of messages, not int"),
         ({"prompt": TALK[:1], "completion": TALK[2:]}, "does not follow the prompt in the chat template's text"),
     ],

@@ -49,6 +49,12 @@ def test_nulls_of_another_rows_columns_would_be_taken_for_values(tmp_path, token
     assert len(found.demonstrations) == 2
 
 
+def test_a_dataset_saved_without_rows_would_give_a_traceback(tmp_path):
+    datasets.Dataset.from_dict({"prompt": []}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=r"empty (has no rows|cannot be read by `datasets`)"):
+        list(dataset_rows(str(tmp_path / "empty")))
+
+
 def test_a_torn_folder_or_wrong_split_would_give_a_traceback(folder):
     with pytest.raises(DataError, match=r"two has no split 'dev': name one of test, train, as .*two:test"):
         list(dataset_rows(str(folder / "two:dev")))
@@ -63,3 +69,10 @@ def test_a_torn_folder_or_wrong_split_would_give_a_traceback(folder):
 def test_an_unreachable_hub_would_give_a_traceback():
     with pytest.raises(DataError, match=r"no-such-org/no-such-data is no local file or folder, and `datasets`"):
         list(dataset_rows("no-such-org/no-such-data"))
+
+
+def test_rows_saved_as_numpy_arrays_would_be_no_lists_and_numbers(tmp_path, tokenizer):
+    datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(str(tmp_path / "numpy"))
+    assert [row.values for row in dataset_rows(str(tmp_path / "numpy"))] == ROWS
+    data = load_prompts(str(tmp_path / "numpy[:1]"), tokenizer, max_prompt_length=100)
+    assert data.prompts[0].columns["ground_truth"] == "1"

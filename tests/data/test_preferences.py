@@ -78,6 +78,46 @@ def test_a_prompt_that_both_sides_repeat_would_be_read_twice(parts):
     assert parts(row) == (shared, " yes<|im_end|>", " no<|im_end|>")
     row = {"prompt": [ASK], "chosen": [ASK, says("yes")], "rejected": [ASK, says("no")]}
     assert parts(row)[1:] == ("yes<|im_end|>", "no<|im_end|>")
+    row = {"prompt": "the film was", "chosen": "the film was good", "rejected": "the film was bad"}
+    assert parts(row) == ("the film was", " good<|im_end|>", " bad<|im_end|>")
+    row["rejected"] = "the film is"
+    assert parts(row)[1:] == ("the film was good<|im_end|>", "the film is<|im_end|>")
+
+
+@pytest.mark.parametrize("change", [str.strip, lambda text: text.replace("\n", "\r\n")])
+def test_dialogues_that_lost_their_leading_lines_or_came_from_windows_would_be_all_response(parts, change):
+    shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant:"
+    row = {"chosen": change(f"{shared} yes"), "rejected": change(f"{shared} no")}
+    assert parts(row) == (change(shared), " yes<|im_end|>", " no<|im_end|>")
+
+
+DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+NOTHING = [
+    {"chosen": DIALOGUE, "rejected": f"{DIALOGUE} no"},
+    {"chosen": f"{DIALOGUE} ", "rejected": f"{DIALOGUE} no"},
+    {"chosen": f"{DIALOGUE} yes", "rejected": DIALOGUE},
+    {"chosen": DIALOGUE, "rejected": DIALOGUE},
+    {"chosen": f"{DIALOGUE} yes", "rejected": ""},
+    {"prompt": DIALOGUE, "chosen": DIALOGUE, "rejected": f"{DIALOGUE} no"},
+    {"prompt": "a", "chosen": "", "rejected": "no"},
+    {"prompt": "a", "chosen": "yes", "rejected": " \n"},
+    {"prompt": [ASK], "chosen": "yes", "rejected": ""},
+    {"prompt": [ASK], "chosen": [says("")], "rejected": [says("no")]},
+    {"chosen": [ASK, says("yes")], "rejected": [ASK, says(" ")]},
+]
+
+
+@pytest.mark.parametrize("row", NOTHING)
+@pytest.mark.parametrize("options", [{}, {"apply_chat_template": True}])
+def test_a_blank_response_would_be_preferred_or_end_in_a_turn_before(load, caplog, row, options):
+    with caplog.at_level(logging.INFO):
+        data = load({"prompt": "a", "chosen": "b", "rejected": "c"}, row, **options)
+    assert [pair.where[-1] for pair in data.pairs] == ["1"]
+    assert (data.num_blank, data.blank[0][-1]) == (1, "2")
+    assert (data.num_overlong, data.num_identical) == (0, 0)
+    assert "1 of 2 rows left out: pairs with a blank response" in caplog.text
+    with pytest.raises(DataError, match=r"none of 1 pairs can be used .*1 have a blank response\)"):
+        load(row, **options)
 
 
 def test_hh_dialogues_would_not_become_messages_on_demand(parts):
@@ -163,7 +203,15 @@ def test_pairs_would_be_left_out_in_silence(load, caplog):
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:1: the column 'rejected' is missing"),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, "pairs.jsonl:1: 'rejected' is blank"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "pairs.jsonl:1: 'rejected' must be a text"),
+        (
+            {"prompt": [ASK, says("")], "chosen": "b", "rejected": "c"},
+            "pairs.jsonl:1: message 2 of 'prompt' is blank",
+        ),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"},
+            "pairs.jsonl:1: .*a dialogue.*make them alike",
+        ),
         ({"chosen": "b", "rejected": [says("c")]}, "pairs.jsonl:1: .*make them alike"),
         ({"chosen": "b", "rejected": 3}, "pairs.jsonl:1: 'rejected' must be"),
         ({"chosen": [says("b")], "rejected": [says("c")]}, "pairs.jsonl:1: .*share no first message"),
@@ -193,7 +241,12 @@ def test_a_missing_end_of_sequence_token_would_give_a_traceback(load, tokenizer)
 @pytest.mark.skipif(not HH.is_file(), reason="the shared HH sample is not here")
 def test_a_real_hh_dialogue_would_not_be_split_at_its_answer(tokenizer):
     data = load_preferences(str(HH), tokenizer, max_length=4000)
-    assert len(data.pairs) + data.num_overlong + data.num_identical == 1500
+    assert len(data.pairs) + data.num_overlong + data.num_identical + data.num_blank == 1500
+    rows = [json.loads(line) for line in HH.read_text(encoding="utf-8").splitlines()]
+    ends = [[row[side].rpartition("\n\nAssistant:")[2].strip() for side in ("chosen", "rejected")] for row in rows]
+    assert [int(where.rpartition(":")[2]) for where in data.blank] == [
+        number for number, said in enumerate(ends, start=1) if not all(said)
+    ]
     assert len(data.pairs) > 1300
     for pair in data.pairs:
         assert tokenizer.decode(pair.chosen[: pair.num_prompt_tokens]).endswith("\n\nAssistant:")

@@ -72,11 +72,27 @@ def test_a_function_would_miss_the_right_answer_under_the_name_it_knows(load, ro
     }
 
 
-@pytest.mark.parametrize("columns", [{"label": 2, "ground_truth": 3}, VERL | {"answer": "3"}])
-def test_of_two_answers_one_would_be_overwritten(load, columns):
-    row = {"prompt": "x", **columns}
-    (prompt,) = load(row).prompts
-    assert prompt.columns == {key: value for key, value in row.items() if key != "prompt"}
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": 2, "ground_truth": 3}, "'ground_truth' is 3 and 'label' is 2"),
+        ({"answer": "1", "label": "2", "ground_truth": "3"}, "'ground_truth' is '3' and 'answer' is '1'"),
+        (VERL | {"answer": "3"}, "'reward_model.ground_truth' is '2' and 'answer' is '3'"),
+        ({"label": False, "answer": "no"}, "'answer' is 'no' and 'label' is False"),
+    ],
+)
+def test_of_two_right_answers_any_could_be_taken(load, columns, message):
+    with pytest.raises(DataError, match=rf"prompts\.jsonl:2: {message}, .*: rename or remove one"):
+        load({"prompt": "a"}, {"prompt": "x", **columns})
+
+
+def test_one_answer_written_in_two_ways_would_be_refused_or_changed(load):
+    (prompt,) = load(VERL | {"answer": 2}).prompts
+    assert {name: prompt.columns[name] for name in ("ground_truth", "answer", "label")} == {
+        "ground_truth": "2",
+        "answer": 2,
+        "label": "2",
+    }
 
 
 def test_preference_rows_would_give_no_prompts(load):

@@ -43,12 +43,36 @@ def test_a_byte_order_mark_or_carriage_returns_would_become_part_of_a_column(tmp
         assert [row.values for row in read_rows(write(tmp_path / name, data))] == [{"a": "1"}]
 
 
+def test_files_with_marks_put_behind_one_another_would_be_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": "1"}\n' * 2)
+    assert [row.values for row in read_rows(path)] == [{"a": "1"}] * 2
+
+
+@pytest.mark.parametrize("content", [",a,b\n0,x,y\n", "a,b,\nx,y,\n", ",a,,b\n0,x,,y\n"])
+def test_columns_without_a_name_as_pandas_writes_them_would_be_refused(tmp_path, content):
+    assert [row.values for row in read_rows(write(tmp_path / "a.csv", content))] == [{"a": "x", "b": "y"}]
+
+
 def test_a_list_under_data_would_have_to_be_taken_out_first(tmp_path):
     path = write(tmp_path / "a.json", '{"version": 2, "data": [{"a": 1}, {"a": 2}]}')
     assert [(row.values, row.where) for row in read_rows(path)] == [
         ({"a": 1}, f"{path}:row 1"),
         ({"a": 2}, f"{path}:row 2"),
     ]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
+def test_json_lines_under_the_name_of_json_would_be_refused(tmp_path, newline):
+    path = write(tmp_path / "a.json", f'\ufeff{newline}{{"a": 1}}{newline}{{"a": 2}}{newline}')
+    assert [row.values for row in read_rows(path)] == [{"a": 1}, {"a": 2}]
+    place = 1 + newline.count("\n")
+    assert read_rows(path)[0].where == f"{path}:{place}"
+
+
+def test_a_long_csv_field_or_a_blank_line_before_the_header_would_be_refused(tmp_path):
+    book = "word, " * 50_000
+    path = write(tmp_path / "a.csv", f'\n\na,b\n"{book}",1\n')
+    assert [(row.values, row.where) for row in read_rows(path)] == [({"a": book, "b": "1"}, f"{path}:4")]
 
 
 def test_messages_in_a_csv_cell_would_stay_a_text_and_texts_in_brackets_would_not(tmp_path):
@@ -86,6 +110,9 @@ def test_lines_behind_the_one_that_is_wanted_would_be_read(tmp_path):
         ("a.json", '{"a": 1}', "a.json:1: this JSON is an object"),
         ("a.json", '[{"a": 1}, "b"]', "a.json:row 2: the row is a string"),
         ("a.json", "[]", "has no rows"),
+        ("a.json", "\ufeff\n", "has no rows"),
+        ("a.csv", "", "has no rows"),
+        ("a.csv", ",,\n1,2,3", "a.csv:1: bad CSV header .no column has a name"),
         ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 200_000, "a.jsonl:2: bad JSON"),
         ("a.json", '[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", "a.json:2: bad JSON"),
         ("a.json", '[{"a": 1},\n{"a": ' + "[" * 200_000, "a.json:2: bad JSON"),
@@ -95,6 +122,11 @@ def test_lines_behind_the_one_that_is_wanted_would_be_read(tmp_path):
         ("a.json", '{"data": [{"a": 1},\n{"a": "\\udfff"}]}', r"a.json:2: .*is half a character"),
         ("a.json", b'[\n{"a": "\xff"}]', "a.json:2: byte 0xff is not UTF-8"),
         ("a.json", '{"data": 3}', "a.json:1: this JSON is an object"),
+        ("a.json", '{"a": 1}\n{"a": ', "a.json:2: bad JSON"),
+        ("a.json", '{"a": 1}\n[2]', "a.json:2: the row is a list"),
+        ("a.json", '{"a": 1}\n\n{"a": 1, "a": 2}', "a.json:3: .*the key 'a' stands there twice"),
+        ("a.json", '{\n"a": 1}\n{\n"a": 2}', "a.json:3: bad JSON .*: write a list of objects"),
+        ("a.csv", "\n\na,a\n", "a.csv:3: bad CSV header"),
         ("a.jsonl", "\xef".encode("utf-16"), "a.jsonl:1: byte 0xff is not UTF-8"),
         ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: 1 fields under 2 columns"),
         ("a.csv", "a,a\n1,2\n", "a.csv:1: bad CSV header.*'a' stands there twice"),

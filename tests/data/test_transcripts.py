@@ -9,13 +9,15 @@ from meshift.data.transcripts import answer_start, answers, is_transcript, trans
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tell me\n\nAssistant: I won't\n\nreally"
 
 
-def test_turns_would_be_cut_at_blank_lines_or_lost():
-    assert [(m["role"], m["content"]) for m in transcript_messages(TALK)] == [
+@pytest.mark.parametrize("text", [TALK, TALK.strip(), " " + TALK, TALK.replace("\n", "\r\n")])
+def test_turns_would_be_cut_at_blank_lines_or_lost(text):
+    assert [(m["role"], m["content"].replace("\r", "")) for m in transcript_messages(text)] == [
         ("user", "Hi"),
         ("assistant", "Hello"),
         ("user", "Tell me"),
         ("assistant", "I won't\n\nreally"),
     ]
+    assert text[answer_start(text) :].replace("\r", "") == " I won't\n\nreally"
 
 
 def test_an_open_turn_would_become_a_blank_message():
@@ -26,13 +28,23 @@ def test_two_turns_of_one_speaker_would_be_refused_by_templates_that_want_them_t
     talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant:"
     assert [(m["role"], m["content"]) for m in transcript_messages(talk)] == [
         ("user", "a\n\nb"),
-        ("assistant", "c"),
+        ("assistant", "c\n\n"),
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(TALK, True), ("\n\nHuman: Hi", False), ("Human: Hi\n\nAssistant: a", False), ("a\n\nAssistant: b", False)],
+    [
+        (TALK, True),
+        (TALK.strip(), True),
+        (TALK.replace("\n", "\r\n"), True),
+        ("Human: Hi\n\nAssistant:", True),
+        ("\n\nHuman: Hi", False),
+        ("Human: a race\n\nThe Assistant: b", False),
+        ("a\n\nAssistant: b", False),
+        ("a\n\nHuman: b\n\nAssistant: c", False),
+        ("Assistant: a\n\nHuman: b\n\nAssistant: c", False),
+    ],
 )
 def test_another_text_would_be_taken_for_a_dialogue(text, expected):
     assert is_transcript(text) is expected

@@ -36,18 +36,21 @@ def test_overlong_judged_completions_would_be_left_out_in_silence(write_rows, to
         data = load_unpaired(path, tokenizer, max_length=5)
     assert (len(data.judged), data.num_overlong, data.overlong[0][-1]) == (1, 1, "1")
     assert "1 of 2 rows left out" in caplog.text
-    with pytest.raises(DataError, match="each of 2 rows has more than max_length=1 tokens"):
+    with pytest.raises(
+        DataError, match=r"none of 2 rows can be used \(2 have more than max_length=1 tokens, 0 are blank"
+    ):
         load_unpaired(path, tokenizer, max_length=1)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (judged("a", "b", 2.0), "'label' is 2.0: write true or false"),
         (judged("a", "b", "good"), "'label' is 'good': write true or false"),
         (judged("a", "b", 0.7), "'label' is 0.7: write true or false"),
         (judged("a", "b", [1]), r"'label' is \[1\]"),
         (judged("a", "b", None), "the column 'label' is missing"),
-        (judged("a", "", True), "'completion' is blank"),
+        (judged("", "b", True), "'prompt' is blank"),
     ],
 )
 def test_a_bad_judgement_would_be_reported_without_its_line(write_rows, tokenizer, row, message):
@@ -72,6 +75,22 @@ def test_judged_completions_of_one_prompt_would_not_make_pairs(write_rows, token
     assert [pair.where for pair in data.pairs] == [f"{path}:1 with 3", f"{path}:4 with 2"]
     assert (data.num_unpaired, [where[-1] for where in data.unpaired]) == (2, ["5", "6"])
     assert "2 of 6 rows left out: unpaired completions without one of the other label" in caplog.text
+
+
+def test_a_blank_completion_would_be_judged_or_use_up_a_counterpart(write_rows, tokenizer, caplog):
+    path = write_rows(judged("a", " ", True), judged("a", "good", 1.0), judged("a", "bad", 0.0))
+    with caplog.at_level(logging.INFO):
+        pairs = load_preferences(path, tokenizer, max_length=50)
+    assert [pair.where for pair in pairs.pairs] == [f"{path}:2 with 3"]
+    assert (pairs.blank, pairs.unpaired) == ((f"{path}:1",), ())
+    assert "1 of 3 rows left out: unpaired completions that are blank" in caplog.text
+    with caplog.at_level(logging.INFO):
+        one_by_one = load_unpaired(path, tokenizer, max_length=50)
+    assert [one.label for one in one_by_one.judged] == [True, False]
+    assert one_by_one.blank == (f"{path}:1",)
+    assert "1 of 3 rows left out: completions that are blank" in caplog.text
+    with pytest.raises(DataError, match=r"none of 1 rows can be used .*1 are blank"):
+        load_unpaired(f"{path}[:1]", tokenizer, max_length=50)
 
 
 def test_unpaired_data_without_pairs_would_give_no_way_out(write_rows, tokenizer):

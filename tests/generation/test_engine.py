@@ -10,6 +10,7 @@ import torch
 from meshift.errors import ConfigError, DataError, NonFiniteError
 from meshift.generation import engine as engine_module
 from meshift.generation.engine import GenerationEngine
+from meshift.generation.fused import FusedDecoder
 from meshift.generation.params import Request, SamplingParams
 from meshift.generation.plain import generate_plain
 from meshift.models.attention import PackedAttention, PlainAttention, packed_positions
@@ -118,13 +119,14 @@ def test_a_small_prefill_budget_and_a_shared_prefix_over_several_admissions_chan
 
 def test_each_prompt_is_run_once_however_many_completions_it_has(model, monkeypatch):
     rows = []
+    forward = FusedDecoder.forward
 
-    def counting(module, inputs):
-        rows.append(len(inputs[0]))
+    def counting(self, tokens, positions, attention):
+        rows.append(len(tokens))
+        return forward(self, tokens, positions, attention)
 
-    hook = model.register_forward_pre_hook(counting)
+    monkeypatch.setattr(FusedDecoder, "forward", counting)
     GenerationEngine(model, num_slots=2).generate([[1] * 32], params(1), seed=0, num_generations=6)
-    hook.remove()
     assert rows == [32]
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshift.graph.calls import Graph, GraphError, HostCall, ModelCall, SyncCall
+from meshift.graph.calls import Graph, GraphError, HostCall, LoopCall, ModelCall, SyncCall
 
 
 def model(name, role="actor", kind="infer", reads=(), writes=()):
@@ -70,6 +70,33 @@ def test_a_key_written_twice_is_named_with_both_writers():
 def test_a_call_must_not_overwrite_an_input():
     with pytest.raises(GraphError, match="'a' writes 'prompts'"):
         Graph((host("a", writes=["prompts"]),), frozenset({"prompts"}))
+
+
+def loop(name, *calls, reads=(), writes=(), **options):
+    inner = Graph(calls, frozenset(reads))
+    given = {"feed": lambda batch, outcomes: None, "collect": lambda batch, outcomes: None}
+    return LoopCall(name=name, graph=inner, reads=tuple(reads), writes=tuple(writes), **given, **options)
+
+
+def test_a_loop_waits_for_the_weights_that_its_inner_calls_read():
+    greedy = loop("greedy", model("rollout", kind="generate", reads=["prompts"]), reads=["prompts"])
+    graph = Graph((model("train", kind="train"), greedy, model("again", kind="train")), frozenset({"prompts"}))
+    assert graph.edges["greedy"] == {"train"}
+    assert graph.edges["again"] == {"train", "greedy"}
+    assert graph.roles() == ("actor",)
+
+
+def test_what_reads_an_input_waits_for_the_loop_that_replaces_it():
+    draw = loop("draw", model("rollout", reads=["prompts"]), reads=["prompts"], writes=["x"], replaces_batch=True)
+    graph = Graph((draw, host("reader", reads=["prompts"]), host("other")), frozenset({"prompts"}))
+    assert graph.edges["reader"] == {"draw"}
+    assert graph.edges["other"] == frozenset()
+
+
+def test_a_batch_can_be_replaced_only_before_anything_was_made_of_it():
+    draw = loop("draw", reads=["prompts"], replaces_batch=True)
+    with pytest.raises(GraphError, match="'draw' replaces the step's batch, so it must be the first call"):
+        Graph((host("a", reads=["prompts"]), draw), frozenset({"prompts"}))
 
 
 def test_two_calls_of_one_name_are_refused():

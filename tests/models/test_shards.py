@@ -10,6 +10,7 @@ from family_variants import EACH_FAMILY, VARIANTS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshift.errors import LayoutError
 from meshift.models.attention import PlainAttention
 from meshift.models.decoder import Decoder, Layer
 from meshift.models.hf.load import load_config, load_model
@@ -39,8 +40,8 @@ def test_every_cut_covers_its_dim_in_units(saved, name):
 def test_parts_follow_one_another_and_cover_the_dim_or_are_refused(unit, num_units, num_parts):
     for group in ("heads", "mlp_columns"):
         split = Split(dim=0, unit=unit, num_units=num_units, group=group)
-        if num_parts > num_units or (group == "heads" and num_units % num_parts):
-            with pytest.raises(ValueError, match="cannot be cut into"):
+        if num_parts > num_units:
+            with pytest.raises(LayoutError, match="cannot be cut into"):
                 split.bounds(0, num_parts)
             continue
         bounds = [split.bounds(part, num_parts) for part in range(num_parts)]
@@ -57,40 +58,43 @@ def test_a_part_that_does_not_exist_is_refused(part):
         Split(dim=0, unit=1, num_units=4, group="vocabulary").bounds(part, 2)
 
 
+@pytest.mark.parametrize("num_parts", [2, 3, 4])
 @pytest.mark.parametrize("name", [name for name in EACH_FAMILY if not name.startswith("olmo2")])
-def test_the_parts_of_one_layer_add_up_to_the_whole_layer(saved, name):
+def test_the_parts_of_one_layer_add_up_to_the_whole_layer(saved, name, num_parts):
     """Tensor parallelism as arithmetic: each part's attention and MLP output, summed, is the whole's.
 
-    OLMo 2 norms over all heads at once, which no part can do alone.
+    Three parts of four heads are uneven; two key-value heads are fewer than three or four parts. OLMo 2
+    norms over all heads at once, which no part can do alone.
     """
     model = load_model(saved(name).folder)
     table, config = shard_table(model.config, "lm"), model.config
     x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     angles = [rotary(torch.arange(9), x.dtype) for rotary in model.rotaries]
-    smaller = replace(
-        config,
-        num_heads=config.num_heads // 2,
-        num_kv_heads=config.num_kv_heads // 2,
-        intermediate_size=config.intermediate_size // 2,
-    )
     for module, inputs in (("attention", (x, angles, PlainAttention([9]))), ("mlp", (x,))):
         whole = model.layers[0].get_submodule(module)
         parts = []
-        for part in range(2):
-            piece = Layer(smaller, 0).get_submodule(module)
-            piece.load_state_dict(
-                {n: _cut(p, table[f"layers.0.{module}.{n}"].split, part) for n, p in whole.named_parameters()}
-            )
+        for part in range(num_parts):
+            piece = Layer(_smaller(config, table, part, num_parts), 0).get_submodule(module)
+            cuts = {n: (p, table[f"layers.0.{module}.{n}"].split) for n, p in whole.named_parameters()}
+            piece.load_state_dict({n: _cut(p, split, part, num_parts) for n, (p, split) in cuts.items()})
             parts.append(piece(*inputs))
         once = {"attention": "output.bias", "mlp": "down.bias"}[module]
         bias = dict(whole.named_parameters()).get(once, torch.zeros(()))
-        torch.testing.assert_close(sum(parts) - bias, whole(*inputs), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sum(parts) - (num_parts - 1) * bias, whole(*inputs), atol=1e-5, rtol=1e-5)
 
 
-def _cut(parameter, split, part):
+def _smaller(config, table, part, num_parts):
+    """The layer that a part is: a decoder's, with fewer heads and columns."""
+    names = {"num_heads": "attention.query", "num_kv_heads": "attention.key", "intermediate_size": "mlp.up"}
+    splits = {key: table[f"layers.0.{name}.weight"].split for key, name in names.items()}
+    units = {key: split.units(part, num_parts) for key, split in splits.items()}
+    return replace(config, **{key: stop - start for key, (start, stop) in units.items()})
+
+
+def _cut(parameter, split, part, num_parts):
     if split is None:
         return parameter
-    start, stop = split.bounds(part, 2)
+    start, stop = split.bounds(part, num_parts)
     return parameter.narrow(split.dim, start, stop - start)
 
 

@@ -1,18 +1,21 @@
 """Kills a run again and again with SIGKILL, resumes it each time, and compares the end with the unbroken run.
 
-    python tests/parity/kill_and_resume.py --kills 20 --config recipes/quickstart.yaml save_steps=5 max_steps=40
-    python tests/parity/kill_and_resume.py --at-writes 1 --config tiny.yaml save_steps=1
+    python tests/parity/kill_and_resume.py --command ppo --config recipes/hh_ppo.yaml --kills 20 save_steps=5
+    python tests/parity/kill_and_resume.py --command sft --config tiny.yaml --at-writes 1
 
 By default the moments are random (seeded), every second one counted from the next checkpoint on, since tiny runs
 spend most of their time in starting up; a run that ends before its kill is compared, and a new one begun. With
-`--at-writes N` every N-th moment at which the run is about to rename, sync, create or delete something is tried.
-Compared are the sha256 of every file in `final*/` and every line of metrics.jsonl (without timings) and
-samples.jsonl. Each run is a process of its own, forked from this one, which has imported everything and computed
-nothing. Exits with 0 if all ends were the same and some start was from a checkpoint.
+`--at-writes N` every N-th moment is tried at which the run is about to rename, sync, create or delete something,
+or has just opened a file to write. Compared are the sha256 of every file in `final*/` and every line of
+metrics.jsonl (without timings) and samples.jsonl. Printed are each kill with the checkpoint it left in LATEST,
+each comparison, and the sums of all files. Each run is a process of its own, forked from this one, which has
+imported everything and computed nothing. Exits with 0 if all ends were the same and some start was from a
+checkpoint.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -21,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 TIMINGS = ("timing_s/", "perf/")
@@ -70,27 +74,39 @@ def start(words: list[str], log: Path, kill_at: int | None = None) -> int:
             count_writes(kill_at)
         code = main(words)
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def count_writes(kill_at: int) -> None:
-    """From now on, die just before the `kill_at`-th change of the file system."""
+    """From now on, die at the `kill_at`-th change of the file system: before it, or with a file just opened."""
     left = kill_at
+
+    def count():
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(function):
         def call(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            count()
             return function(*arguments, **options)
 
         return call
 
+    def opened(file, mode="r", *arguments, **options):
+        result = open_file(file, mode, *arguments, **options)
+        if set(mode) & set("wax+"):
+            count()
+        return result
+
     for name in WRITES:
         setattr(os, name, counted(getattr(os, name)))
+    open_file, io.open = io.open, opened
 
 
 def wait(child: int, seconds: float | None = None) -> int | None:
@@ -125,20 +141,21 @@ def kill_after(child: int, seconds: float, changed: Path | None = None) -> int:
 
 
 class Comparison:
-    """One config, its unbroken run, and runs that are killed."""
+    """One config, its unbroken run, and runs that are killed; says each kill as it comes."""
 
     def __init__(self, words: list[str], folder: Path) -> None:
         self.words = words
         self.folder = folder
         self.log = folder / "log.txt"
         started = time.monotonic()
-        self.num_kills = self.num_resumed = 0
+        self.num_kills = self.num_resumed = self.num_ends = 0
         child = self.begin("unbroken")
-        wait_for_change(child, folder / "unbroken" / "LATEST")
+        status = wait_for_change(child, folder / "unbroken" / "LATEST")
         saved = time.monotonic()
-        self.unbroken = self.finish("unbroken", child)
+        self.unbroken = self.finish("unbroken", wait(child) if status is None else status)
         self.seconds, self.seconds_from_save = time.monotonic() - started, time.monotonic() - saved
         self.wrong: list[str] = []
+        self.sums: dict[str, set[str]] = {name: set() for name in self.unbroken["files"]}
 
     def begin(self, name: str, kill_at: int | None = None) -> int:
         """Start the run, or go on with it where it was killed."""
@@ -148,35 +165,41 @@ class Comparison:
         folder = f"output_dir={run}"
         return start([command, *options, folder, "--resume"], self.log, kill_at)
 
-    def finish(self, name: str, child: int | None = None) -> dict:
-        """Run to the end; what it left."""
-        if child is None:
-            child = self.begin(name)
-        status = wait(child)
+    def finish(self, name: str, status: int | None = None) -> dict:
+        """Run to the end, unless it has ended with a status; what it left."""
+        if status is None:
+            status = wait(self.begin(name))
         if status != 0:
             raise SystemExit(f"the run ended with {status}:\n{self.log.read_text()[-3000:]}")
         return end_of(self.folder / name)
 
-    def compare(self, name: str, end: dict, how: str) -> None:
-        """Say whether the run ended as the unbroken one did, and drop it."""
+    def killed(self, moment: str) -> None:
+        """Say when the run was killed, and what it can go on from."""
+        self.num_kills += 1
+        latest = self.folder / "killed" / "LATEST"
+        say(f"{self.num_kills:>4}  {moment:<28}  {latest.read_text().strip() if latest.exists() else '-'}")
+
+    def compare(self) -> None:
+        """Run the killed run to its end, say whether that is the end of the unbroken one, and drop it."""
+        end = self.finish("killed")
         found = differences(self.unbroken, end)
-        self.wrong += [f"{how}: {difference}" for difference in found]
-        say(f"{how}: {'; '.join(found) or 'the same'}")
-        shutil.rmtree(self.folder / name)
+        self.num_ends += 1
+        self.wrong += found
+        for name, sha256 in end["files"].items():
+            self.sums.setdefault(name, set()).add(sha256)
+        say(f"      resumed to its end           {'; '.join(found) or 'the same bytes'}")
+        shutil.rmtree(self.folder / "killed")
 
     def at_random(self, kills: int, draw: random.Random) -> None:
         """Kill at random moments, resuming in between, until there were that many."""
         while self.num_kills < kills:
-            moments = []
             while self.num_kills < kills:
                 saved = self.folder / "killed" / "LATEST" if self.num_kills % 2 == 0 else None
                 seconds = draw.uniform(0, 0.7 * (self.seconds_from_save if saved else self.seconds))
                 if kill_after(self.begin("killed"), seconds, saved) != -signal.SIGKILL:
                     break
-                self.num_kills += 1
-                moments.append(f"{seconds:.2f} s" + (" after a checkpoint" if saved else ""))
-            how = f"killed after {', '.join(moments) or 'nothing'}"
-            self.compare("killed", self.finish("killed"), how)
+                self.killed(f"{seconds:.2f} s after {'a checkpoint' if saved else 'its start'}")
+            self.compare()
 
     def at_writes(self, stride: int) -> None:
         """Kill a fresh run at its first write, resume it, a fresh one at a later write, until one survives."""
@@ -184,8 +207,15 @@ class Comparison:
             status = wait(self.begin("killed", kill_at=number))
             if status != -signal.SIGKILL:
                 break
-            self.num_kills += 1
-            self.compare("killed", self.finish("killed"), f"killed at write {number}")
+            self.killed(f"at write {number}")
+            self.compare()
+
+    def say_sums(self) -> None:
+        """One line for each file of the final models: its sha256, unbroken and after kills."""
+        say(f"\n{'file':<36}  {'unbroken':<16}  after kills ({self.num_ends} ends)")
+        for name, found in sorted(self.sums.items()):
+            after = " ".join(sorted(sha256[:16] for sha256 in found))
+            say(f"{name:<36}  {self.unbroken['files'].get(name, '-')[:16]:<16}  {after}")
 
 
 def say(text: str) -> None:
@@ -214,20 +244,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--at-writes", type=int, metavar="STRIDE")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", help="where the runs go, and are deleted; a new one in it (default: /tmp)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
+    started = time.monotonic()
     import_everything()
     words = [options.command, "--config", options.config, "save_steps=1", *options.overrides]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="kill-and-resume-", dir=options.folder) as folder:
         comparison = Comparison(words, Path(folder))
-        say(f"the unbroken run took {comparison.seconds:.1f} s")
+        say(f"the unbroken run took {comparison.seconds:.1f} s\n\nkill  killed                        LATEST")
         if options.at_writes is not None:
             comparison.at_writes(options.at_writes)
         else:
             comparison.at_random(options.kills, random.Random(options.seed))
+    comparison.say_sums()
     num_wrong = len(comparison.wrong)
     kills, resumed = comparison.num_kills, comparison.num_resumed
-    say(f"{kills} kills, {resumed} starts from a checkpoint, {num_wrong} differences from the unbroken run")
+    seconds = time.monotonic() - started
+    say(
+        f"\n{kills} kills, {resumed} starts from a checkpoint, {num_wrong} differences from the unbroken run, "
+        f"{seconds:.0f} s"
+    )
     return 1 if num_wrong or kills == 0 or resumed == 0 else 0
 
 

@@ -1,11 +1,14 @@
 """The real SmolLM2-135M, from its pinned package: tiny random models cannot show what trained weights do."""
 
+import json
+
 import pytest
 import torch
 
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.data.packages import obtain
+from meshift.data.prompts import load_prompts
 from meshift.errors import DataError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import SamplingParams
@@ -55,6 +58,15 @@ def test_trained_weights_would_give_other_logits_than_in_transformers(ours, thei
 
 def test_numbers_would_be_tokenised_in_chunks(tokenizer):
     assert tokenizer.tokenize("1984") == ["1", "9", "8", "4"]
+
+
+def test_a_begun_answer_would_be_opened_anew_by_the_models_own_template(tokenizer, tmp_path):
+    asked = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "The film "}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": asked}))
+    (prompt,) = load_prompts(str(path), tokenizer, max_prompt_length=100).prompts
+    assert prompt.text == tokenizer.apply_chat_template(asked, continue_final_message=True, tokenize=False)
+    assert prompt.text.endswith("<|im_start|>assistant\nThe film ")
 
 
 def test_greedy_text_would_differ_from_that_of_transformers(ours, theirs, tokenizer):

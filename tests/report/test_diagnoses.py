@@ -43,6 +43,7 @@ def repeating(step):
 
 ADAPTIVE = {"ppo": {"adaptive_kl": True, "kl_target": 6.0, "kl_target_unit": "sequence"}}
 PAIRS = {"data": {"batch_size": 16}}
+UNSCORED = {"objective/no_score_fraction": [0.5, 1.0]}
 # rule, severity, metrics, config
 SPEAKS = [
     ("reward", "good", {"reward/mean": line(0, 3, 0.3)}, {}),
@@ -55,6 +56,15 @@ SPEAKS = [
     ("kl", "warning", {"objective/kl": (5 * np.linspace(0, 1, NUM) ** 4).tolist()} | LENGTHS, {}),
     ("kl", "warning", {"objective/kl": line(0, 14)} | LENGTHS, ADAPTIVE),
     ("kl", "good", {"objective/kl": line(3, 5)} | LENGTHS, ADAPTIVE),
+    # Beside their thresholds: 2.5 and 1.5 times the middle of the run; 60 % of few and of many pairs; .04 to .25.
+    ("kl", "warning", {"objective/kl": [2.0] * 40 + [5.0] * 10} | LENGTHS, {}),
+    ("kl", "good", {"objective/kl": [2.0] * 40 + [3.0] * 10} | LENGTHS, {}),
+    ("chance", "warning", {"accuracy": flat(0.6)}, {"data": {"batch_size": 4}}),
+    ("chance", "good", {"accuracy": flat(0.6)}, {"data": {"batch_size": 64}}),
+    ("drift", "good", {"sync/logprob_diff_mean": flat(0.04)}, {}),
+    ("drift", "notice", {"sync/logprob_diff_mean": flat(0.07)}, {}),
+    ("drift", "notice", {"sync/logprob_diff_mean": flat(0.18)}, {}),
+    ("drift", "warning", {"sync/logprob_diff_mean": flat(0.25)}, {}),
     ("entropy", "warning", {"actor/entropy": line(2, 0.1)}, {}),
     ("entropy", "notice", {"actor/entropy": line(2, 0.7)}, {}),
     ("entropy", "good", {"actor/entropy": line(2, 1.8)}, {}),
@@ -83,6 +93,9 @@ SPEAKS = [
     ("chance", "warning", {"accuracy": line(0.5, 1.0), "eval/accuracy": [0.7]}, PAIRS),
     ("displacement", "notice", {"logps/chosen": line(-50, -90, 1), "rewards/margins": line(0, 4, 0.1)}, {}),
     ("not_finite", "warning", {"actor/grad_norm": [1.0, None, 1.0]}, {}),
+    ("not_finite", "warning", {"actor/grad_norm": [1.0, None], "actor/early_stop": [1.0, 0.0]}, {}),
+    ("not_finite", "warning", {"reward/mean": [None, None], **UNSCORED}, {}),
+    ("not_finite", "warning", {"reward/reward_model": [1.0, None], **UNSCORED}, {}),
     ("spikes", "notice", {"actor/grad_norm": [*flat(1.0, 0.1), 30.0]}, {}),
     ("drift", "warning", {"sync/logprob_diff_mean": line(0.005, 0.1)}, {}),
     ("drift", "warning", {"sync/logprob_diff_mean": flat(0.5)}, {}),
@@ -110,6 +123,9 @@ SILENT = [
     ("overfitting", {"loss": line(0.5, 2), "eval/loss": [1.0, 1.5, 2.0]}, {}),
     ("displacement", {"logps/chosen": flat(-50, 1), "rewards/margins": line(0, 4, 0.1)}, {}),
     ("not_finite", {"actor/grad_norm": flat(1.0)}, {}),
+    ("not_finite", {"reward/mean": [1.0, None], "reward/std": [1.0, None], **UNSCORED}, {}),
+    ("not_finite", {"reward/other_task": [None, None], "reward/other_task/spread": [1.0, None]}, {}),
+    ("not_finite", {"actor/grad_norm": [1.0, None], "actor/early_stop": [0.0, 1.0]}, {}),
     ("spikes", {"actor/grad_norm": flat(1.0, 0.2)}, {}),
     ("shortness", {"loss": flat(1.0)}, {}),
     ("completeness", {"loss": flat(1.0)}, {"max_steps": NUM}),

@@ -186,6 +186,26 @@ def test_comparison_lists_differing_keys_and_final_figures_and_overlays_curves(m
     assert text.count("answer 0 at 3") == 2
 
 
+def test_comparison_says_once_what_the_sources_of_reward_have_in_common(make_folder):
+    several = [row | {"reward/good": i / 3, "reward/short": 1 / (1 + i)} for i, row in enumerate(ppo_rows(12))]
+    only = [row | {"reward/good": row["reward/mean"]} for row in ppo_rows(12)]
+    for rows, count in ((several, 1), (only, 0)):
+        folders = [make_folder(rows, name=f"{len(rows[0])}/{name}") for name in "ab"]
+        page = parsed(write_report(folders, folders[0] / "comparison.html"))
+        assert " ".join(page.texts).count("Reward by source") == count, "an only source is the mean reward itself"
+        charts = [a["aria-label"] for tag, a in page.elements if tag == "svg" and a.get("role") == "img"]
+        assert len([label for label in charts if "Reward by source" in label]) == 0
+        assert any(label.startswith("short") for label in charts) == bool(count)
+
+
+def test_fixed_completions_show_the_reward_that_their_rows_have(make_folder):
+    rows = [row | {"reward": 0.25 + row["step"]} for row in fixed_rows()]
+    rows[0]["reward"] = None
+    folder = make_folder(ppo_rows(3), rows)
+    text = " ".join(parsed(write_report([folder], folder / "report.html")).texts)
+    assert [text.count(f"reward {value}") for value in ("0.25", "2.25", "3.25")] == [1, 2, 2]
+
+
 def test_what_was_measured_once_stands_as_a_dot_beside_its_curve(make_folder):
     rows = [{"training/global_step": s, "accuracy": 0.5 + s / 30, "lr": 1.0 / s} for s in range(1, 13)]
     folder = make_folder([*rows[:-1], rows[-1] | {"eval/accuracy": 0.8}])

@@ -83,6 +83,7 @@ def test_tensors_lists_and_scores_alone_are_taken(result):
     [
         ({"reward": [1.0, 2.0]}, r"returned a dictionary of \['reward'\] without 'rewards' or 'scores'"),
         ({"rewards": [1.0]}, "returned 1 values for 2 completions"),
+        ({"rewards": [1.0] * 3}, "returned 3 values for 1 completions on sample 0"),
         (torch.tensor([1.0, float("nan")]), "returned nan on sample 1"),
         ([1.0, None], "returned None, which is no number, on sample 1"),
         (torch.tensor(1.0), "returned Tensor instead of a list"),

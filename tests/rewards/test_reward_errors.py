@@ -23,6 +23,7 @@ def skipping(function, batch=None, **keys):
     ("result", "sentence"),
     [
         ([1.0], "returned 1 values for 2 completions on a batch of 2 samples"),
+        ([1.0] * 3, "returned 3 values for 1 completions on sample 0"),
         ([1.0, math.nan], r"returned nan on sample 1 \(data.jsonl:2\), completion 'fga'"),
         ([math.inf, 1.0], r"returned inf on sample 0 \(data.jsonl:1\), completion 'de'"),
         ([1.0, 1e39], "returned 1e.39 on sample 1"),

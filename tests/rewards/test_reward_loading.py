@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from reward_batches import score_spec
 
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError
@@ -194,3 +195,23 @@ def test_a_limit_of_nothing_is_no_limit():
     for value in (0, -1.0, math.inf):
         with pytest.raises(ValueError, match="timeout_s"):
             RewardFunctionConfig(function="a:b", timeout_s=value)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 120.0])
+def test_a_file_that_imports_its_neighbour_would_need_a_package(tmp_path, timeout_s):
+    (tmp_path / "lengths_beside.py").write_text("SCALE = 3.0\n")
+    path = tmp_path / "split_reward.py"
+    path.write_text(
+        "from lengths_beside import SCALE\n\n\n"
+        "def judge(completions):\n    import lengths_beside as beside\n\n"
+        "    return [beside.SCALE * SCALE] * len(completions)\n"
+    )
+    assert score_spec(f"{path}:judge", timeout_s=timeout_s)[0] == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_function_that_bears_the_name_of_a_total_would_lose_its_own_metric(tmp_path, name):
+    path = tmp_path / "odd.py"
+    path.write_text(f"def {name}(completions):\n    return [7.0] * len(completions)\n")
+    _, metrics = score_spec(f"{path}:{name}")
+    assert metrics == {f"reward/{path}:{name}": 7.0}

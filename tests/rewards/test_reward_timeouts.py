@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from reward_batches import host_call, rollout, score_spec
 
 from meshift.config.sections import RewardFunctionConfig
@@ -15,8 +16,12 @@ from meshift.rewards.configured import load_functions
 
 FILE = """import asyncio
 import os
+import random
+import subprocess
 import sys
 import time
+
+import numpy
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -80,6 +85,21 @@ def catching(completions, **columns):
             time.sleep(600)
         except BaseException:
             pass
+
+
+def drawing(completions):
+    return [random.random() + float(numpy.random.rand()) for _ in completions]
+
+
+def drawing_one(data_source, solution_str, ground_truth, extra_info=None):
+    return random.random()
+
+
+def leaving(completions):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open(os.environ["CHILD_FILE"], "w") as file:
+        file.write(str(child.pid))
+    time.sleep(600)
 
 
 def slow_together(completions, **columns):
@@ -214,4 +234,36 @@ def _runs(pid):
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["drawing", "drawing_one"])
+def test_numbers_that_a_process_draws_would_differ_when_the_run_is_repeated(functions_file, name):
+    """The run seeds torch's generator at every step; a process that began later draws the same."""
+    drawn = {}
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        scores, _ = score_spec(f"{functions_file}:{name}", rollout(**BATCH), timeout_s=QUICK)
+        assert drawn.setdefault(seed, scores) == scores
+        assert len(set(scores)) == 3
+    assert drawn[1] != drawn[2]
+
+
+def test_what_a_hung_function_has_started_would_live_on(functions_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHILD_FILE", str(tmp_path / "child"))
+    with pytest.raises(RewardError, match="leaving"):
+        score_spec(f"{functions_file}:leaving", timeout_s=3 * HANG)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + QUICK
+    while is_running(child):
+        assert time.monotonic() < deadline, "the child of a killed function runs on"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """A zombie, which waits for whoever reaps orphans, is not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
         return False

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from meshift.errors import CheckpointError, SaveError
-from meshift.runtime import durable
+from meshift.errors import CheckpointError, OtherFormatError, SaveError
+from meshift.runtime import checkpoints, durable
 from meshift.runtime.checkpoints import (
     LATEST,
     MANIFEST,
@@ -67,6 +67,10 @@ DAMAGES = {
     "no manifest": (lambda c: (c / MANIFEST).unlink(), r"manifest\.json is missing"),
     "a torn manifest": (lambda c: torn(c / MANIFEST) or torn(c / MANIFEST), r"manifest\.json cannot be read"),
     "an empty manifest": (lambda c: (c / MANIFEST).write_text(""), r"manifest\.json cannot be read"),
+    "a manifest nested beyond reason": (
+        lambda c: (c / MANIFEST).write_text("[" * 100_000),
+        r"manifest\.json cannot be read",
+    ),
     "another manifest": (lambda c: (c / MANIFEST).write_text("[1]"), r"manifest\.json cannot be read"),
     "an edited manifest": (
         lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"step": 2', '"step": 1')),
@@ -123,6 +127,49 @@ def test_checkpoints_of_a_future_that_was_left_do_not_push_out_the_new_ones(tmp_
     write(tmp_path, 1, 2, 7, 8)
     write(tmp_path, 3, limit=2)
     assert names(tmp_path) == ["LATEST", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_torn_checkpoint_does_not_push_out_the_whole_one_before_it(tmp_path):
+    write(tmp_path, 1, 2)
+    torn(tmp_path / "checkpoint-2" / "values.json")
+    write(tmp_path, 3, limit=2)
+    assert names(tmp_path) == ["LATEST", "checkpoint-1", "checkpoint-3"]
+
+
+def test_an_earlier_checkpoint_is_used_before_one_of_a_future_that_was_left(tmp_path):
+    """Its metrics are there; those of the left future are not."""
+    write(tmp_path, 1, 2, 8)
+    (tmp_path / LATEST).write_text("checkpoint-2")
+    torn(tmp_path / "checkpoint-2" / "values.json")
+    assert find_checkpoint(tmp_path).checkpoint.step == 1
+    torn(tmp_path / "checkpoint-1" / "values.json")
+    assert find_checkpoint(tmp_path).checkpoint.step == 8
+
+
+def test_a_whole_checkpoint_of_another_format_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    """Going on from the one before it would delete the work of the newer version."""
+    write(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
+        write(tmp_path, 2)
+    with pytest.raises(
+        OtherFormatError, match=r"of format 2, and this version of meshift reads format 1; go on with"
+    ):
+        find_checkpoint(tmp_path)
+    flip_format = (tmp_path / "checkpoint-1" / MANIFEST).read_text().replace('"format": 1', '"format": 3')
+    (tmp_path / "checkpoint-1" / MANIFEST).write_text(flip_format)
+    with pytest.raises(CheckpointError, match="not as it was written"):
+        verify(tmp_path / "checkpoint-1")
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_pass_for_a_failed_write(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoints, "remove_folder", full)
+    with pytest.raises(
+        SaveError, match=r"checkpoint-2 is written, but older checkpoints in .* could not be deleted"
+    ):
+        write(tmp_path, 2, limit=1)
+    assert latest_name(tmp_path) == "checkpoint-2"
 
 
 def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path):

@@ -4,9 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
+from meshift.batch import Batch, Ragged
 from meshift.runtime.environment import ENVIRONMENT, write_environment
-from meshift.runtime.fixed_samples import FixedSamples, sampled_steps
+from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import build_ppo_job, run_ppo
 
@@ -60,6 +63,23 @@ def test_same_weights_give_the_same_texts_and_other_streams_than_training(tmp_pa
     assert fixed.rows(1) == []
     drawn = replace(fixed, task=replace(task, seed=task.seed + 1))
     assert fixed.rows(0) != drawn.rows(0), "the run's seed reaches them"
+
+
+def test_a_reward_model_alone_judges_them_as_transformers_does(tmp_path, ppo_config_on_disk, reward_folder):
+    """Reward functions would be called more often than training calls them, so with them there is no reward."""
+    config = ppo_config_on_disk(tmp_path / "run", reward={"model_name_or_path": str(reward_folder), "weight": 3.0})
+    run_ppo(config, SilentObserver())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["reward"], float) for row in rows if row.get("fixed"))
+    judge = reward_judge(config.reward, build_ppo_job(config).roles["reward"])
+    texts = [[2, 3, 4], [5, 6, 7, 8, 1], [3]]
+    twin = AutoModelForSequenceClassification.from_pretrained(reward_folder, num_labels=1).eval()
+    with torch.no_grad():
+        expected = [
+            3.0 * float(twin.score(twin.model(torch.tensor([text])).last_hidden_state)[0, -1]) for text in texts
+        ]
+    assert judge(Batch({"tokens": Ragged.from_rows(texts, torch.int64)})) == pytest.approx(expected, abs=1e-4)
+    assert reward_judge(ppo_config_on_disk(tmp_path).reward, object()) is None
 
 
 @pytest.mark.parametrize(

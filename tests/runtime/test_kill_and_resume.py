@@ -36,6 +36,7 @@ def kill(tmp_path):
         words = [sys.executable, str(SCRIPT), "--command", command, "--config", str(file), *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        sys.stdout.write(done.stdout)  # for `pytest -rP`
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -50,7 +51,13 @@ def ppo(make, tmp_path, dtype):
 
 
 def test_a_killed_ppo_run_would_end_with_other_bytes(kill, ppo_config_on_disk, tmp_path):
-    assert "3 kills, " in kill("ppo", ppo(ppo_config_on_disk, tmp_path, "bfloat16"), "--kills", "3")
+    assert "\n3 kills, " in kill("ppo", ppo(ppo_config_on_disk, tmp_path, "bfloat16"), "--kills", "3")
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_killed_run_on_given_rows_would_end_with_other_bytes(kill, request, command):
+    config = request.getfixturevalue(f"{command}_config_on_disk")("unused", dtype="bfloat16", **STEPS)
+    assert "\n2 kills, " in kill(command, config, "--kills", "2")
 
 
 def test_a_run_killed_amid_writing_would_be_lost(kill, ppo_config_on_disk, tmp_path):
@@ -61,7 +68,7 @@ def test_a_run_killed_amid_writing_would_be_lost(kill, ppo_config_on_disk, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twenty_kills_of_ppo_leave_no_trace(kill, ppo_config_on_disk, tmp_path, dtype):
-    assert "20 kills, " in kill("ppo", ppo(ppo_config_on_disk, tmp_path, dtype), "--kills", "20")
+    assert "\n20 kills, " in kill("ppo", ppo(ppo_config_on_disk, tmp_path, dtype), "--kills", "20")
 
 
 @pytest.mark.slow
@@ -75,7 +82,7 @@ def test_a_kill_before_any_write_at_all_leaves_no_trace(kill, ppo_config_on_disk
 @pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
 def test_kills_of_runs_on_given_rows_leave_no_trace(kill, request, command, dtype):
     config = request.getfixturevalue(f"{command}_config_on_disk")("unused", dtype=dtype, **STEPS)
-    assert "8 kills, " in kill(command, config, "--kills", "8")
+    assert "\n8 kills, " in kill(command, config, "--kills", "8")
 
 
 @pytest.mark.slow
@@ -84,4 +91,4 @@ def test_kills_of_runs_on_given_rows_leave_no_trace(kill, request, command, dtyp
 )
 def test_kills_of_dpo_with_a_moving_or_a_precomputed_reference_leave_no_trace(kill, dpo_config_on_disk, sections):
     config = dpo_config_on_disk("unused", dtype="bfloat16", **STEPS, **sections)
-    assert "8 kills, " in kill("dpo", config, "--kills", "8")
+    assert "\n8 kills, " in kill("dpo", config, "--kills", "8")

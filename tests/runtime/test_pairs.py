@@ -7,9 +7,9 @@ import torch
 
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import PairDataConfig
-from meshift.data.preferences import Pair
+from meshift.data.preferences import Pair, PreferenceData
 from meshift.errors import DataError
-from meshift.runtime.pairs import PairSource, pair_batch, pair_weights, weights_in_words
+from meshift.runtime.pairs import PairSets, PairSource, pair_batch, pair_weights, weights_in_words
 
 
 def pair(prompt, *, weight=1.0, margin=None, where="pairs.jsonl:1"):
@@ -70,6 +70,13 @@ def test_a_batch_has_the_margins_and_weights_of_its_own_pairs():
 def test_held_out_pairs_count_alike():
     batch = pair_batch([pair([1], weight=9.0), pair([2])])
     assert batch["pair_weight"].values.tolist() == [1.0, 1.0]
+
+
+def test_pairs_with_a_blank_response_are_named_by_run_and_dry_run():
+    data = PreferenceData(pairs=[], overlong=(), identical=(), blank=("a.jsonl:3", "a.jsonl:7"))
+    sets = PairSets(train=data, heldout=None)
+    assert sets.messages() == ("2 pairs with a blank response were left out, the first at a.jsonl:3",)
+    assert sets.described()[0] == ("pairs", "0 (0 over-long and 0 identical left out; 2 with a blank response)")
 
 
 def test_a_dry_run_says_how_pairs_are_weighted_only_where_they_are():

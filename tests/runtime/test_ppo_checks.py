@@ -4,9 +4,10 @@ import pytest
 
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, DataError, ModelError
+from meshift.rewards.configured import check_columns
 from meshift.rewards.functions import WeightedFunction
 from meshift.runtime.observer import SilentObserver
-from meshift.runtime.ppo_run import build_ppo_job, check_columns, check_ppo, run_ppo
+from meshift.runtime.ppo_run import build_ppo_job, check_ppo, run_ppo
 
 CHECKS = pytest.mark.parametrize("start", [check_ppo, build_ppo_job])
 

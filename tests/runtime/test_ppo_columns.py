@@ -72,7 +72,7 @@ def test_messages_reach_the_functions_as_messages(make_config, actor_folder, mon
     config = make_config(rows, CHAT)
     chatty = load_tokenizer(actor_folder)
     chatty.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
-    monkeypatch.setattr("meshift.runtime.ppo_run.open_tokenizer", lambda name: chatty)
+    monkeypatch.setattr("meshift.runtime.rollout_run.open_tokenizer", lambda name: chatty)
     job = build_ppo_job(config)
     outcome = run_step(job.graph, job.roles, job.next_batch(0), 0)
     assert outcome.metrics["reward/judge"] == 1.0

@@ -11,9 +11,10 @@ from meshift.errors import CheckpointError, ConfigError, DataError, ModelError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import SamplingParams
 from meshift.runtime import run as run_module
+from meshift.runtime.dpo_run import run_dpo
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
-from meshift.runtime.resume import find_start
+from meshift.runtime.resume import check_same_run, find_start
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.run_folder import RunFolder
 
@@ -225,6 +226,63 @@ def test_changed_data_are_found_out(broken_off, tmp_path, pairs_files):
     run_reward(config, SilentObserver())
 
 
+def test_a_row_that_no_step_has_read_yet_may_not_change_either(ppo_config_on_disk, prompts_file, tmp_path):
+    """One batch of five rows is done, of two: the last batch cannot show what the next one will read."""
+    copy = tmp_path / "prompts.jsonl"
+    rows = Path(prompts_file).read_text()
+    copy.write_text(rows)
+    data = {"dataset_name": str(copy), "batch_size": 2, "shuffle": False}
+    config = ppo_config_on_disk(tmp_path / "run", data=data, **(KEPT | {"save_steps": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        run_ppo(config, Notes(2))
+    config = changed(config, resume=True)
+    for old, new in (("10.0", "11.0"), ("the film was", "the film is"), ("I liked the story", "I liked a story")):
+        copy.write_text(rows.replace(old, new))
+        assert copy.read_text() != rows
+        with pytest.raises(DataError, match=r"the data are not those that .*checkpoint-1 was trained on"):
+            run_ppo(config, SilentObserver())
+    copy.write_text(rows.replace('"answer": 14.0', '"answer": 15.0'))
+    with pytest.raises(DataError, match="a row of another step, its text or its tokens are others"):
+        run_ppo(config, SilentObserver())
+    copy.unlink()
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_text("\n" + rows)
+    copy.symlink_to(moved)
+    run_ppo(config, SilentObserver())
+
+
+def test_metrics_that_were_deleted_are_said_to_be_gone(broken_off):
+    config = broken_off()
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:1] + lines[2:]))
+    assert f"{metrics} lacks 1 of the 4 steps that are done (step 2 ...); it stays so" in find_start(config).notes
+    metrics.write_text("[1]\nnonsense\n")
+    run_reward(config, SilentObserver())
+    assert metrics.read_text().count("\n") == 1, "that of step 5"
+    again = run_reward(config, SilentObserver())
+    assert again.metrics["training/global_step"] == 5
+
+
+def test_a_run_of_another_command_is_named_as_such(broken_off, sft_config_on_disk):
+    for config in (broken_off(), broken_off(break_after=1, overwrite_output_dir=True)):
+        other = sft_config_on_disk(config.output_dir, resume=True)
+        with pytest.raises(ConfigError, match=r"of a run by Reward, and this one is by SFT;|of no SFT run \("):
+            find_start(other)
+
+
+def test_a_checkpoint_has_its_config_and_needs_no_other(broken_off):
+    config = broken_off()
+    file = Path(config.output_dir) / "config.yaml"
+    file.write_text(file.read_text().splitlines()[0] + "\nnonsense: 1\n")
+    assert find_start(config).num_done == 4
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (Path(config.output_dir) / name).rename(Path(config.output_dir) / f"old-{name}")
+    (Path(config.output_dir) / "LATEST").unlink()
+    with pytest.raises(ConfigError, match=r"its config\.yaml is of no Reward run \(unknown key `nonsense`"):
+        find_start(config)
+
+
 def test_a_changed_model_that_the_run_only_reads_is_found_out(ppo_config_on_disk, make_folder, tmp_path):
     reference = make_folder(seed=8)
     config = ppo_config_on_disk(
@@ -236,6 +294,34 @@ def test_a_changed_model_that_the_run_only_reads_is_found_out(ppo_config_on_disk
     (reference / "model.safetensors").write_bytes(weights)
     with pytest.raises(ModelError, match="the reference model is not the one"):
         run_ppo(changed(config, resume=True), SilentObserver())
+
+
+def test_a_reference_that_was_read_in_advance_and_has_changed_since_would_pass(
+    dpo_config_on_disk, make_folder, tmp_path
+):
+    reference = make_folder(seed=8)
+    sections = {"reference": {"model_name_or_path": str(reference)}, "dpo": {"precompute_ref_log_probs": True}}
+    config = dpo_config_on_disk(tmp_path / "run", save_steps=1, report_to=[], **sections)
+    with pytest.raises(KeyboardInterrupt):
+        run_dpo(config, Notes(2))
+    (reference / "model.safetensors").write_bytes((make_folder(seed=9) / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match="the reference model is not the one"):
+        run_dpo(changed(config, resume=True), SilentObserver())
+
+
+def test_what_a_failed_reward_function_advises_would_be_refused(ppo_config_on_disk, tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text("def judge(completions):\n    return [1.0] * len(completions)\n")
+    first, other = ({"function": f"{path}:judge", "weight": weight, "timeout_s": 60.0} for weight in (1.0, 0.5))
+
+    def config(*functions):
+        return ppo_config_on_disk(tmp_path / "run", save_steps=1, reward={"functions": list(functions)})
+
+    begun = config(first, other)
+    patient = config(first | {"timeout_s": 90.0}, other | {"on_error": "skip"})
+    assert check_same_run(begun, patient, "there") == ()
+    with pytest.raises(ConfigError, match=r"`reward\.functions\[1\]\.weight` was 0\.5 in there and is 0\.6 now"):
+        check_same_run(begun, config(first, other | {"weight": 0.6}), "there")
 
 
 def test_another_compute_type_is_found_out_though_the_config_says_auto(broken_off, monkeypatch):

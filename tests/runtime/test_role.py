@@ -1,6 +1,7 @@
 """Roles: a stale sampler is noticed, the sampler sees every update, and the reference's average is exact."""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_rl import make_world, ppo_config, random_rollout, tiny_model
 from meshift.algorithms.losses import PolicyLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
-from meshift.errors import StaleWeightsError
+from meshift.errors import NonFiniteError, StaleWeightsError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.runtime import role as role_module
@@ -49,6 +50,26 @@ def test_a_batch_of_older_weights_is_refused():
     mixed = batch.union(Batch({"version": Ragged.scalars([1, 1, 1, 1, 1, 0])}))
     with pytest.raises(StaleWeightsError, match=r"\[0, 1\]"):
         actor.train(TASK, mixed, step=1)
+
+
+def test_a_step_that_was_stopped_before_its_first_update_has_no_gradient_norm():
+    """A null in metrics.jsonl would be taken for a NaN, though nothing was measured."""
+    actor = make_actor().can_generate(4, str)
+    batch = with_advantages(actor.generate(SAMPLING, asked()).batch)
+    stopped = TrainTask(loss=PolicyLoss(reading=TokenLogprobs(), max_importance_ratio=0.5))
+    metrics = actor.train(stopped, batch, step=0).metrics
+    assert metrics["actor/early_stop"] == 1.0
+    assert "actor/grad_norm" not in metrics
+    assert "actor/lr" in metrics
+    assert math.isfinite(actor.train(TASK, batch, step=1).metrics["actor/grad_norm"])
+
+
+def test_a_loss_that_is_no_number_is_said_with_step_and_role():
+    actor = make_actor().can_generate(4, str)
+    batch = with_advantages(actor.generate(SAMPLING, asked()).batch)
+    batch["advantages"].values[0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"^step 3: in update 1 of the actor the loss is nan in 1 of 6 rows"):
+        actor.train(TASK, batch, step=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,8 +170,9 @@ def test_large_key_value_memory_does_not_stay_through_training(monkeypatch, trai
     monkeypatch.setattr(role_module, "KEPT_CACHE_BYTES", limit)
     actor = LocalRole("actor", tiny_model(), TrainableConfig(), trainable=trainable).can_generate(4, str)
     first = actor.generate(SAMPLING, asked()).batch
-    # keys and values: 2 layers, 4 slots, 2 heads, 32 positions of 4 numbers in fp32
-    kept = 2 * 2 * 4 * 2 * 32 * 4 * 4
+    # keys and values: 2 layers, 4 slots in a bucket of 8, 2 heads, 32 positions of 4 numbers in fp32
+    kept = 2 * 2 * 8 * 2 * 32 * 4 * 4
     assert actor.generator.num_kept_bytes == (0 if trainable and limit == 0 else kept)
+    assert not trainable or actor.generator.num_packed_bytes == 0, "a second copy of the weights in training"
     again = actor.generate(SAMPLING, asked()).batch
     assert torch.equal(first["tokens"].values, again["tokens"].values)

@@ -45,7 +45,10 @@ def test_a_full_disk_ends_the_run_and_the_rest_can_be_done_later(reward_config, 
             run_reward(config, SilentObserver())
     with monkeypatch.context() as patch:
         patch.setattr("meshift.runtime.run_folder.sync_tree", full)
-        with pytest.raises(SaveError, match=r"final could not be written \(No space left.*go on with --resume"):
+        with pytest.raises(
+            SaveError,
+            match=r"final could not be written \(No space left.*checkpoint-4 is as it was: free space, and go on",
+        ):
             run_reward(changed(config, resume=True), SilentObserver())
     assert not (Path(config.output_dir) / "final").exists()
     run_reward(changed(config, resume=True), SilentObserver())
@@ -112,3 +115,11 @@ def test_the_command_line_ends_on_sigterm_with_143_and_resumes_by_the_folders_na
     assert len(metrics.read_text().splitlines()) == done + 1
     assert main(["reward", "--resume", config.output_dir]) == 0
     assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("warmup_steps", "told"), [(4, False), (5, True)])
+def test_a_warmup_that_outlasts_the_run_would_go_unnoticed(reward_config, actor_folder, warmup_steps, told):
+    model = {"model_name_or_path": str(actor_folder), "warmup_steps": warmup_steps}
+    notes = Notes()
+    run_reward(reward_config(model=model), notes)
+    assert any("`model.warmup_steps` is 5, and the run has 5 steps" in text for text in notes.notes) == told

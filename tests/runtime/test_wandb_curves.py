@@ -29,6 +29,7 @@ def wandb_runs(monkeypatch):
     begun = []
     module = ModuleType("wandb")
     module.init = lambda **options: begun.append(FakeRun(**options)) or begun[-1]
+    module.Error = type("Error", (Exception,), {})
     monkeypatch.setitem(sys.modules, "wandb", module)
     return begun
 
@@ -41,6 +42,34 @@ def test_finite_metrics_are_logged_under_their_step_and_the_run_is_finished(tmp_
     assert run.logged == [(3, {"training/global_step": 3, "loss": 2.0})]
     assert run.finished
     assert not (tmp_path / "ppo" / "tensorboard").exists()
+
+
+def test_a_resumed_run_would_begin_a_second_wandb_run(tmp_path, wandb_runs):
+    for num_done in (0, 2, 0):
+        with RunFolder(tmp_path, ("wandb",), overwrite=True, num_done=num_done) as folder:
+            folder.write_metrics(num_done + 1, {"loss": 1.0})
+    first, resumed, new = (run.options["id"] for run in wandb_runs)
+    assert first == resumed != new
+    assert {run.options["resume"] for run in wandb_runs} == {"allow"}
+
+
+def test_a_login_that_is_missing_would_cost_the_old_run(tmp_path, wandb_runs, monkeypatch):
+    with RunFolder(tmp_path, ()) as folder:
+        folder.write_metrics(1, {"loss": 1.0})
+    wandb = sys.modules["wandb"]
+
+    def refuse(**options):
+        raise wandb.Error("api_key not configured (no-tty).\n call wandb.login()")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        pytest.raises(ConfigError, match=r"api_key not configured \(no-tty\)\. call.*`wandb login`.*offline"),
+        RunFolder(tmp_path, ("wandb",), overwrite=True),
+    ):
+        pass
+    assert "loss" in (tmp_path / "metrics.jsonl").read_text()
+    with RunFolder(tmp_path, (), overwrite=True):
+        pass  # and the lock is free
 
 
 def test_without_wandb_the_sentence_names_the_install_command(tmp_path, monkeypatch, ppo_config_on_disk):

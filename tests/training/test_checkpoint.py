@@ -40,6 +40,19 @@ def test_a_state_without_tensors_needs_no_file_of_them(tmp_path):
     assert json.loads((tmp_path / "s" / "state.json").read_text()) == {"n": 1}
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
+def test_a_state_that_cannot_be_read_is_a_sentence(tmp_path, name, content):
+    """It was whole when the run looked; another process, or the disk, can have been at it since."""
+    write_state(tmp_path / "s", State(tensors={"a": torch.ones(3)}, values={}))
+    if content is None and name == "state.json":
+        (tmp_path / "s" / name).unlink()
+    else:
+        (tmp_path / "s" / name).write_bytes(content or b"\0" * 16)
+    with pytest.raises(CheckpointError, match="s cannot be read"):
+        read_state(tmp_path / "s")
+
+
 def update(engine, seed, *, leave_out=None):
     """One step with random gradients, summed over two backward passes as over micro-batches."""
     for part in (0, 1):

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from tiny_rl import random_rollout, tiny_model
+from tiny_texts import random_demonstrations, random_pairs
 from twins import accumulated, hidden_rows, relative_difference, twin_of
 
-from meshift.algorithms.losses import PairwiseLoss, PolicyLoss, ValueLoss
+from meshift.algorithms.losses import DPOLoss, PairwiseLoss, PolicyLoss, TokenCrossEntropy, ValueLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
@@ -171,6 +172,51 @@ def test_a_nan_never_reaches_the_weights(kind, dtype):
         engine.train(task, random_rollout(), rate=1e-2, seed=0)
     torch.testing.assert_close(weights_of(engine.model), before, rtol=0, atol=0)
     assert engine.version == 0
+
+
+def said_of(batch):
+    """What is said of a reward model's training that meets a number that is none."""
+    engine = TrainingEngine(tiny_model("reward"), TrainableConfig(), trainable=True, name="reward")
+    with pytest.raises(NonFiniteError) as caught:
+        engine.train(TrainTask(loss=PairwiseLoss()), batch, rate=0.25, seed=0)
+    return str(caught.value)
+
+
+def test_the_rows_that_give_no_number_are_counted_and_named_where_the_batch_knows_them():
+    pairs = random_pairs(6)
+    margins = pairs["required_margin"].values.clone()
+    margins[[1, 4]] = math.inf
+    spoiled = Batch(
+        {**pairs.fields, "required_margin": Ragged.scalars(margins)}, {"where": [f"p.jsonl:{i}" for i in range(6)]}
+    )
+    said = said_of(spoiled)
+    assert said == (
+        "in update 1 of the reward the loss is inf in 2 of 6 rows (p.jsonl:1, p.jsonl:4); "
+        "the update was not made: lower learning_rate (0.25 here), "
+        "or look at the texts of these pairs, their weights and their margins"
+    )
+    assert "in 2 of 6 rows; the update" in said_of(Batch(spoiled.fields))
+
+
+@pytest.mark.parametrize(
+    ("head", "loss", "batch", "suspects"),
+    [
+        ("lm", PolicyLoss(reading=TokenLogprobs()), random_rollout(), "look for extreme rewards in samples.jsonl"),
+        ("value", ValueLoss(), random_rollout(), "look for extreme rewards in samples.jsonl"),
+        ("lm", TokenCrossEntropy(), random_demonstrations(), "look at these texts"),
+        ("lm", DPOLoss(), random_pairs(), "look at the texts of these pairs"),
+    ],
+)
+def test_what_to_look_at_is_of_the_loss_that_failed(head, loss, batch, suspects):
+    engine = TrainingEngine(tiny_model(head), TrainableConfig(), trainable=True, name="judged")
+    with torch.no_grad():
+        engine.model.embedding.weight.fill_(math.nan)
+    with pytest.raises(
+        NonFiniteError, match=r"in update 1 of the judged the loss is nan in .*\(0\.1 here\)"
+    ) as caught:
+        engine.train(TrainTask(loss=loss), batch, rate=0.1, seed=0)
+    assert suspects in str(caught.value)
+    assert ("reward" in str(caught.value)) == ("reward" in suspects), "a run without rewards is not sent to them"
 
 
 def test_a_stopped_update_and_all_after_it_leave_the_weights_alone():

@@ -21,6 +21,7 @@ from meshift.models.hf.stored import Stored, stored_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
 
 
@@ -99,14 +100,18 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
 
     directory = resolve_model(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer.decode(tokenizer.encode("a"))  # what is wrong in a file may show only here
+        return tokenizer
     except StrictDataclassError as error:
         raise ModelError(
             f"{directory / 'config.json'} has a value of the wrong type ({' '.join(str(error).split())}): copy "
             "the file from its source again."
         ) from error
-    # A file that holds JSON of another shape fails wherever it is first used.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:
+        # A file that holds JSON of another shape fails wherever it is first used; in Rust, as a plain Exception.
+        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+            raise
         raise ModelError(
             f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}): copy "
             "tokenizer.json and tokenizer_config.json of the model into it."

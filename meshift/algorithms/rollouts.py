@@ -1,0 +1,107 @@
+"""What every method on sampled completions begins and ends with: its first calls, scores, and their metrics.
+
+It knows nothing of how a method makes advantages of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshift.batch import Batch, Outcome
+from meshift.config.sections import ReferenceConfig, RewardConfig
+from meshift.generation.rollout import SamplingTask
+from meshift.graph.calls import Call, HostCall, ModelCall, SyncCall
+from meshift.training.readings import SequenceScores
+
+ROLLOUT_INPUTS = ("prompts", "index")
+RewardCall = Callable[[Batch], Outcome]
+
+
+def rollout_keys(sampling: SamplingTask) -> tuple[str, ...]:
+    """The keys of a rollout that a `TokenLogprobs` reads."""
+    return ("tokens", "completion_lengths", *sampling.support_keys)
+
+
+def rollout_call(sampling: SamplingTask) -> ModelCall:
+    """The actor completes the step's prompts."""
+    return ModelCall(
+        name="rollout",
+        role="actor",
+        kind="generate",
+        task=sampling,
+        reads=ROLLOUT_INPUTS,
+        writes=(*rollout_keys(sampling), "logprobs", "truncated", "version"),
+    )
+
+
+def scoring_calls(
+    reward: RewardConfig, reward_functions: RewardCall | None, columns: tuple[str, ...]
+) -> tuple[Call, ...]:
+    """The reward model, where there is one, and reward functions, which read tokens and `columns`."""
+    calls: list[Call] = []
+    if reward.model_name_or_path is not None:
+        scoring = SequenceScores(key="model_scores")
+        calls.append(infer_call("score", "reward", scoring, ("tokens",), "model_scores"))
+    if reward_functions is not None:
+        reads = ("tokens", "completion_lengths", *columns)
+        written = ("function_scores",)
+        calls.append(HostCall(name="reward_functions", function=reward_functions, reads=reads, writes=written))
+    return tuple(calls)
+
+
+def infer_call(name: str, role: str, reading: Any, reads: tuple[str, ...], key: str) -> ModelCall:
+    """A role reads the completions and writes `key`."""
+    return ModelCall(name=name, role=role, kind="infer", task=reading, reads=reads, writes=(key,))
+
+
+def sync_calls(reference: ReferenceConfig) -> tuple[SyncCall, ...]:
+    """The reference follows the actor, if it is to."""
+    if not reference.sync_ref_model:
+        return ()
+    return (
+        SyncCall(
+            name="sync_reference",
+            source="actor",
+            target="reference",
+            rate=reference.ref_model_mixup_alpha,
+            every=reference.ref_model_sync_steps,
+        ),
+    )
+
+
+def total_score(batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+    """Each row's score [n], and whether anything scored it [n]: where no function did, `function_scores` is NaN.
+
+    `weight` is the reward model's; the functions' scores come weighted.
+    """
+    total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
+    if "model_scores" in batch:
+        total = total + weight * batch["model_scores"].values
+        judged = ~judged
+    if "function_scores" in batch:
+        given = ~batch["function_scores"].values.isnan()
+        total = total + torch.where(given, batch["function_scores"].values, 0.0)
+        judged = judged | given
+    return total, judged
+
+
+def score_metrics(batch: Batch, scores: Tensor) -> dict[str, float]:
+    """Mean and spread of the rows that have a score, and the reward model's mean."""
+    metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
+    if "model_scores" in batch:
+        metrics["reward/reward_model"] = float(batch["model_scores"].values.mean())
+    return metrics
+
+
+def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
+    """Completion tokens, and the share of completions that ran into the length limit."""
+    return {
+        "response_length/mean": float(lengths.double().mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/min": float(lengths.min()),
+        "response_length/clip_ratio": float(truncated.float().mean()),
+    }

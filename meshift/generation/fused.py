@@ -1,0 +1,154 @@
+"""The decoder's forward pass without gradients, in as few kernels as it takes: what generation runs.
+
+The same arithmetic as `Decoder` and its head (tests hold them together), over matrices of `matrices.py`. Knows
+nothing of caches: an `Attention` is handed in, as there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from meshift.generation.matrices import Fingerprint, Matrix, PackedMatrix, can_pack, fingerprint, make_matrix
+from meshift.models.attention import Attention
+from meshift.models.decoder import Decoder, Layer, SelfAttention
+from meshift.models.heads import LanguageModelHead
+from meshift.models.norm import norm_rows
+from meshift.models.rotary import Angles, doubled, turn_
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMatrices:
+    """The products of one layer. `gate` is None for a plain MLP."""
+
+    qkv: Matrix
+    output: Matrix
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+
+    @classmethod
+    def of(cls, layer: Layer) -> "LayerMatrices":
+        """Made from a layer's weights as they are now."""
+        attention, mlp = layer.attention, layer.mlp
+        return cls(
+            qkv=make_matrix([attention.query, attention.key, attention.value]),
+            output=make_matrix([attention.output]),
+            gate=None if mlp.gate is None else make_matrix([mlp.gate]),
+            up=make_matrix([mlp.up]),
+            down=make_matrix([mlp.down]),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory beside the model's own parameters."""
+        matrices = (self.qkv, self.output, self.gate, self.up, self.down)
+        return sum(matrix.num_bytes for matrix in matrices if matrix is not None)
+
+
+class FusedDecoder:
+    """`forward` and `logits` of a model, from packed copies of its weights where those pay.
+
+    `refresh` before each use: it compares the model's fingerprint with that of the weights that were packed, and
+    packs anew where it differs, so that no stale weight is ever multiplied by. `release` frees the copies.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self._layers: list[LayerMatrices] = []
+        self._head: Matrix | None = None
+        self._packed_from: Fingerprint | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether this model's weights are copied into another layout."""
+        return can_pack(self.model.embedding.weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copies; 0 before the first `refresh` and after `release`."""
+        head = 0 if self._head is None else self._head.num_bytes
+        return head + sum(layer.num_bytes for layer in self._layers)
+
+    def refresh(self) -> None:
+        """See the weights as they are now."""
+        current = fingerprint(self.model) if self.packs else None
+        if current is not None and current == self._packed_from:
+            return
+        self.release()
+        self._layers = [LayerMatrices.of(layer) for layer in self.model.layers if isinstance(layer, Layer)]
+        if self.packs:
+            self._head = PackedMatrix([_head_of(self.model).projection])
+        self._packed_from = current
+
+    def release(self) -> None:
+        """Free the copies."""
+        self._layers, self._head, self._packed_from = [], None, None
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden rows [T, hidden] as `Decoder.forward` gives them, without gradients."""
+        x = self.model.embedding(tokens, positions)
+        angles = [doubled(rotary(positions, x.dtype)) for rotary in self.model.rotaries]
+        for layer, matrices in zip(self.model.layers, self._layers, strict=True):
+            assert isinstance(layer, Layer)
+            x = _attend(x, layer, matrices, angles, attention)
+            x = _widen(x, layer, matrices)
+        return norm_rows(self.model.norm, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab] as the model's head gives them."""
+        head = _head_of(self.model)
+        return head(hidden) if self._head is None else head.cap(self._head(hidden))
+
+
+def _head_of(model: Decoder) -> LanguageModelHead:
+    assert isinstance(model.head, LanguageModelHead)
+    return model.head
+
+
+def _attend(
+    x: Tensor, layer: Layer, matrices: LayerMatrices, angles: Sequence[Angles], attention: Attention
+) -> Tensor:
+    """x + attention(x), with the layer's norms."""
+    module = layer.attention
+    query, key, value = _query_key_value(matrices.qkv(_norm(layer.attention_norm, x)), module, angles)
+    attended = attention(module.layer, query, key, value).flatten(1)
+    return _add(x, attended, matrices.output, layer.attention_post_norm)
+
+
+def _query_key_value(
+    rows: Tensor, module: SelfAttention, angles: Sequence[Angles]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the fused product [T, numbers] -> queries, keys, values [T, heads, head_dim], turned."""
+    num_keys = module.key.out_features // module.head_dim
+    heads = rows.unflatten(-1, (-1, module.head_dim))
+    turned, value = heads[:, :-num_keys], heads[:, -num_keys:]
+    query, key = turned[:, :-num_keys], turned[:, -num_keys:]
+    parts = [turned]
+    if module.query_norm is not None:
+        query = module.heads(query.flatten(1), module.query_norm)
+        key = module.heads(key.flatten(1), module.key_norm)
+        parts = [query, key]
+    if module.rotary is not None:
+        for part in parts:
+            turn_(part, *angles[module.rotary])
+    return query, key, value
+
+
+def _widen(x: Tensor, layer: Layer, matrices: LayerMatrices) -> Tensor:
+    """x + mlp(x), with the layer's norms."""
+    rows = _norm(layer.mlp_norm, x)
+    activation = layer.mlp.activation_name
+    if matrices.gate is None:
+        wide = matrices.up(rows, activation)
+    else:
+        wide = matrices.up.times(rows, matrices.gate(rows, activation))
+    return _add(x, wide, matrices.down, layer.mlp_post_norm)
+
+
+def _add(x: Tensor, rows: Tensor, matrix: Matrix, post_norm: nn.Module | None) -> Tensor:
+    return matrix.plus(rows, x) if post_norm is None else x + norm_rows(post_norm, matrix(rows))
+
+
+def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm_rows(norm, x)

@@ -1,0 +1,132 @@
+"""The decoder's matrices as generation multiplies by them: neighbours fused, in the layout the kernels read.
+
+A CPU's matrix kernels want weights in blocks and would rearrange plain ones at every call, which costs more than
+the product itself where there are few rows. Knows nothing of layers, caches or sampling.
+"""
+
+import platform
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from meshift.models.mlp import ACTIVATIONS
+
+PACKED_ROWS = 64
+"""The number of rows that packed weights are laid out for; they serve any other as well."""
+PACKED_TYPES = (torch.float32, torch.bfloat16)
+_FUSED_ACTIVATIONS = (("silu", "swish"), ("swish", "swish"), ("relu", "relu"))
+"""Activations that the kernel applies before it rounds: our name, its name."""
+
+Fingerprint = tuple[tuple[int, int, int], ...]
+
+
+class Matrix(Protocol):
+    """Rows [T, in] times one matrix, or several that share their input and lie beside each other: [T, out]."""
+
+    num_bytes: int
+    """Memory beside the model's own parameters."""
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """`activation(rows W' + b)`, a tensor of its own."""
+        ...
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """`rows W' + b + other`."""
+        ...
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """`(rows W' + b) * other`."""
+        ...
+
+
+class PlainMatrix:
+    """Reads the model's own parameters at every call: no copy, and nothing that could be stale."""
+
+    num_bytes = 0
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        self._parts = parts
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """See `Matrix`."""
+        products = [part(rows) for part in self._parts]
+        product = torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+        return product if activation is None else ACTIVATIONS[activation](product)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) + other
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) * other
+
+
+class PackedMatrix:
+    """A copy of the weights in oneDNN's blocks. The result of a row does not depend on the number of rows (tested;
+    in fp32 from 8 rows on), and what is added or multiplied is so before rounding.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)) -> None:
+        weight = _beside(weights)
+        self._bias = None if biases[0] is None else _beside([bias for bias in biases if bias is not None]).clone()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        self.num_bytes = weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """See `Matrix`."""
+        fused = dict(_FUSED_ACTIVATIONS).get(str(activation), "none")
+        product = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, fused, [], "")
+        return product if activation is None or fused != "none" else ACTIVATIONS[activation](product)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, other, self._weight, self._bias, "add")
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, other, self._weight, self._bias, "mul")
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    whole = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
+    return whole.contiguous()
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build of torch, on this machine, has packed kernels for a matrix like this one."""
+    if weight.device.type != "cpu" or weight.dtype not in PACKED_TYPES:
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    known = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    return known and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def make_matrix(parts: Sequence[nn.Linear]) -> Matrix:
+    """The matrices of `parts` beside each other: packed where they can be."""
+    if can_pack(parts[0].weight):
+        return PackedMatrix([part.weight for part in parts], [part.bias for part in parts])
+    return PlainMatrix(parts)
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Differs whenever some parameter does: where each lies, how often it was changed, and the sum of its bits.
+
+    The bits are read since writes through `.data` are not counted; that takes as long as reading the weights once.
+    """
+    return tuple(
+        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, _sum_of_bits(parameter))
+        for parameter in model.parameters()
+    )
+
+
+def _sum_of_bits(parameter: Tensor) -> int:
+    """The sum modulo 2**64 of a tensor's words, as wide as its size allows."""
+    flat = parameter.detach().contiguous().view(-1)
+    for words in (torch.int64, torch.int32, torch.int16):
+        if flat.nbytes % words.itemsize == 0 and flat.data_ptr() % words.itemsize == 0:
+            return int(flat.view(words).sum())
+    return int(flat.view(torch.uint8).sum())

@@ -1,0 +1,99 @@
+"""`meshift grpo` and the other methods without a critic: actor, prompts and rewards brought to a method's graph.
+
+It knows nothing of the objectives themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from meshift.algorithms.cispo import cispo_graph
+from meshift.algorithms.dapo import dapo_graph
+from meshift.algorithms.dr_grpo import dr_grpo_graph
+from meshift.algorithms.grpo import grpo_graph
+from meshift.algorithms.gspo import gspo_graph
+from meshift.algorithms.policy_graph import Drawing
+from meshift.algorithms.reinforce_pp import reinforce_pp_graph
+from meshift.algorithms.remax import remax_graph
+from meshift.algorithms.rloo import rloo_graph
+from meshift.config.policy_runs import (
+    CISPORunConfig,
+    DAPORunConfig,
+    DrGRPORunConfig,
+    GRPORunConfig,
+    GSPORunConfig,
+    PolicyRunConfig,
+    ReinforcePPRunConfig,
+    ReMaxRunConfig,
+    RLOORunConfig,
+)
+from meshift.graph.calls import Graph
+from meshift.models.hf.save import save_model
+from meshift.runtime.observer import Observer
+from meshift.runtime.rollout_prompts import FurtherPrompts, PromptSource
+from meshift.runtime.rollout_run import Checked, check_inputs, describe, open_roles, rollout_job, run_sampling
+from meshift.runtime.run import Job, RunResult, run_job
+
+METHODS: Mapping[type[PolicyRunConfig], tuple[str, Callable[[Any, Drawing], Graph]]] = MappingProxyType(
+    {
+        GRPORunConfig: ("GRPO", grpo_graph),
+        DrGRPORunConfig: ("Dr. GRPO", dr_grpo_graph),
+        DAPORunConfig: ("DAPO", dapo_graph),
+        GSPORunConfig: ("GSPO", gspo_graph),
+        CISPORunConfig: ("CISPO", cispo_graph),
+        RLOORunConfig: ("RLOO", rloo_graph),
+        ReinforcePPRunConfig: ("REINFORCE++", reinforce_pp_graph),
+        ReMaxRunConfig: ("ReMax", remax_graph),
+    }
+)
+
+
+def run_policy(config: PolicyRunConfig, observer: Observer) -> RunResult:
+    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
+    return run_job(config, build_policy_job, observer)
+
+
+def check_policy(config: PolicyRunConfig) -> list[tuple[str, str]]:
+    """Validate data, models and reward functions and say what the run would do, without training."""
+    return describe(config, _check(config))
+
+
+def policy_models(config: PolicyRunConfig) -> dict[str, str]:
+    """The model that each role starts from; the reference, where there is one, from the actor."""
+    actor, reward = str(config.actor.model_name_or_path), config.reward.model_name_or_path
+    names = {"actor": actor}
+    if config.has_reference:
+        names["reference"] = config.reference.model_name_or_path or actor
+    return names | ({"reward": reward} if reward is not None else {})
+
+
+def _check(config: PolicyRunConfig) -> Checked:
+    return check_inputs(config, policy_models(config), {"actor": config.actor})
+
+
+def build_policy_job(config: PolicyRunConfig) -> Job:
+    """Roles, prompts, rewards and graph."""
+    checked = _check(config)
+    title, make_graph = METHODS[type(config)]
+    source = PromptSource(config, checked.data.prompts, checked.columns)
+    further = FurtherPrompts(source, config.seed)
+    drawing = Drawing(
+        sampling=run_sampling(config, checked),
+        reward_functions=checked.reward_functions(),
+        columns=checked.reward_keys,
+        more_prompts=further,
+    )
+    graph = make_graph(config, drawing)
+    roles = open_roles(config, checked)
+    return rollout_job(
+        config,
+        checked,
+        source,
+        title=title,
+        graph=graph,
+        roles=roles,
+        save=lambda folder: save_model(roles["actor"].model, folder, tokenizer=checked.tokenizer),
+        memories={"prompts": further},
+    )

@@ -1,0 +1,276 @@
+"""What runs on sampled completions share: inputs checked, roles opened, and a job built around a method's graph.
+
+It knows no method; `ppo_run.py` and `policy_run.py` bring theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshift.batch import Batch, Outcome, column_key
+from meshift.config.runs import RolloutRunConfig
+from meshift.config.sections import TrainableConfig
+from meshift.data.prompts import PromptData
+from meshift.generation.params import SamplingParams
+from meshift.generation.rollout import SamplingTask
+from meshift.graph.calls import Graph
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.rewards.configured import check_columns, describe_functions, load_functions
+from meshift.rewards.functions import WHERE, RewardFunctions, WeightedFunction
+from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
+from meshift.runtime.models import (
+    check_frozen_layers,
+    check_reward_model,
+    check_same_shape,
+    check_same_tokenizer,
+    compute_dtype,
+    model_folder,
+    open_model,
+    open_tokenizer,
+    resident_bytes,
+    stop_token_ids,
+)
+from meshift.runtime.role import LocalRole
+from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
+from meshift.runtime.run import Job, steps_of
+from meshift.runtime.run_folder import check_inputs_stay
+from meshift.training.checkpoint import Remembers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a config names, loaded as far as needed to know that it fits together.
+
+    `names` are the models of the roles, `trained` how those that learn are trained.
+    """
+
+    names: dict[str, str]
+    trained: Mapping[str, TrainableConfig]
+    tokenizer: PreTrainedTokenizerFast
+    data: PromptData
+    columns: tuple[str, ...]
+    functions: list[WeightedFunction]
+    max_steps: int
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Token ids to texts."""
+        return Texts(self.tokenizer)
+
+    @property
+    def reward_keys(self) -> tuple[str, ...]:
+        """What reward functions read of a step's batch, besides tokens: nothing where there are none."""
+        return (*(column_key(name) for name in self.columns), "index", WHERE) if self.columns else ()
+
+    def reward_functions(self) -> Callable[[Batch], Outcome] | None:
+        """The host call that scores texts, if any function does."""
+        if not self.functions:
+            return None
+        return RewardFunctions(
+            functions=self.functions,
+            decode=self.texts.decode,
+            decode_all=self.texts.decode_all,
+            columns=self.columns,
+            max_steps=self.max_steps,
+        )
+
+
+def check_inputs(
+    config: RolloutRunConfig, names: dict[str, str], trained: Mapping[str, TrainableConfig]
+) -> Checked:
+    """Everything that can be found wrong before weights are read; a dry run and a run both begin with it."""
+    check_inputs_stay(config, Path(config.output_dir))
+    functions = load_functions(config.reward.functions)
+    _check_models(config, names, trained)
+    tokenizer = open_tokenizer(names["actor"])
+    data = load_data(config, tokenizer)
+    columns = reward_columns(config, data)
+    check_columns(functions, columns)
+    check_lengths(config, names, data)
+    return Checked(
+        names=names,
+        trained=trained,
+        tokenizer=tokenizer,
+        data=data,
+        columns=columns,
+        functions=functions,
+        max_steps=steps_of(config, len(data.prompts)),
+    )
+
+
+def _check_models(
+    config: RolloutRunConfig, names: Mapping[str, str], trained: Mapping[str, TrainableConfig]
+) -> None:
+    if "reward" in names:
+        check_reward_model(names["reward"])
+    check_same_tokenizer(names)
+    if config.reference.sync_ref_model:
+        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    for role, how in trained.items():
+        check_frozen_layers(role, names[role], how)
+
+
+def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]]:
+    """The rows of a dry run: models, batch arithmetic, steps, rewards, memory."""
+    data, max_steps = checked.data, checked.max_steps
+    sequences, updates = config.num_sequences, config.num_mini_batches
+    longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
+    budget = config.actor.max_tokens_per_micro_batch
+    return [
+        *((f"{role} model", str(model_folder(name))) for role, name in checked.names.items()),
+        ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
+        ("prompts", f"{len(data.prompts)} ({left_out(data, '')})"),
+        (
+            "batch",
+            f"{config.data.batch_size} prompts x {config.generation.num_generations} generations = {sequences} "
+            f"sequences -> {config.num_passes} x {updates} updates of {sequences / updates:g} sequences",
+        ),
+        (
+            "micro-batches",
+            f"at most {budget} tokens on 1 data rank; up to {sequences * longest // updates} tokens an update",
+        ),
+        (
+            "steps",
+            f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
+        ),
+        *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
+        ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
+        ("output", config.output_dir),
+    ]
+
+
+def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
+    heads: dict[str, HeadKind] = {"actor": "lm", "critic": "value", "reference": "lm", "reward": "reward"}
+    dtype = compute_dtype(config.dtype)
+    return sum(
+        resident_bytes(model, heads[role], dtype, checked.trained.get(role))
+        for role, model in checked.names.items()
+    )
+
+
+def rollout_job(
+    config: RolloutRunConfig,
+    checked: Checked,
+    source: PromptSource,
+    *,
+    title: str,
+    graph: Graph,
+    roles: Mapping[str, LocalRole],
+    save: Callable[[Path], None],
+    memories: Mapping[str, Remembers],
+) -> Job:
+    """A method's graph with prompts, samples for the log and the report, and what is saved."""
+    data, texts = checked.data, checked.texts
+    fixed = _fixed_samples(config, checked, roles, run_sampling(config, checked))
+    untrained = fixed.rows(0)
+    return Job(
+        title=f"{title} on {len(data.prompts)} prompts",
+        graph=graph,
+        roles=roles,
+        max_steps=checked.max_steps,
+        next_batch=source.next_batch,
+        save=save,
+        samples=lambda step, batch: [
+            *(untrained if step == 0 else ()),
+            *texts.samples(step, batch, config.num_logged_samples),
+            *fixed.rows(step + 1),
+        ],
+        num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        memories=memories,
+        rows=data.prompts,
+        messages=(left_out(data, "prompts "),) if data.overlong else (),
+    )
+
+
+def _fixed_samples(
+    config: RolloutRunConfig, checked: Checked, roles: Mapping[str, LocalRole], sampling: SamplingTask
+) -> FixedSamples:
+    """The first prompts of the data, completed through the run for the report."""
+    return FixedSamples(
+        role=roles["actor"],
+        task=sampling,
+        prompts=[prompt.tokens for prompt in checked.data.prompts[: config.num_report_prompts]],
+        decode=checked.texts.decode,
+        steps=sampled_steps(checked.max_steps, config.report_samples_every),
+        judge=reward_judge(config.reward, roles.get("reward")),
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids back to texts, for rewards, stop strings and the log of samples."""
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def decode_all(self, tokens: list[int]) -> str:
+        """The text with special tokens: a stop string may be one, as "<|im_end|>" is."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def samples(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
+        """The first completions of a step, as rows of samples.jsonl."""
+        rows = []
+        for i, tokens in enumerate(batch["tokens"].rows()[:count]):
+            length = int(batch["completion_lengths"].values[i])
+            rows.append(
+                {
+                    "step": step + 1,
+                    "index": int(batch["index"].values[i]),
+                    "prompt": self.decode(tokens[: len(tokens) - length].tolist()),
+                    "completion": self.decode(tokens[len(tokens) - length :].tolist()),
+                    "reward": float(batch["scores"].values[i]),
+                    "truncated": bool(batch["truncated"].values[i]),
+                }
+            )
+        return rows
+
+
+def sampling_task(config: RolloutRunConfig, stops: tuple[int, ...]) -> SamplingTask:
+    """How the run's completions are drawn."""
+    generation = config.generation
+    params = SamplingParams(
+        max_new_tokens=generation.max_completion_length,
+        min_new_tokens=generation.min_new_tokens,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        stop_token_ids=stops,
+        stop_strings=tuple(generation.stop_strings),
+    )
+    return SamplingTask(params=params, seed=config.seed)
+
+
+def run_sampling(config: RolloutRunConfig, checked: Checked) -> SamplingTask:
+    """How completions are drawn, with the stop tokens of the actor's model."""
+    return sampling_task(config, stop_token_ids(checked.names["actor"], checked.tokenizer))
+
+
+def open_roles(config: RolloutRunConfig, checked: Checked) -> dict[str, LocalRole]:
+    """The actor, and the reference and the reward model if they are among the names."""
+    dtype, names = compute_dtype(config.dtype), checked.names
+    frozen = TrainableConfig(
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch, logits_chunk=config.actor.logits_chunk
+    )
+    actor = open_trained(checked, "actor", open_model(names["actor"], "lm", dtype), seed=config.seed)
+    roles = {"actor": actor.can_generate(config.generation.num_slots, checked.texts.decode_all)}
+    if "reference" in names:
+        roles["reference"] = LocalRole("reference", open_model(names["reference"], "lm", dtype), frozen)
+    if "reward" in names:
+        roles["reward"] = LocalRole("reward", open_model(names["reward"], "reward", dtype), frozen)
+    return roles
+
+
+def open_trained(checked: Checked, role: str, model: Decoder, *, seed: int) -> LocalRole:
+    """A role that learns."""
+    return LocalRole(role, model, checked.trained[role], trainable=True, max_steps=checked.max_steps, seed=seed)

@@ -91,6 +91,7 @@ _LOSS = Group(
     charts=(
         _held_out("Loss", "loss"),
         _held_out("Token accuracy", "mean_token_accuracy"),
+        _one("Held-out perplexity", "eval/perplexity"),
         _one("Gradient norm", "grad_norm", "before clipping"),
         _one("Learning rate", "lr"),
         _one("Tokens trained on", "num_tokens"),

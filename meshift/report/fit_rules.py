@@ -12,6 +12,8 @@ from meshift.report.numbers import percent, short
 from meshift.report.run_data import RunData
 from meshift.report.series import Series
 
+EVAL_FALL = 0.99
+"""A held-out loss below this part of its first value has fallen, whatever the noise of the training loss."""
 EVAL_RISE = 1.02
 """A held-out loss that ends this many times above its lowest has turned."""
 CHANCE_ERRORS = 2.0
@@ -33,6 +35,13 @@ def loss(run: RunData) -> Diagnosis | None:
     if change.rose:
         text = f"The loss went {figures}. Lower the learning rate, and look for spikes of the gradient norm."
         return say("loss", "warning", "Loss rises", text, LOSS)
+    held_out = run.series(EVAL_LOSS).finite
+    if held_out.size > 1 and float(held_out[-1]) < EVAL_FALL * float(held_out[0]):
+        text = (
+            f"The held-out loss fell from {short(float(held_out[0]))} to {short(float(held_out[-1]))}; the "
+            f"training loss, of other rows each step, went {figures}, no more than its noise."
+        )
+        return say("loss", "good", "Held-out loss falls", text, EVAL_LOSS, LOSS)
     text = f"The loss went {figures}, no more than its noise. Raise the learning rate, or train longer."
     return say("loss", "notice", "Loss does not move", text, LOSS)
 

@@ -87,6 +87,8 @@ SPEAKS = [
     ("loss", "good", {"loss": line(2, 1, 0.1)}, {}),
     ("loss", "warning", {"loss": line(1, 2, 0.1)}, {}),
     ("loss", "notice", {"loss": flat(1, 0.1)}, {}),
+    ("loss", "notice", {"loss": flat(1, 0.1), "eval/loss": [1.0, 0.995]}, {}),
+    ("loss", "good", {"loss": flat(1, 0.1), "eval/loss": [1.0, 0.98, 0.97]}, {}),
     ("overfitting", "warning", {"loss": line(2, 0.5), "eval/loss": [2.0, 1.5, 1.4, 1.6, 1.9]}, {}),
     ("chance", "warning", {"rewards/accuracies": flat(0.52)}, PAIRS),
     ("chance", "good", {"rewards/accuracies": line(0.5, 0.9)}, PAIRS),

@@ -205,6 +205,6 @@ def test_ctrl_c_in_a_real_process_exits_with_130():
     assert process.stdout is not None
     process.stdout.readline()
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors == "meshift: interrupted; nothing was written\n"

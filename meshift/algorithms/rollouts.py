@@ -90,8 +90,10 @@ def total_score(batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
 
 
 def score_metrics(batch: Batch, scores: Tensor) -> dict[str, float]:
-    """Mean and spread of the rows that have a score, and the reward model's mean."""
-    metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
+    """Mean and spread of the rows that have a score, where there is one, and the reward model's mean."""
+    metrics: dict[str, float] = {}
+    if len(scores):
+        metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
     if "model_scores" in batch:
         metrics["reward/reward_model"] = float(batch["model_scores"].values.mean())
     return metrics

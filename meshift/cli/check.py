@@ -159,7 +159,7 @@ def _named(name: str, stem: str) -> bool:
 def _show(file: str, verdict: Verdict) -> bool:
     """Print it; returns whether the config can be run."""
     if not verdict.problems:
-        print_rows(f"{file}: a {verdict.command} run that can start", verdict.rows)
+        print_rows(f"{file}: {verdict.command}, a run that can start", verdict.rows)
         return True
     count = "1 problem" if len(verdict.problems) == 1 else f"{len(verdict.problems)} problems"
     print(f"{file} ({verdict.command}): {count}")
@@ -176,7 +176,7 @@ CHECK = Command(
         "reward functions, the output folder, and whether the models fit into this machine's memory. All\n"
         "problems are listed, not the first alone. Exit code 0: it can start; 2: it cannot."
     ),
-    example="meshift check recipes/*.yaml reward:mine.yaml max_steps=10",
+    example="meshift check recipes/quickstart_sft.yaml reward:mine.yaml max_steps=10",
     configure=_configure,
     run=_run,
 )

@@ -31,7 +31,7 @@ EXAMPLE = """\
 examples:
   meshift reward --config recipes/quickstart_reward.yaml --dry-run
   meshift ppo --config run.yaml actor.learning_rate=1e-6 max_steps=100
-  meshift check recipes/*.yaml
+  meshift check recipes/quickstart_sft.yaml
   meshift chat --model runs/ppo/final --system "Be brief."
 """
 

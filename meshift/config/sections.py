@@ -194,7 +194,7 @@ class PPOConfig(Section):
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="policy ratio is clipped at 1 - this")
     clip_ratio_high: float = Field(0.2, gt=0, description="policy ratio is clipped at 1 + this")
     dual_clip: float | None = Field(
-        None, gt=1, description="lower bound -A * this where the advantage is negative"
+        None, gt=1, description="upper bound of the loss where the advantage A is negative: -A * this"
     )
     cliprange_value: float | None = Field(
         0.2, gt=0, description="values may move this far per step (null: no clip)"

@@ -69,6 +69,7 @@ class RewardFunctions:
         loop = EventLoopThread()
         self._callers = [_Caller(weighted, loop) for weighted in functions]
         self._warned: set[str] = set()
+        self._warned_of_none = False
 
     def __call__(self, batch: Batch) -> Outcome:
         """Write `function_scores` [1], NaN for a row that no function gave a number.
@@ -86,6 +87,11 @@ class RewardFunctions:
             added = torch.where(total.isnan(), 0.0, total) + caller.weighted.weight * values
             total = torch.where(values.isnan(), total, added)
             metrics |= _metrics(caller.weighted, scores)
+        if total.isnan().all() and not self._warned_of_none:
+            self._warned_of_none = True
+            logger.warning(
+                f"no reward function gave any of the {len(batch)} completions of step {samples.step + 1} a number"
+            )
         return Outcome(batch=Batch({"function_scores": Ragged.scalars(total)}), metrics=metrics)
 
     def _scores(self, samples: Samples) -> list[Scores]:
@@ -211,7 +217,9 @@ class _Waiting(threading.Thread):
 def _metrics(weighted: WeightedFunction, scores: Scores) -> dict[str, float]:
     name = f"reward/{weighted.name}"
     metrics = {f"{name}/{key}": _mean(numbers) for key, numbers in scores.extras.items() if numbers}
-    metrics[name] = _mean([value for value in scores.values if value is not None])
+    given = [value for value in scores.values if value is not None]
+    if given:
+        metrics[name] = _mean(given)
     if weighted.on_error == "skip":
         timeouts = num_timeouts(scores.faults)
         metrics[f"{name}/num_timeouts"] = timeouts
@@ -220,7 +228,7 @@ def _metrics(weighted: WeightedFunction, scores: Scores) -> dict[str, float]:
 
 
 def _mean(numbers: Sequence[float]) -> float:
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    return math.fsum(numbers) / len(numbers)
 
 
 def _sentence(weighted: WeightedFunction, scores: Scores, samples: Samples) -> str:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshift.algorithms.rollouts import total_score
 from meshift.batch import Batch, Outcome, column_key
 from meshift.config.runs import RolloutRunConfig
 from meshift.config.sections import TrainableConfig
@@ -219,8 +220,8 @@ class Texts:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def samples(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
-        """The first completions of a step, as rows of samples.jsonl."""
-        rows = []
+        """The first completions of a step, as rows of samples.jsonl; `reward` is None where nothing scored one."""
+        rows, judged = [], total_score(batch, 1.0)[1]
         for i, tokens in enumerate(batch["tokens"].rows()[:count]):
             length = int(batch["completion_lengths"].values[i])
             rows.append(
@@ -229,7 +230,7 @@ class Texts:
                     "index": int(batch["index"].values[i]),
                     "prompt": self.decode(tokens[: len(tokens) - length].tolist()),
                     "completion": self.decode(tokens[len(tokens) - length :].tolist()),
-                    "reward": float(batch["scores"].values[i]),
+                    "reward": float(batch["scores"].values[i]) if judged[i] else None,
                     "truncated": bool(batch["truncated"].values[i]),
                 }
             )

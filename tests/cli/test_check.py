@@ -15,7 +15,7 @@ def test_a_config_that_can_run_gets_its_arithmetic_and_memory(room, capsys):
     before = {**tree(room.path), "run.yaml": None}
     code, out, err = check(capsys, room.config())
     assert (code, err) == (0, "")
-    assert "a ppo run that can start" in out
+    assert "ppo, a run that can start" in out
     assert "2 prompts x 1 generations" in out
     assert "activations come on top" in out
     assert {**tree(room.path), "run.yaml": None} == before
@@ -28,7 +28,7 @@ def test_the_command_is_told_from_the_keys(room, capsys, command):
         values["reward"] = {"center_rewards_coefficient": 0.01}
     code, out, err = check(capsys, room.config(values))
     assert code == 0, out + err
-    assert f"a {command} run that can start" in out
+    assert f"{command}, a run that can start" in out
 
 
 @pytest.mark.parametrize("command", ["grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "remax"])
@@ -39,7 +39,7 @@ def test_methods_of_like_keys_are_told_by_their_sections(room, capsys, command):
     values["generation"]["num_generations"] = 2
     code, out, err = check(capsys, room.config(values))
     assert code == 0, out + err
-    assert f"a {command} run that can start" in out
+    assert f"{command}, a run that can start" in out
 
 
 def only_data_and_model(room, rows, **more):
@@ -61,7 +61,7 @@ def only_data_and_model(room, rows, **more):
 def test_rows_tell_the_command_where_keys_do_not(room, capsys, row, command):
     code, out, err = check(capsys, only_data_and_model(room, [row]))
     assert code == 0, out + err
-    assert f"a {command} run that can start" in out
+    assert f"{command}, a run that can start" in out
 
 
 def test_a_file_can_say_its_command_beside_others(room, capsys):
@@ -70,7 +70,7 @@ def test_a_file_can_say_its_command_beside_others(room, capsys):
     code, out, err = check(capsys, f"sft:{file}", file, f"reward:{file}", "--command", "sft")
     assert code == 0, out + err
     assert [line for line in out.splitlines() if "can start" in line] == [
-        f"{file}: a {command} run that can start" for command in ("sft", "sft", "reward")
+        f"{file}: {command}, a run that can start" for command in ("sft", "sft", "reward")
     ]
     code, _, err = check(capsys, f"generate:{file}")
     assert code == 2
@@ -149,7 +149,7 @@ def test_several_configs_are_all_looked_at(room, capsys):
     bad.write_text("max_steps: [")
     code, out, err = check(capsys, bad, good, "max_steps=3")
     assert code == 2
-    assert "a ppo run that can start" in out
+    assert "ppo, a run that can start" in out
     assert "is not valid YAML" in out
     assert "1 of 2 configs cannot be run" in err
 

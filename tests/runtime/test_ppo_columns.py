@@ -93,3 +93,22 @@ def test_a_stop_string_may_be_a_special_token(make_config):
     assert any(len(c) < 8 for c in stopped)
     assert outcome.metrics["reward/judge"] == 1.0
     assert all("<unk>" not in sample["completion"] for sample in job.samples(0, batch))
+
+
+def test_a_completion_that_nothing_scored_would_be_logged_with_a_reward_of_zero(make_config, read_lines, caplog):
+    code = "def judge(prompts, completions):\n    return [None if p == 'a story' else 2.0 for p in prompts]\n"
+    run = run_ppo(make_config(ROWS, code, num_logged_samples=8), SilentObserver()).output_dir
+    rows = [row for row in read_lines(run / "samples.jsonl") if "reward" in row]  # but for the fixed prompts
+    rewards = {row["prompt"]: row["reward"] for row in rows}
+    assert rewards == {"the film was": 2.0, "a story": None, "the": 2.0, "it was not": 2.0}
+    assert read_lines(run / "metrics.jsonl")[0]["reward/mean"] == 2.0
+    assert "no reward function gave any" not in caplog.text
+
+
+def test_a_run_that_nothing_rewards_would_say_nothing(make_config, read_lines, caplog):
+    code = "def judge(completions):\n    return [None] * len(completions)\n"
+    run = run_ppo(make_config(ROWS, code, max_steps=2), SilentObserver()).output_dir
+    assert caplog.text.count("no reward function gave any of the 8 completions of step 1 a number") == 1
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["objective/no_score_fraction"] for row in rows] == [1.0, 1.0]
+    assert not [key for row in rows for key in row if key.startswith("reward/")]

@@ -193,7 +193,9 @@ def test_an_output_folder_of_another_run_is_refused_before_torch_is_imported(con
 
 def test_ctrl_c_in_a_real_process_exits_with_130():
     code = (
-        "import sys, time; from meshift.cli import main as m; from meshift.cli.command import Command\n"
+        "import signal, sys, time; from meshift.cli import main as m; from meshift.cli.command import Command\n"
+        # A shell starts what runs in its background without this.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(args):\n    print('running', flush=True); time.sleep(60)\n"
         "m.COMMANDS = {'fake': Command(name='fake', summary='', description='', example='',"
         " configure=lambda p: None, run=run)}\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +41,6 @@ class Agreement:
             for what, (mean, _) in differences.items():
                 assert mean <= TOLERANCE[name], f"{what} differ by {mean:.2g} nats in {name}"
         return {"differences": found, "tolerance": TOLERANCE}
-
-    def round(self, **options: Any) -> Reply:
-        """There are no rounds."""
-        raise NotImplementedError(f"the comparison is made by `start` (given {options})")
 
 
 def compare(

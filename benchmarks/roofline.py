@@ -42,10 +42,6 @@ class Roofline:
             del products
         return {"gemm": gemm, "train_gemm": train, **memory_rates(device)}
 
-    def round(self, **options: Any) -> Reply:
-        """There are no rounds."""
-        raise NotImplementedError(f"the machine is measured by `start` (given {options})")
-
 
 class Products:
     """The model's matrices, as many as it has, so that a sweep finds each as cold as a forward pass does.

@@ -19,15 +19,11 @@ Reply = dict[str, Any]
 
 
 class Server(Protocol):
-    """What one side of a duel can do. Each has keyword arguments of its own."""
+    """What answers requests: `start`, and `round` where it works in rounds; each has keyword arguments."""
 
     @property
     def start(self) -> Callable[..., Reply]:
         """Load models and data; says in what precision and settings it works."""
-
-    @property
-    def round(self) -> Callable[..., Reply]:
-        """Do the work once; the reply has `num_tokens`, and more where the work has more to say."""
 
 
 class Wire:
@@ -57,17 +53,14 @@ def serve(server: Server, packages: Sequence[str] = ()) -> None:
 
 def answer(server: Server, request: Mapping[str, Any], packages: Sequence[str] = ()) -> Reply:
     """The reply to one request: what the server says, or `error` with the exception as one line."""
-    verbs: dict[str, Callable[..., Reply]] = {"start": server.start, "round": server.round}
     options = dict(request)
     verb = options.pop("verb")
     try:
         started = time.perf_counter()
-        reply = {"seconds": 0.0, **verbs[verb](**options)}
+        reply = {"seconds": 0.0, **getattr(server, verb)(**options)}
         settle()
         reply["seconds"] = reply["seconds"] or time.perf_counter() - started
-    except Exception as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Exception as error:  # noqa: BLE001 - each peer fails in ways of its own, and all are answers
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     if verb == "start":

@@ -11,12 +11,11 @@ from meshift.batch import Batch, Ragged
 from meshift.config.loading import make_config
 from meshift.config.policy_runs import GRPORunConfig
 from meshift.config.sections import TrainableConfig
-from meshift.generation.params import SamplingParams
-from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph
 from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.policy_run import METHODS
 from meshift.runtime.role import LocalRole
+from meshift.runtime.rollout_run import sampling_task
 from meshift.step import run_step
 
 SCHEMAS = {schema.SECTION: schema for schema in METHODS}
@@ -35,22 +34,9 @@ def policy_config(method: str = "grpo", **sections: Any) -> GRPORunConfig:
     return make_config(SCHEMAS[method], values | sections)
 
 
-def sampling_of(config, stops=()) -> SamplingTask:
-    generation = config.generation
-    params = SamplingParams(
-        max_new_tokens=generation.max_completion_length,
-        min_new_tokens=generation.min_new_tokens,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        stop_token_ids=stops,
-    )
-    return SamplingTask(params=params, seed=config.seed)
-
-
 def graph_of(config, reward_functions=lambda batch: batch, columns=(), more_prompts=None, stops=()) -> Graph:
     drawing = Drawing(
-        sampling=sampling_of(config, stops),
+        sampling=sampling_task(config, stops),
         reward_functions=reward_functions,
         columns=columns,
         more_prompts=more_prompts,

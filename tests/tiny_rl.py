@@ -11,13 +11,12 @@ from meshift.batch import Batch, Ragged
 from meshift.config.loading import make_config
 from meshift.config.runs import PPORunConfig
 from meshift.config.sections import TrainableConfig
-from meshift.generation.params import SamplingParams
-from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph
 from meshift.models.decoder import Decoder
 from meshift.models.hf.families import read_config
 from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.role import LocalRole
+from meshift.runtime.rollout_run import sampling_task
 from meshift.step import run_step
 
 
@@ -101,16 +100,7 @@ class World:
 
 def make_world(reward, config: PPORunConfig, *, stops=(), max_steps=1, **model) -> World:
     """`reward(completion_ids) -> list[float]` (by that name) over freshly drawn actor, critic and reference."""
-    generation = config.generation
-    params = SamplingParams(
-        max_new_tokens=generation.max_completion_length,
-        min_new_tokens=generation.min_new_tokens,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        stop_token_ids=stops,
-    )
-    algorithm = PPO(config, SamplingTask(params=params, seed=config.seed))
+    algorithm = PPO(config, sampling_task(config, stops))
     weighted = WeightedFunction(name="rule", function=reward, weight=1.0)
     functions = RewardFunctions(functions=[weighted], decode=str)
     options = {"trainable": True, "max_steps": max_steps}

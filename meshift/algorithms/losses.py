@@ -15,10 +15,11 @@ from torch import Tensor
 
 from meshift.batch import Batch, Ragged
 from meshift.training.engine import LossSums, mean_over_updates
-from meshift.training.readings import PairScores, TokenLogprobs, TokenValues
+from meshift.training.readings import TokenLogprobs, TokenValues
 from meshift.training.text_readings import (
     SIDES,
     PairLogprobs,
+    PairScores,
     TrainedTokens,
     num_completion_tokens,
     num_trained_tokens,

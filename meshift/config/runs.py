@@ -5,6 +5,7 @@ It knows nothing of YAML, nor of how a run goes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from typing import Literal, Self
 
@@ -56,7 +57,7 @@ class RunConfig(Section):
         return names
 
 
-class RolloutRunConfig(RunConfig):
+class RolloutRunConfig(RunConfig, ABC):
     """A run that samples completions of prompts and is told what they are worth."""
 
     data: PromptDataConfig
@@ -77,14 +78,14 @@ class RolloutRunConfig(RunConfig):
         return self.data.batch_size * self.generation.num_generations
 
     @property
+    @abstractmethod
     def num_passes(self) -> int:
         """How often a step goes through its completions."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_mini_batches(self) -> int:
         """Optimizer updates per pass."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _has_actor_and_reward(self) -> Self:

@@ -36,6 +36,10 @@ class LanguageModelHead(nn.Module):
         """The logits of what the projection gives."""
         return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
+    def cap_slope(self, logits: Tensor) -> Tensor | None:
+        """How fast each capped logit s moves with what the projection gives: 1 - (s / c)^2; None without a cap."""
+        return None if self._softcap is None else 1.0 - (logits / self._softcap).square()
+
 
 class ScalarHead(nn.Module):
     """[N, hidden] -> [N]: a value or a reward per row, without a bias."""

@@ -58,10 +58,8 @@ def overfitting(run: RunData) -> Diagnosis | None:
     step = int(held_out.steps[held_out.is_finite][values.argmin()])
     text = (
         f"The held-out loss was lowest at step {step} ({short(lowest)}) and ended at {short(held_out.last)}, "
-        "while "
-        f"the training loss went on falling to {short(training.late)}. Stop there, train fewer epochs, or lower "
-        "the "
-        "learning rate."
+        f"while the training loss went on falling to {short(training.late)}. Stop there, train fewer epochs, or "
+        "lower the learning rate."
     )
     return say("overfitting", "warning", "The run overfits", text, EVAL_LOSS, LOSS)
 
@@ -77,8 +75,7 @@ def chance(run: RunData) -> Diagnosis | None:
     if series.late <= bound:
         text = (
             f"{figures}; up to {percent(bound)} could be chance. Check that chosen and rejected are not swapped "
-            "or "
-            "equal, raise the learning rate, or train longer."
+            "or equal, raise the learning rate, or train longer."
         )
         return say("chance", "warning", "Accuracy is at chance", text, key)
     held_out = run.series("eval/accuracy")
@@ -106,7 +103,6 @@ def displacement(run: RunData) -> Diagnosis | None:
     text = (
         f"The margin grows, but the log-probability of chosen answers fell from {short(fall.early)} to "
         f"{short(fall.late)}: both answers are being unlearned. Raise dpo.beta, lower the learning rate, or "
-        "fine-tune "
-        "on the chosen answers first."
+        "fine-tune on the chosen answers first."
     )
     return say("displacement", "notice", "Chosen answers become less likely", text, "logps/chosen")

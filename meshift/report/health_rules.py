@@ -36,8 +36,7 @@ def completeness(run: RunData) -> Diagnosis | None:
     if run.num_unreadable:
         parts.append(
             f"{counted(run.num_unreadable, 'line')} of metrics.jsonl and samples.jsonl could not be read; a run "
-            "that "
-            "is killed while it writes leaves one."
+            "that is killed while it writes leaves one."
         )
     if not parts:
         return None
@@ -62,8 +61,7 @@ def not_finite(run: RunData) -> Diagnosis | None:
     more = f"; and {counted(len(worst) - 3, 'more metric')}" if len(worst) > 3 else ""
     text = (
         f"Not a finite number: {named}{more}. Look at the step before the first of them; lower the learning "
-        "rate, or "
-        "set dtype=float32."
+        "rate, or set dtype=float32."
     )
     return say("not_finite", "warning", "NaN or infinity", text, *worst[:3])
 
@@ -103,8 +101,7 @@ def spikes(run: RunData) -> Diagnosis | None:
     named = "; ".join(f"{key} at {step_list(steps)} (up to {short(top)})" for key, steps, top in found)
     text = (
         f"More than {SPIKE:g} times its median: {named}. Single spikes are clipped away by max_grad_norm; many "
-        "mean "
-        "that the learning rate is too high, or that rows of the data are broken."
+        "mean that the learning rate is too high, or that rows of the data are broken."
     )
     return say("spikes", "notice", "Gradient norm spikes", text, *(key for key, _, _ in found))
 
@@ -118,8 +115,7 @@ def drift(run: RunData) -> Diagnosis | None:
     early, late = series.early, series.late
     figures = (
         f"The {'mean' if series is mean else 'largest'} difference between the sampler's and the trainer's "
-        "log-probs "
-        f"went from {short(early)} to {short(late)} nats"
+        f"log-probs went from {short(early)} to {short(late)} nats"
     )
     if late > max(DRIFT_GROWTH * early, DRIFT_GROWTH_FLOOR):
         text = f"{figures}: it grows, so the sampler may be working with stale or otherwise different weights."

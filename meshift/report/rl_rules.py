@@ -6,6 +6,7 @@ stands beside its reason here and in docs/report.md.
 
 from __future__ import annotations
 
+from meshift.config.sections import PPOConfig
 from meshift.report.diagnosis import Diagnosis, Severity, long_enough, say
 from meshift.report.numbers import percent, short
 from meshift.report.run_data import RunData
@@ -74,7 +75,8 @@ def kl(run: RunData) -> Diagnosis | None:
 
 
 def _kl_budget(run: RunData, figures: str, token: float) -> Diagnosis | None:
-    remedy = "Read the completions; if they have become worse, raise ppo.kl_coef or lower the learning rate."
+    remedy = _either(run, ("raise", "kl_coef"), "lower the learning rate")
+    remedy = f"Read the completions; if they have become worse, {remedy}."
     if run.setting("ppo.adaptive_kl", False):
         target = run.number("ppo.kl_target", 6.0)
         unit = run.setting("ppo.kl_target_unit", "sequence")
@@ -92,10 +94,10 @@ def _kl_budget(run: RunData, figures: str, token: float) -> Diagnosis | None:
 def _kl_growth(run: RunData, figures: str, token: float) -> Diagnosis:
     middle = kl_per_token(run, 0.4, 0.6)
     if token > KL_GROWTH_FLOOR and token > KL_GROWTH * middle:
+        remedy = _either(run, ("raise", "kl_coef"), ("set", "adaptive_kl"), "lower the learning rate")
         text = (
             f"{figures}, {short(token / max(middle, 1e-9), 2)} times that of the run's middle. If it goes on so, "
-            "it "
-            "leaves the reference soon: raise ppo.kl_coef, or set ppo.adaptive_kl."
+            f"it leaves the reference soon: {remedy}."
         )
         return say("kl", "warning", "KL rises ever faster", text, KL)
     return say("kl", "good", "KL is moderate", f"{figures}.", KL)
@@ -109,10 +111,10 @@ def entropy(run: RunData) -> Diagnosis | None:
     early, late = series.early, series.late
     figures = f"Entropy went from {short(early)} to {short(late)} nats a token"
     if late < ENTROPY_WARNING * early or late < ENTROPY_FLOOR:
+        remedy = _either(run, ("raise", "kl_coef"), ("set", "entropy_coef"), "lower the learning rate")
         text = (
-            f"{figures}. The policy hardly explores any more, and completions of one prompt are near copies. "
-            "Raise "
-            "ppo.kl_coef, set ppo.entropy_coef, or lower the learning rate."
+            f"{figures}. The policy hardly explores any more, and completions of one prompt are near copies: "
+            f"{remedy}."
         )
         return say("entropy", "warning", "Entropy has collapsed", text, "actor/entropy")
     if late < ENTROPY_NOTICE * early:
@@ -132,10 +134,10 @@ def truncation(run: RunData) -> Diagnosis | None:
     figures = f"Late in the run {percent(late)} of the completions ran into the length limit"
     if late <= TRUNCATED_NOTICE:
         return say("truncation", "good", "Few completions are cut off", f"{figures}.", TRUNCATED)
+    remedy = _either(run, "raise generation.max_completion_length", ("set", "missing_eos_penalty"))
     text = (
-        f"{figures}{f' of {short(limit)} tokens' if limit else ''}, so their reward is of an unfinished text. "
-        "Raise "
-        "generation.max_completion_length, or set ppo.missing_eos_penalty."
+        f"{figures}{f' of {short(limit)} tokens' if limit else ''}, so their reward is of an unfinished text: "
+        f"{remedy}."
     )
     severity: Severity = "warning" if late > TRUNCATED_WARNING else "notice"
     title = "Most completions are cut off" if late > TRUNCATED_WARNING else "Many completions are cut off"
@@ -151,11 +153,9 @@ def value_function(run: RunData) -> Diagnosis | None:
     late = series.late
     if late <= VALUE_WARNING:
         text = (
-            f"Late in the run the explained variance of the returns is {short(late)}: a constant would do as "
-            "well, "
+            f"Late in the run the returns' explained variance is {short(late)}: a constant would do as well, "
             "and advantages are as noisy as without a critic. Raise critic.learning_rate, start the critic from "
-            "the "
-            "reward model, or set ppo.value_norm."
+            "the reward model, or set ppo.value_norm."
         )
         return say("value_function", "warning", "The value function explains nothing", text, key)
     text = f"Late in the run the critic explains {percent(late)} of the variance of the returns."
@@ -171,10 +171,10 @@ def clipping(run: RunData) -> Diagnosis | None:
     if not long_enough(series) or series.late <= CLIP_NOTICE:
         return None
     severity: Severity = "warning" if series.late > CLIP_WARNING else "notice"
+    fewer = _either(run, ("lower", "num_ppo_epochs"), ("lower", "num_iterations"), ("lower", "num_mini_batches"))
     text = (
         f"Late in the run the clip acts on {percent(series.late)} of the tokens: updates move the policy further "
-        "than the objective can use. Lower actor.learning_rate, or make fewer updates a step (ppo.num_ppo_epochs, "
-        "ppo.num_mini_batches)."
+        f"than the objective can use. Lower actor.learning_rate, or make fewer updates a step ({fewer})."
     )
     metrics = ("actor/pg_clipfrac", "actor/ppo_kl")
     title = "Much of the batch is clipped"
@@ -188,9 +188,10 @@ def early_stops(run: RunData) -> Diagnosis | None:
     if share <= EARLY_STOP_NOTICE:
         return None
     severity: Severity = "warning" if share > EARLY_STOP_WARNING else "notice"
+    limits = _either(run, ("", "max_importance_ratio"), ("", "max_update_kl"))
     text = (
-        f"In {percent(share)} of the steps updates were ended before the last, by ppo.max_importance_ratio or "
-        "ppo.max_update_kl, and part of the batch was not used. Lower actor.learning_rate."
+        f"In {percent(share)} of the steps updates were ended before the last, by {limits}, and part of the batch "
+        "was not used. Lower actor.learning_rate."
     )
     title = "Updates are often stopped early"
     return say("early_stops", severity, title, text, "actor/early_stop")
@@ -210,7 +211,19 @@ def no_signal(run: RunData) -> Diagnosis | None:
         return None
     text = (
         f"The standard deviation of rewards went from {short(spread.early)} to {short(spread.late)}: there is "
-        "next "
-        "to nothing left to learn from. The task may be solved, or one trick found that always pays."
+        "next to nothing left to learn from. The task may be solved, or one trick found that always pays."
     )
     return say("no_signal", "notice", "Rewards no longer differ", text, "reward/std")
+
+
+def _either(run: RunData, *remedies: str | tuple[str, str]) -> str:
+    """Remedies joined by "or". A pair is a verb and a key of the objective, left out where the method has none."""
+    section = run.method or "ppo"
+    known = run.setting(section) or PPOConfig.model_fields
+    texts = []
+    for remedy in remedies:
+        if isinstance(remedy, str):
+            texts.append(remedy)
+        elif remedy[1] in known:
+            texts.append(f"{remedy[0]} {section}.{remedy[1]}".lstrip())
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -207,8 +207,7 @@ def batch_arithmetic(run: RunData) -> str:
     epochs = int(run.number("ppo.num_ppo_epochs") or run.number(f"{run.method}.num_iterations", 1))
     return (
         f"{rows} prompts \N{MULTIPLICATION SIGN} {counted(copies, 'generation')} = {rows * copies} sequences a "
-        "step "
-        f"\N{RIGHTWARDS ARROW} {epochs} \N{MULTIPLICATION SIGN} {updates} updates of "
+        f"step \N{RIGHTWARDS ARROW} {epochs} \N{MULTIPLICATION SIGN} {updates} updates of "
         f"{short(rows * copies / updates)} sequences{limit}"
     )
 

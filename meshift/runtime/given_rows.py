@@ -1,4 +1,5 @@
-"""What the runs on given rows (sft, reward, dpo) share: when held-out rows are due, and the lines of a dry run.
+"""What the runs on given rows (sft, reward, dpo) share: when held-out rows are due, what was
+left out, and the lines of a dry run.
 
 It knows nothing of what the rows are.
 """
@@ -24,6 +25,11 @@ def check_before_reading(config: HeldOutRunConfig, section: str, trained: Traina
 def held_out_due(config: HeldOutRunConfig, step: int, max_steps: int) -> bool:
     """Whether held-out rows are read after this step: every `eval_steps`, and at the end."""
     return step + 1 == max_steps or (config.eval_steps is not None and (step + 1) % config.eval_steps == 0)
+
+
+def left_out_notes(*left_out: tuple[Sequence[str], str]) -> list[str]:
+    """A sentence for each kind of rows that were left out: where they stand, and what they are."""
+    return [f"{len(at)} {which} were left out, the first at {at[0]}" for at, which in left_out if at]
 
 
 def arithmetic(

@@ -17,6 +17,7 @@ from meshift.config.sections import PairDataConfig
 from meshift.data.loader import Loader
 from meshift.data.preferences import Pair, PreferenceData, load_preferences
 from meshift.errors import ConfigError, DataError
+from meshift.runtime.given_rows import left_out_notes
 from meshift.runtime.models import open_tokenizer, stop_token_ids
 
 
@@ -148,12 +149,10 @@ def _counted(data: PreferenceData) -> str:
 
 
 def _messages(data: PreferenceData, what: str) -> tuple[str, ...]:
-    left_out = (
+    notes = left_out_notes(
         (data.overlong, f"{what} over data.max_length"),
         (data.identical, f"{what} with equal texts"),
         (data.unpaired, f"rows for {what} that have no counterpart"),
         (data.blank, f"{what} with a blank response"),
     )
-    return tuple(
-        f"{len(places)} {which} were left out, the first at {places[0]}" for places, which in left_out if places
-    )
+    return tuple(notes)

@@ -26,7 +26,7 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
 from meshift.runtime.role import LocalRole
 from meshift.runtime.run import Job, RunResult, run_job, steps_of
-from meshift.training.readings import PairScores
+from meshift.training.text_readings import PairScores
 
 
 def run_reward(config: RewardRunConfig, observer: Observer) -> RunResult:

@@ -21,7 +21,7 @@ from meshift.data.demonstrations import Demonstration, DemonstrationData, load_d
 from meshift.data.loader import Loader
 from meshift.errors import ConfigError, DataError
 from meshift.models.hf.save import save_model
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due
+from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due, left_out_notes
 from meshift.runtime.models import (
     compute_dtype,
     model_folder,
@@ -210,14 +210,11 @@ def _counted(data: DemonstrationData) -> str:
 
 
 def _messages(data: DemonstrationData, what: str) -> tuple[str, ...]:
-    left_out = (
-        (data.overlong, "over data.max_length"),
-        (data.disliked, "labelled false"),
-        (data.blank, "with a blank answer"),
+    notes = left_out_notes(
+        (data.overlong, f"{what} over data.max_length"),
+        (data.disliked, f"{what} labelled false"),
+        (data.blank, f"{what} with a blank answer"),
     )
-    notes = [
-        f"{len(places)} {what} {why} were left out, the first at {places[0]}" for places, why in left_out if places
-    ]
     if data.num_truncated:
         first = next(text.where for text in data.demonstrations if text.truncated)
         notes.append(f"{data.num_truncated} {what} were cut at data.max_length, the first at {first}")

@@ -11,19 +11,17 @@ and `num_stop_forbidden` [1]: how many leading completion tokens could not be on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meshift.batch import Batch, Ragged, ranges
+from meshift.training.token_logprobs import Wanted, token_logprobs
 
 SUSPECT_REWARDS = "look for extreme rewards in samples.jsonl"
-SUSPECT_PAIRS = "look at the texts of these pairs, their weights and their margins"
 
 
 class Reading(Protocol):
@@ -83,63 +81,17 @@ class TokenLogprobs:
         lengths = batch["completion_lengths"].values
         targets = batch["tokens"].values[self.rows(batch) + 1].to(hidden.device)
         allowed = _Support.of(batch, self.stop_token_ids)
-        options = (self.temperature, self.with_entropy, self.entropy_gradient)
-
-        def part(start: int, stop: int) -> tuple[Tensor, ...]:
-            forbid = partial(allowed.forbidden_positions, start, stop) if allowed else None
-            return chunk_logprobs(head, hidden[start:stop], targets[start:stop], forbid, *options)
-
-        logprobs, entropy = in_chunks(part, targets.shape[0], chunk)
-        out = {self.key: Ragged(logprobs, lengths)}
+        wanted = Wanted(
+            temperature=self.temperature,
+            forbid=allowed.forbidden_positions if allowed else None,
+            entropy=self.with_entropy,
+            entropy_gradient=self.entropy_gradient,
+        )
+        table = token_logprobs(head, hidden, targets, chunk, wanted)
+        out = {self.key: Ragged(table.logprobs, lengths)}
         if self.with_entropy:
-            out["entropy"] = Ragged(entropy, lengths)
+            out["entropy"] = Ragged(table.entropy, lengths)
         return out
-
-
-def in_chunks(part: Callable[[int, int], tuple[Tensor, ...]], num_rows: int, chunk: int) -> tuple[Tensor, ...]:
-    """What `part(start, stop)` gives for `chunk` rows at a time, concatenated over all rows.
-
-    With gradients a part of several is computed anew in the backward pass, so that its logits are not kept.
-    """
-    parts = []
-    for start in range(0, max(1, num_rows), chunk):
-        stop = min(start + chunk, num_rows)
-        if torch.is_grad_enabled() and num_rows > chunk:
-            parts.append(checkpoint(part, start, stop, use_reentrant=False))
-        else:
-            parts.append(part(start, stop))
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-
-
-def chunk_logprobs(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    forbid: Callable[[Tensor], Tensor] | None,
-    temperature: float,
-    with_entropy: bool,
-    entropy_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of targets [N] and entropies [N] (zeros if not asked), in fp32, from hidden [N, hidden].
-
-    `forbid` gives, for the logits [N, vocab], a mask of the tokens outside the support: made in here, so that the
-    backward pass keeps indices and no mask. The softmax is in fp32 whatever the model's type.
-    """
-    logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    forbidden = forbid(logits) if forbid is not None else None
-    if forbidden is not None:
-        logits = logits.masked_fill(forbidden, -torch.inf)
-    normaliser = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
-    if not with_entropy:
-        return logprobs, torch.zeros_like(logprobs)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        probabilities = torch.exp(logits - normaliser[:, None])
-        finite = logits if forbidden is None else logits.masked_fill(forbidden, 0.0)
-        entropy = normaliser - (probabilities * finite).sum(-1)
-    return logprobs, entropy
 
 
 @dataclass(frozen=True)
@@ -242,37 +194,6 @@ class SequenceScores:
         """See the class."""
         del chunk  # one number per sequence
         return {self.key: Ragged.scalars(head(hidden).float())}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairScores:
-    """Scores of the two texts of preference pairs: `chosen_scores` [1] and `rejected_scores` [1]."""
-
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_PAIRS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of both texts."""
-        return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """All chosen texts, then all rejected texts, so that both run in one pass."""
-        chosen, rejected = batch["chosen"], batch["rejected"]
-        values = torch.cat([chosen.values, rejected.values])
-        return Ragged(values, torch.cat([chosen.lengths, rejected.lengths]))
-
-    def rows(self, batch: Batch) -> Tensor:
-        """The last row of every text."""
-        texts = self.sequences(batch)
-        return texts.starts + texts.lengths - 1
-
-    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
-        """See the class."""
-        del chunk  # one number per text
-        chosen, rejected = head(hidden).float().chunk(2)
-        return {"chosen_scores": Ragged.scalars(chosen), "rejected_scores": Ragged.scalars(rejected)}
 
 
 def detach(outputs: Mapping[str, Ragged]) -> dict[str, Ragged]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from meshift.batch import Batch, Ragged, ranges
-from meshift.training.readings import SUSPECT_PAIRS, in_chunks
+from meshift.training.token_logprobs import Wanted, token_logprobs
 
 SIDES = ("chosen", "rejected")
+SUSPECT_PAIRS = "look at the texts of these pairs, their weights and their margins"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,9 @@ class TrainedTokens:
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
         """See the class."""
         targets = batch["tokens"].values[self.rows(batch) + 1].to(hidden.device)
-
-        def part(start: int, stop: int) -> tuple[Tensor, ...]:
-            logits = head(hidden[start:stop]).float()
-            likeliest = logits.detach().argmax(-1) == targets[start:stop]
-            return _logprobs(logits, targets[start:stop]), likeliest.float()
-
-        logprobs, correct = in_chunks(part, targets.shape[0], chunk)
+        table = token_logprobs(head, hidden, targets, chunk, Wanted(likeliest=True))
         lengths = num_trained_tokens(batch)
-        return {"logprobs": Ragged(logprobs, lengths), "correct": Ragged(correct, lengths)}
+        return {"logprobs": Ragged(table.logprobs, lengths), "correct": Ragged(table.correct, lengths)}
 
 
 def num_trained_tokens(batch: Batch) -> Tensor:
@@ -91,28 +86,52 @@ class PairLogprobs:
 
     def sizes(self, batch: Batch) -> list[int]:
         """Tokens of both texts."""
-        return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
+        return _pair_sizes(batch)
 
     def sequences(self, batch: Batch) -> Ragged:
-        """All chosen texts, then all rejected texts, so that both run in one pass."""
-        chosen, rejected = (batch[side] for side in SIDES)
-        return Ragged(torch.cat([chosen.values, rejected.values]), torch.cat([chosen.lengths, rejected.lengths]))
+        """All chosen texts, then all rejected texts."""
+        return _both_texts(batch)
 
     def rows(self, batch: Batch) -> Tensor:
         """The row before each completion token."""
-        texts, lengths = self.sequences(batch), _both_lengths(batch)
+        texts, lengths = _both_texts(batch), _both_lengths(batch)
         return ranges(texts.starts + texts.lengths - lengths - 1, lengths)
 
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
         """See the class."""
-        targets = self.sequences(batch).values[self.rows(batch) + 1].to(hidden.device)
-
-        def part(start: int, stop: int) -> tuple[Tensor, ...]:
-            return (_logprobs(head(hidden[start:stop]).float(), targets[start:stop]),)
-
-        (logprobs,) = in_chunks(part, targets.shape[0], chunk)
+        targets = _both_texts(batch).values[self.rows(batch) + 1].to(hidden.device)
+        logprobs = token_logprobs(head, hidden, targets, chunk, Wanted()).logprobs
         sums = Ragged(logprobs, _both_lengths(batch)).sum_rows().chunk(2)
         return {key: Ragged.scalars(side) for key, side in zip(self.keys, sums, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """Scores of the two texts of preference pairs: `chosen_scores` [1] and `rejected_scores` [1]."""
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_PAIRS
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of both texts."""
+        return _pair_sizes(batch)
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """All chosen texts, then all rejected texts."""
+        return _both_texts(batch)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The last row of every text."""
+        texts = _both_texts(batch)
+        return texts.starts + texts.lengths - 1
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        del chunk  # one number per text
+        chosen, rejected = head(hidden).float().chunk(2)
+        return {"chosen_scores": Ragged.scalars(chosen), "rejected_scores": Ragged.scalars(rejected)}
 
 
 def num_completion_tokens(batch: Batch, side: str) -> Tensor:
@@ -120,10 +139,16 @@ def num_completion_tokens(batch: Batch, side: str) -> Tensor:
     return batch[side].lengths - batch["num_prompt_tokens"].values.clamp(min=1)
 
 
+def _pair_sizes(batch: Batch) -> list[int]:
+    """Tokens of both texts of each pair."""
+    return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
+
+
+def _both_texts(batch: Batch) -> Ragged:
+    """All chosen texts, then all rejected texts, so that both run in one pass."""
+    chosen, rejected = (batch[side] for side in SIDES)
+    return Ragged(torch.cat([chosen.values, rejected.values]), torch.cat([chosen.lengths, rejected.lengths]))
+
+
 def _both_lengths(batch: Batch) -> Tensor:
     return torch.cat([num_completion_tokens(batch, side) for side in SIDES])
-
-
-def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs [N] of targets [N] under logits [N, vocab]."""
-    return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)

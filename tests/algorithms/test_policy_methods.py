@@ -12,7 +12,6 @@ from tiny_policy import (
     host_call,
     make_policy_world,
     policy_config,
-    sampling_of,
     scored_batch,
     train_loss,
 )
@@ -20,6 +19,7 @@ from tiny_policy import (
 from meshift.algorithms.dapo import overlong_price
 from meshift.algorithms.policy_losses import ClippedLoss, ClippedWeightLoss
 from meshift.batch import Ragged
+from meshift.runtime.rollout_run import sampling_task
 
 NAN = math.nan
 SCORES = (1.0, 0.0, 0.0, 0.0, 2.0, 5.0, 2.0, -1.0)  # two prompts of four completions
@@ -253,7 +253,7 @@ def test_training_and_reference_read_the_distribution_that_was_sampled(method):
         assert (reading.temperature, reading.stop_token_ids) == (0.5, (3,))
     for name in ("reference", "old_logprobs", "train_actor"):
         assert {"support", "support_counts", "num_stop_forbidden"} <= set(calls[name].reads)
-    assert sampling_of(config).params.temperature == 0.5
+    assert sampling_task(config, ()).params.temperature == 0.5
 
 
 @pytest.mark.parametrize("method", SCHEMAS)

@@ -14,7 +14,7 @@ from meshift.generation.plain import generate_plain
 from meshift.generation.rollout import SamplingTask, rollout
 from meshift.models.attention import PlainAttention, packed_positions
 from meshift.training.engine import TrainingEngine
-from meshift.training.readings import PairScores, SequenceScores, TokenLogprobs, TokenValues
+from meshift.training.readings import SequenceScores, TokenLogprobs, TokenValues
 
 STOPS = (2, 5)
 SAMPLINGS = {
@@ -164,14 +164,10 @@ def test_values_are_read_before_each_completion_token_and_after_the_last():
         torch.testing.assert_close(got, naive_logits(model, row)[-length - 1 :], atol=1e-5, rtol=0)
 
 
-def test_scores_are_read_at_the_last_token_of_each_text():
+def test_scores_are_read_at_the_last_token_of_each_sequence():
     model, batch = tiny_model("reward"), random_rollout()
     texts = batch["tokens"].rows()
     engine = TrainingEngine(model, TrainableConfig(max_tokens_per_micro_batch=16), trainable=False)
     expected = torch.stack([naive_logits(model, row)[-1] for row in texts])
     scores = engine.infer(SequenceScores(), batch)["scores"].values
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    pairs = Batch({"chosen": Ragged.from_rows(texts[:4]), "rejected": Ragged.from_rows(texts[4:8])})
-    both = engine.infer(PairScores(), pairs)
-    torch.testing.assert_close(both["chosen_scores"].values, expected[:4], atol=1e-5, rtol=0)
-    torch.testing.assert_close(both["rejected_scores"].values, expected[4:8], atol=1e-5, rtol=0)

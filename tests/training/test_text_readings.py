@@ -9,7 +9,13 @@ from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.models.attention import PlainAttention, packed_positions
 from meshift.training.engine import TrainingEngine
-from meshift.training.text_readings import PairLogprobs, TrainedTokens, num_completion_tokens, num_trained_tokens
+from meshift.training.text_readings import (
+    PairLogprobs,
+    PairScores,
+    TrainedTokens,
+    num_completion_tokens,
+    num_trained_tokens,
+)
 
 
 def log_table(model, row):
@@ -44,6 +50,16 @@ def test_only_masked_tokens_are_read_and_never_a_first_one(chunk):
     ours = gradients(model, (outputs["logprobs"].values * weights).sum())
     theirs = gradients(model, (torch.stack(expected) * weights).sum())
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_pairs_are_read_at_the_last_token_of_each_text():
+    model, pairs = tiny_model("reward"), random_pairs()
+    engine = TrainingEngine(model, TrainableConfig(max_tokens_per_micro_batch=16), trainable=False)
+    scores = engine.infer(PairScores(), pairs)
+    for side in ("chosen", "rejected"):
+        for row, got in zip(pairs[side].rows(), scores[f"{side}_scores"].values, strict=True):
+            hidden = model(row, packed_positions([len(row)]), PlainAttention([len(row)]))
+            torch.testing.assert_close(got, model.head(hidden)[-1], atol=1e-5, rtol=0)
 
 
 def test_reading_the_mask_does_not_change_it():

@@ -18,6 +18,8 @@ from torch import Tensor
 
 _LENGTHS = ".lengths"
 _COLUMN = "column/"
+WHERE = "where"
+"""The column that names each row's place in the data (`hh.jsonl:4`), in batches that have it."""
 
 
 def column_key(name: str) -> str:

@@ -3,7 +3,7 @@
 import torch
 from tiny_rl import random_rollout
 
-from meshift.batch import Batch, Ragged
+from meshift.batch import WHERE, Batch, Ragged
 
 
 def random_demonstrations(num_rows=7, *, vocab_size=13, seed=3):
@@ -17,7 +17,8 @@ def random_demonstrations(num_rows=7, *, vocab_size=13, seed=3):
         {
             "tokens": Ragged(torch.randint(vocab_size, (total,), generator=draw), lengths),
             "loss_mask": Ragged(mask, lengths),
-        }
+        },
+        {WHERE: [f"texts.jsonl:{i + 1}" for i in range(num_rows)]},
     )
 
 
@@ -41,5 +42,6 @@ def random_pairs(num_pairs=6, *, vocab_size=13, seed=3):
             "ref_rejected_logps": numbers(6.0, -30.0),
             "required_margin": numbers(2.0, 0.0),
             "pair_weight": numbers(2.0, 0.1),
-        }
+        },
+        {WHERE: [f"pairs.jsonl:{i + 1}" for i in range(num_pairs)]},
     )

@@ -1,12 +1,13 @@
 """Direct preference optimisation: the reference reads both texts of every pair, then the actor is trained.
 
 Source: Rafailov et al. 2023 ("Direct Preference Optimization"); the formulas are in `DPOLoss`. Batch keys are
-those of `PairLogprobs`, and `pair_weight`. It knows nothing of data files.
+those of `PairLogprobs`, `pair_weight`, and the place (`where`) of every pair. It knows nothing of data files.
 """
 
 from __future__ import annotations
 
 from meshift.algorithms.losses import DPOLoss
+from meshift.batch import WHERE
 from meshift.config.runs import DPORunConfig
 from meshift.graph.calls import Call, Graph, ModelCall, SyncCall
 from meshift.training.engine import TrainTask
@@ -35,7 +36,7 @@ def dpo_graph(config: DPORunConfig) -> Graph:
         role="actor",
         kind="train",
         task=TrainTask(loss=dpo_loss(config)),
-        reads=(*TEXT_INPUTS, "pair_weight", *REFERENCE_READING.keys),
+        reads=(*TEXT_INPUTS, "pair_weight", *REFERENCE_READING.keys, WHERE),
     )
     calls: list[Call] = [train] if known else [reference, train]
     if config.reference.sync_ref_model:
@@ -49,7 +50,7 @@ def dpo_graph(config: DPORunConfig) -> Graph:
             )
         )
     given = REFERENCE_READING.keys if known else ()
-    return Graph(tuple(calls), frozenset((*TEXT_INPUTS, "pair_weight", *given)))
+    return Graph(tuple(calls), frozenset((*TEXT_INPUTS, "pair_weight", *given, WHERE)))
 
 
 def dpo_loss(config: DPORunConfig) -> DPOLoss:

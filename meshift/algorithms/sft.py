@@ -1,12 +1,13 @@
 """Supervised fine-tuning: one train call on demonstrations.
 
-Batch keys: `tokens` and `loss_mask` of every text. It knows nothing of chat templates, nor of which tokens are
-trained on and why.
+Batch keys: `tokens`, `loss_mask` and place (`where`) of every text. It knows nothing of chat templates, nor which
+tokens are trained on and why.
 """
 
 from __future__ import annotations
 
 from meshift.algorithms.losses import TokenCrossEntropy
+from meshift.batch import WHERE
 from meshift.graph.calls import Graph, ModelCall
 from meshift.training.engine import TrainTask
 
@@ -20,6 +21,6 @@ def sft_graph() -> Graph:
         role="actor",
         kind="train",
         task=TrainTask(loss=TokenCrossEntropy()),
-        reads=DEMONSTRATION_INPUTS,
+        reads=(*DEMONSTRATION_INPUTS, WHERE),
     )
-    return Graph((train,), frozenset(DEMONSTRATION_INPUTS))
+    return Graph((train,), frozenset((*DEMONSTRATION_INPUTS, WHERE)))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from meshift.batch import Batch, Outcome, Ragged, column_key
+from meshift.batch import WHERE, Batch, Outcome, Ragged, column_key
 from meshift.errors import ConfigError, RewardError
 from meshift.rewards.calling import EventLoopThread, Invoker
 from meshift.rewards.locating import score_samples
@@ -26,8 +26,6 @@ from meshift.rewards.signatures import RewardFunction, Signature, make_calls, re
 from meshift.rewards.worker import ProcessInvoker, num_timeouts
 
 logger = logging.getLogger(__name__)
-WHERE = "where"
-"""The key of a batch's column that says where each row's prompt stands: "prompts.jsonl:7"."""
 STEP = "step"
 """The key of a batch whose rows are not all of a step's: the step, from 0, in every row."""
 

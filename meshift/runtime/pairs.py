@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from meshift.batch import Batch, Ragged
+from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.sections import PairDataConfig
 from meshift.data.loader import Loader
 from meshift.data.preferences import Pair, PreferenceData, load_preferences
@@ -95,7 +95,8 @@ def pair_batch(pairs: Sequence[Pair], weights: Sequence[float] | None = None) ->
             "num_prompt_tokens": Ragged.scalars([p.num_prompt_tokens for p in pairs], torch.int64),
             "required_margin": Ragged.scalars([p.margin or 0.0 for p in pairs], torch.float32),
             "pair_weight": Ragged.scalars(weights or [1.0] * len(pairs), torch.float32),
-        }
+        },
+        {WHERE: [p.where for p in pairs]},
     )
 
 

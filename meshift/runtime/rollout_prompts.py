@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meshift.batch import Batch, Ragged, column_key
+from meshift.batch import WHERE, Batch, Ragged, column_key
 from meshift.config.runs import RolloutRunConfig
 from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
 from meshift.errors import DataError
-from meshift.rewards.functions import WHERE
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 from meshift.runtime.models import shortest_limit
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshift.algorithms.rollouts import total_score
-from meshift.batch import Batch, Outcome, column_key
+from meshift.batch import WHERE, Batch, Outcome, column_key
 from meshift.config.runs import RolloutRunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.data.prompts import PromptData
@@ -22,7 +22,7 @@ from meshift.graph.calls import Graph
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.rewards.configured import check_columns, describe_functions, load_functions
-from meshift.rewards.functions import WHERE, RewardFunctions, WeightedFunction
+from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
     check_frozen_layers,

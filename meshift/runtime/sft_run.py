@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from meshift.algorithms.sft import sft_graph
-from meshift.batch import Batch, Ragged
+from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.runs import SFTRunConfig
 from meshift.config.sections import DemonstrationDataConfig
 from meshift.data.demonstrations import Demonstration, DemonstrationData, load_demonstrations
@@ -126,7 +126,8 @@ def text_batch(texts: Sequence[Demonstration]) -> Batch:
         {
             "tokens": Ragged.from_rows([t.tokens for t in texts], torch.int64),
             "loss_mask": Ragged.from_rows([t.loss_mask for t in texts], torch.bool),
-        }
+        },
+        {WHERE: [t.where for t in texts]},
     )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from meshift.batch import Batch, Ragged, micro_batches
+from meshift.batch import WHERE, Batch, Ragged, micro_batches
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.models.attention import PackedAttention, packed_positions
@@ -23,9 +23,6 @@ from meshift.models.decoder import Decoder
 from meshift.training.checkpoint import State
 from meshift.training.optimizer import MasterAdamW, freeze_layers
 from meshift.training.readings import Reading, detach
-
-WHERE = "where"
-"""The column that names each row's place (`hh.jsonl:4`), in batches that have it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,7 @@ def config_for(**sections):
 
 def inputs():
     batch = random_pairs()
-    return batch.select(("chosen", "rejected", "num_prompt_tokens", "pair_weight"))
+    return batch.select(("chosen", "rejected", "num_prompt_tokens", "pair_weight", "where"))
 
 
 def trained(config, num_steps, batch):

@@ -1,5 +1,7 @@
 """Fine-tuning's loss and gradient are those of `transformers` with labels of -100 on a padded batch."""
 
+import re
+
 import pytest
 import torch
 from tiny_rl import tiny_model
@@ -9,6 +11,7 @@ from twins import accumulated, padded, relative_difference, twin_of
 from meshift.algorithms.losses import TokenCrossEntropy
 from meshift.algorithms.sft import sft_graph
 from meshift.config.sections import TrainableConfig
+from meshift.errors import NonFiniteError
 from meshift.runtime.role import LocalRole
 from meshift.step import run_step
 
@@ -41,3 +44,19 @@ def test_a_step_lowers_the_loss_of_its_own_batch_and_logs_the_fields_names():
     losses = [row["loss"] for row in metrics]
     assert losses == sorted(losses, reverse=True)
     assert set(metrics[0]) == {"loss", "mean_token_accuracy", "grad_norm", "lr", "timing_s/train_actor"}
+
+
+def test_a_text_whose_loss_is_no_number_is_named():
+    batch = random_demonstrations()
+    word = int(batch["tokens"].rows()[2][0])
+    alone = [i for i, row in enumerate(batch["tokens"].rows()) if word in row.tolist()]
+    trained = [i for i in alone if batch["loss_mask"].rows()[i][1:].any()]
+    role = LocalRole("actor", tiny_model(), TrainableConfig(), trainable=True)
+    with torch.no_grad():
+        role.model.embedding.weight[word] = torch.nan
+    with pytest.raises(NonFiniteError) as caught:
+        run_step(sft_graph(), {"actor": role}, batch, 0)
+    named = re.findall(r"texts\.jsonl:(\d+)", str(caught.value))
+    assert named
+    assert set(named) <= {str(i + 1) for i in trained}
+    assert len(trained) < len(batch)

@@ -1,9 +1,9 @@
 """A tiny rollout of letters, and reward functions called on it, for the tests of rewards."""
 
-from meshift.batch import Batch, Ragged, column_key
+from meshift.batch import WHERE, Batch, Ragged, column_key
 from meshift.config.sections import RewardFunctionConfig
 from meshift.rewards.configured import load_functions
-from meshift.rewards.functions import WHERE, RewardFunctions, WeightedFunction
+from meshift.rewards.functions import RewardFunctions, WeightedFunction
 
 LETTERS = "abcdefgh"
 

@@ -5,7 +5,7 @@ It knows the roles of each method, and nothing of activations: they come on top 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import compute_dtype, device_for_run, resident_bytes
 from meshift.runtime.policy_run import policy_models
 from meshift.runtime.ppo_run import role_models
+from meshift.runtime.rollout_run import HEADS
 
 TIGHT = 0.8
 """Above this share of the free memory a run may fail for its activations, which are not counted."""
@@ -36,20 +37,9 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        heads: dict[str, HeadKind] = {"critic": "value", "reward": "reward"}
-        trained: dict[str, TrainableConfig] = {"actor": config.actor, "critic": config.critic}
-        names = role_models(config)
-        return [
-            Held(role=role, name=name, head=heads.get(role, "lm"), trained=trained.get(role))
-            for role, name in names.items()
-        ]
+        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic})
     if isinstance(config, PolicyRunConfig):
-        kinds: dict[str, HeadKind] = {"reward": "reward"}
-        learns: dict[str, TrainableConfig] = {"actor": config.actor}
-        return [
-            Held(role=role, name=name, head=kinds.get(role, "lm"), trained=learns.get(role))
-            for role, name in policy_models(config).items()
-        ]
+        return _held_roles(policy_models(config), {"actor": config.actor})
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
         held = [Held(role="actor", name=actor, head="lm", trained=config.actor)]
@@ -60,6 +50,13 @@ def held_models(config: RunConfig) -> list[Held]:
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
     return []
+
+
+def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> list[Held]:
+    return [
+        Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
+        for role, name in names.items()
+    ]
 
 
 def held_bytes(config: RunConfig, held: Sequence[Held]) -> int:

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
+"""Of the roles that have no language model's head."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """What a config names, loaded as far as needed to know that it fits together.
@@ -149,10 +153,9 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
 
 
 def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
-    heads: dict[str, HeadKind] = {"actor": "lm", "critic": "value", "reference": "lm", "reward": "reward"}
     dtype = compute_dtype(config.dtype)
     return sum(
-        resident_bytes(model, heads[role], dtype, checked.trained.get(role))
+        resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
         for role, model in checked.names.items()
     )
 

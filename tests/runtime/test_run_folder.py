@@ -59,6 +59,19 @@ def test_a_line_is_on_disk_when_the_process_is_killed_right_after(tmp_path):
     assert lines(tmp_path / "run" / "samples.jsonl") == [{"prompt": "x"}]
 
 
+def test_sync_waits_for_metrics_and_samples_and_for_all_that_was_written(tmp_path, monkeypatch):
+    synced = []
+    with RunFolder(tmp_path / "run", []) as folder:
+        folder.write_metrics(1, {"loss": 0.5})
+        folder.write_samples([{"prompt": "a"}])
+        monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number)))
+        folder.sync()
+        monkeypatch.undo()
+        files = [(tmp_path / "run" / name).stat() for name in ("metrics.jsonl", "samples.jsonl")]
+    assert [(file.st_ino, file.st_size) for file in synced] == [(file.st_ino, file.st_size) for file in files]
+    assert min(file.st_size for file in files) > 0
+
+
 def test_another_runs_folder_is_refused_with_the_way_out(tmp_path):
     with RunFolder(tmp_path / "run", []) as folder:
         folder.write_metrics(1, {"loss": 1.0})

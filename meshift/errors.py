@@ -58,5 +58,9 @@ class StaleWeightsError(MeshiftError):
     """Two parties to one step hold different versions of the same weights."""
 
 
+class ReallocationError(MeshiftError):
+    """Parameters that moved are not what was sent, or processes disagree about what moves where."""
+
+
 class NonFiniteError(MeshiftError):
     """A loss, a gradient or a log-probability is NaN or infinite."""

@@ -1,0 +1,51 @@
+"""Fingerprints of parameters: two sums over their bits, which do not depend on how the parameter is cut.
+
+Those of disjoint boxes add up to the whole's. It knows nothing of layouts, plans or processes.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from meshift.layout.boxes import Box, shape_of
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def fingerprint(shard: Tensor, box: Box, whole: tuple[int, ...]) -> Tensor:
+    """int64 [2] of the numbers that fill `box` of a parameter of shape `whole`; arithmetic is modulo 2^64.
+
+    Bits are summed along each row, and rows weighted by a hash of their place in the whole; the same along each
+    column. So a number that changed shows, and so do boxes that were exchanged or put in a wrong place.
+    """
+    if shard.shape != shape_of(box):
+        raise ValueError(f"A shard of {tuple(shard.shape)} does not fill the box {box}.")
+    if not shard.numel():
+        return torch.zeros(2, dtype=torch.int64)
+    rows = box[0] if box else (0, 1)
+    bits = shard.contiguous().view(_INTEGERS[shard.element_size()]) if box else shard.reshape(1).view(torch.uint8)
+    bits = bits.reshape(rows[1] - rows[0], -1)
+    of_rows = bits.sum(1, dtype=torch.int64) * _hashed(torch.arange(*rows, device=shard.device))
+    of_columns = bits.sum(0, dtype=torch.int64) * _hashed(_places(box[1:], whole[1:], shard.device))
+    return torch.stack([of_rows.sum(), of_columns.sum()]).cpu()
+
+
+def _places(box: Box, whole: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number of each cell of a box in its whole, counted in C order; one cell where there are no dims."""
+    places = torch.zeros(1, dtype=torch.int64, device=device)
+    for dim, (start, stop) in enumerate(box):
+        steps = torch.arange(start, stop, device=device) * prod(whole[dim + 1 :])
+        places = (places[:, None] + steps).flatten()
+    return places
+
+
+def _hashed(places: Tensor) -> Tensor:
+    """An odd number per place, spread over 64 bits (the mixing steps of splitmix64)."""
+    mixed = (places + 1) * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return (mixed ^ (mixed >> 31)) | 1

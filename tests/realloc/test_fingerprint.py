@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from meshift.realloc import fingerprint as subject
 from meshift.realloc.fingerprint import fingerprint
 
 WHOLE = (6, 8)
@@ -67,3 +68,14 @@ def test_the_same_numbers_at_another_place_are_not_the_same():
 def test_a_shard_of_another_shape_is_a_mistake():
     with pytest.raises(ValueError, match="does not fill"):
         fingerprint(numbers(), ((0, 3), (0, 8)), WHOLE)
+
+
+@pytest.mark.parametrize("block", [1, 20, 1 << 18])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fast_sums_are_those_of_whole_numbers(monkeypatch, block, dtype):
+    monkeypatch.setattr(subject, "BLOCK", block)
+    integers = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
+    bits = torch.cat([numbers(dtype), numbers(dtype).neg()]).view(integers)
+    of_rows, of_columns = subject._sums(bits)
+    assert of_rows.tolist() == [sum(row) for row in bits.tolist()]
+    assert of_columns.tolist() == [sum(column) for column in bits.t().tolist()]

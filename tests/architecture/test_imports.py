@@ -7,6 +7,7 @@ import sys
 import pytest
 from source_trees import ROOT
 
+TALKING = ("meshift/parallel/", "meshift/realloc/execute.py", "meshift/runtime/")
 TORCH_FREE = (
     "meshift",
     "meshift.errors",
@@ -77,6 +78,27 @@ def test_torch_load_and_torch_save_are_not_used_since_they_pickle(all_sources):
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if (node.module, alias.name) in FORBIDDEN_ATTRIBUTES
+    ]
+    assert not found
+
+
+def test_processes_talk_to_each_other_in_few_places(meshift_sources):
+    found = {
+        s.name
+        for s in meshift_sources
+        for _, module in imported_modules(s.tree)
+        if module.startswith("torch.distributed")
+    }
+    assert "meshift/realloc/execute.py" in found
+    assert not [name for name in found if not name.startswith(TALKING)]
+
+
+def test_no_collective_pickles_what_it_sends(all_sources):
+    found = [
+        f"{s.name}:{node.lineno} {node.attr}"
+        for s in all_sources
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Attribute) and node.attr.endswith(("_object", "_object_list"))
     ]
     assert not found
 

@@ -83,7 +83,7 @@ class RichObserver:
             self._task = self._bar.add_task(title, total=total_steps, reading="", call="")
             self._bar.start()
         else:
-            self._line(f"{title}: {total_steps} steps")
+            self._line(f"{title}: {total_steps} step{'s' if total_steps != 1 else ''}")
 
     def on_call(self, step: int, name: str) -> None:
         """Name the call that runs."""

@@ -35,7 +35,8 @@ def model_folder(name_or_path: str) -> Path:
         return obtain(name_or_path)
     path = Path(name_or_path)
     if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "runs/"))):
-        raise ModelError(f"there is no model folder {name_or_path}; train or convert that model first")
+        first = "run `make quickstart`" if name_or_path.startswith("runs/quickstart/") else "train or convert it"
+        raise ModelError(f"there is no model folder {name_or_path}; {first} first, or name another")
     return resolve_model(name_or_path)
 
 

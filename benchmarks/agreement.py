@@ -51,9 +51,7 @@ class Agreement:
         return {"differences": found, "tolerance": {"float32": TOLERANCE, "bfloat16, times the twin's": ROOM}}
 
 
-def compare(
-    model: str, dtype: str, rows: list[list[int]], prompts: list[list[int]]
-) -> dict[str, dict[str, float]]:
+def compare(model: str, dtype: str, rows: list[list[int]], prompts: list[list[int]]) -> dict[str, Gaps]:
     """Of a reading, and of what a sampler says it drew from: see `gaps`."""
     role = LocalRole("actor", open_model(model, "lm", compute_dtype(dtype)), TrainableConfig())
     truth = deepcopy(role.model).float()

@@ -116,7 +116,8 @@ class Reallocation:
                 [tables[self._rank(self.plan.target, r)][1, i] for r in ranks] for ranks in self._cells[1][name]
             ]
             copies_agree = all(torch.equal(copy, copies[0]) for copies in after for copy in copies)
-            if not copies_agree or not torch.equal(sum(before), sum(copies[0] for copies in after)):  # type: ignore[arg-type]
+            sent, there = torch.stack(before).sum(0), torch.stack([copies[0] for copies in after]).sum(0)
+            if not copies_agree or not torch.equal(sent, there):
                 raise ReallocationError(
                     f"After {self._path()} the parameter {name} is not what was sent (devices "
                     f"{self.plan.target.mesh}): the step was stopped; resume from the last checkpoint."

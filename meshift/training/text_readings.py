@@ -65,8 +65,26 @@ def _trained_mask(batch: Batch) -> Ragged:
     return Ragged(trained, mask.lengths)
 
 
+class _OfPairs:
+    """What readings of both texts of a pair have in common."""
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_PAIRS
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of both texts of each pair."""
+        return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """All chosen texts, then all rejected texts, so that both run in one pass."""
+        chosen, rejected = (batch[side] for side in SIDES)
+        return Ragged(torch.cat([chosen.values, rejected.values]), torch.cat([chosen.lengths, rejected.lengths]))
+
+
 @dataclass(frozen=True, kw_only=True)
-class PairLogprobs:
+class PairLogprobs(_OfPairs):
     """Log-probs of the two completions of a pair, each a sum over its tokens, in nats.
 
     Writes `<prefix>chosen_logps` [1] and `<prefix>rejected_logps` [1], in fp32.
@@ -79,52 +97,26 @@ class PairLogprobs:
         """What it writes."""
         return f"{self.prefix}chosen_logps", f"{self.prefix}rejected_logps"
 
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_PAIRS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of both texts."""
-        return _pair_sizes(batch)
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """All chosen texts, then all rejected texts."""
-        return _both_texts(batch)
-
     def rows(self, batch: Batch) -> Tensor:
         """The row before each completion token."""
-        texts, lengths = _both_texts(batch), _both_lengths(batch)
+        texts, lengths = self.sequences(batch), _both_lengths(batch)
         return ranges(texts.starts + texts.lengths - lengths - 1, lengths)
 
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
         """See the class."""
-        targets = _both_texts(batch).values[self.rows(batch) + 1].to(hidden.device)
+        targets = self.sequences(batch).values[self.rows(batch) + 1].to(hidden.device)
         logprobs = token_logprobs(head, hidden, targets, chunk, Wanted()).logprobs
         sums = Ragged(logprobs, _both_lengths(batch)).sum_rows().chunk(2)
         return {key: Ragged.scalars(side) for key, side in zip(self.keys, sums, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairScores:
+class PairScores(_OfPairs):
     """Scores of the two texts of preference pairs: `chosen_scores` [1] and `rejected_scores` [1]."""
-
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_PAIRS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of both texts."""
-        return _pair_sizes(batch)
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """All chosen texts, then all rejected texts."""
-        return _both_texts(batch)
 
     def rows(self, batch: Batch) -> Tensor:
         """The last row of every text."""
-        texts = _both_texts(batch)
+        texts = self.sequences(batch)
         return texts.starts + texts.lengths - 1
 
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
@@ -137,17 +129,6 @@ class PairScores:
 def num_completion_tokens(batch: Batch, side: str) -> Tensor:
     """Tokens of each pair's completion that something predicts, int64 [n]; without prompt all but the first."""
     return batch[side].lengths - batch["num_prompt_tokens"].values.clamp(min=1)
-
-
-def _pair_sizes(batch: Batch) -> list[int]:
-    """Tokens of both texts of each pair."""
-    return (batch["chosen"].lengths + batch["rejected"].lengths).tolist()
-
-
-def _both_texts(batch: Batch) -> Ragged:
-    """All chosen texts, then all rejected texts, so that both run in one pass."""
-    chosen, rejected = (batch[side] for side in SIDES)
-    return Ragged(torch.cat([chosen.values, rejected.values]), torch.cat([chosen.lengths, rejected.lengths]))
 
 
 def _both_lengths(batch: Batch) -> Tensor:

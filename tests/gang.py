@@ -1,12 +1,17 @@
 """Several gloo processes on this CPU that run one function of a test: `run_gang(4, check, tmp_path, ...)`."""
 
+import faulthandler
 import multiprocessing
 import os
+import time
 import traceback
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 
 TIMEOUT_S = 300
+GRACE_S = 10
+PRELOAD = ["torch", "torch.distributed", "meshift.runtime.role", "transformers.models.llama.configuration_llama"]
 
 
 def run_gang(num_processes, function, folder, *arguments):
@@ -15,15 +20,14 @@ def run_gang(num_processes, function, folder, *arguments):
     The function must be importable (of a module, not of another function), its arguments picklable.
     """
     context = multiprocessing.get_context("forkserver")  # one process imports torch, the others are its copies
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(PRELOAD)
     processes = [
         context.Process(target=_member, args=(rank, num_processes, function, Path(folder), arguments))
         for rank in range(num_processes)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(TIMEOUT_S)
+    _wait(processes)
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
@@ -33,12 +37,23 @@ def run_gang(num_processes, function, folder, *arguments):
     assert not any(codes), f"exit codes {codes}, stuck {stuck}\n{said}"
 
 
+def _wait(processes):
+    """Until all have ended, or some seconds after the first that failed: the others may wait for it for ever."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (left := [p for p in processes if p.is_alive()]) and time.monotonic() < deadline:
+        wait([process.sentinel for process in left], timeout=1.0)
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+
+
 def _member(rank, num_processes, function, folder, arguments):
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    said = (folder / f"rank{rank}.txt").open("w")
+    faulthandler.dump_traceback_later(TIMEOUT_S - 5, file=said)
     try:
         store = dist.FileStore(str(folder / "store"), num_processes)
         dist.init_process_group(
@@ -48,5 +63,6 @@ def _member(rank, num_processes, function, folder, arguments):
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it was, the parent shows it
-        (folder / f"rank{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        said.write(f"rank {rank}:\n{traceback.format_exc()}")
+        said.close()
         os._exit(1)

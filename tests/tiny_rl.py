@@ -45,6 +45,13 @@ def tiny_model(
     return model.to(dtype)
 
 
+def watch_logits(head) -> list[int]:
+    """A list that gets the number of rows of logits each time the head makes some."""
+    seen, make = [], head.part
+    head.part = lambda hidden: seen.append(len(hidden)) or make(hidden)
+    return seen
+
+
 def random_rollout(num_rows=9, *, vocab_size=13, seed=0, max_prompt=5, max_completion=6) -> Batch:
     """Ragged prompts and completions with everything that a policy or value loss reads."""
     draw = torch.Generator().manual_seed(seed)

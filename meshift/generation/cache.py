@@ -86,10 +86,9 @@ class KVCache:
         self.keys, self.values = self._views()
 
     @staticmethod
-    def shape(config: DecoderConfig, num_slots: int, max_len: int) -> tuple[int, ...]:
-        """The shape of a cache for a decoder."""
-        length = round_up(max_len, LENGTH_STEP)
-        return (config.num_layers, num_slots, config.num_kv_heads, length, config.head_dim)
+    def shape(config: DecoderConfig, num_slots: int, max_len: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The shape of a cache for a decoder that has so many key-value heads here."""
+        return (config.num_layers, num_slots, num_kv_heads, round_up(max_len, LENGTH_STEP), config.head_dim)
 
     def _views(self) -> tuple[Tensor, Tensor]:
         num_layers, slots, heads, _, dim = self._shape

@@ -154,7 +154,7 @@ class GenerationEngine:
     def _take_cache(self, requests: Sequence[Request], params: SamplingParams) -> KVCache:
         longest = max(len(request.tokens) for request in requests) + params.max_new_tokens
         num_slots = self._bucket(min(self.num_slots, len(requests)))
-        shape = KVCache.shape(self.model.config, num_slots, longest)
+        shape = KVCache.shape(self.model.config, num_slots, longest, self.model.num_kv_heads)
         return self._buffer.take(shape, like=self.model.embedding.weight)
 
     def _bucket(self, num_rows: int) -> int:

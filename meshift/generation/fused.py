@@ -98,7 +98,7 @@ class FusedDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] as the model's head gives them."""
         head = _head_of(self.model)
-        return head(hidden) if self._head is None else head.cap(self._head(hidden))
+        return head(hidden) if self._head is None else head.vocabulary.whole(head.cap(self._head(hidden)))
 
 
 def _head_of(model: Decoder) -> LanguageModelHead:

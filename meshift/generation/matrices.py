@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from meshift.models.linear import SummedLinear
 from meshift.models.mlp import ACTIVATIONS
 
 PACKED_ROWS = 64
@@ -90,6 +92,42 @@ class PackedMatrix:
         return torch.ops.mkldnn._linear_pointwise.binary(rows, other, self._weight, self._bias, "mul")
 
 
+class SummedMatrix:
+    """Some columns of a matrix: the sum of what all parts give, and the bias added once."""
+
+    def __init__(self, part: SummedLinear) -> None:
+        assert part.total is not None
+        self._bias, self._total = part.bias, part.total
+        self._part = PackedMatrix([part.weight]) if can_pack(part.weight) else _BareMatrix(part.weight)
+        self.num_bytes = self._part.num_bytes
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """See `Matrix`."""
+        product = self._total(self._part(rows))
+        product = product if self._bias is None else product + self._bias
+        return product if activation is None else ACTIVATIONS[activation](product)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) + other
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) * other
+
+
+class _BareMatrix:
+    """`rows W'`."""
+
+    num_bytes = 0
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self._weight)
+
+
 def _beside(parts: Sequence[Tensor]) -> Tensor:
     whole = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
     return whole.contiguous()
@@ -107,6 +145,9 @@ def can_pack(weight: Tensor) -> bool:
 
 def make_matrix(parts: Sequence[nn.Linear]) -> Matrix:
     """The matrices of `parts` beside each other: packed where they can be."""
+    first = parts[0]
+    if isinstance(first, SummedLinear) and first.total is not None:
+        return SummedMatrix(first)
     if can_pack(parts[0].weight):
         return PackedMatrix([part.weight for part in parts], [part.bias for part in parts])
     return PlainMatrix(parts)

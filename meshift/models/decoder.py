@@ -13,6 +13,7 @@ from meshift.models.attention import Attention, AttentionLayer
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
+from meshift.models.linear import SummedLinear
 from meshift.models.mlp import MLP
 from meshift.models.norm import make_norm
 from meshift.models.rotary import Angles, Rotary, rotate
@@ -41,7 +42,7 @@ class SelfAttention(nn.Module):
         if config.query_key_norm is not None:
             self.query_norm = make_norm(config, config.head_dim if self.norm_by_head else num_queries)
             self.key_norm = make_norm(config, config.head_dim if self.norm_by_head else num_keys)
-        self.output = nn.Linear(num_queries, config.hidden_size, bias=config.output_bias)
+        self.output = SummedLinear(num_queries, config.hidden_size, bias=config.output_bias)
 
     def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
@@ -101,6 +102,14 @@ class Decoder(nn.Module):
         self.norm = make_norm(config, config.hidden_size)
         self.rotaries = nn.ModuleList(Rotary(config, kind) for kind in config.rotary_kinds)
         self.head = make_head(config, head, self.embedding)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads of a layer that are here: all of them, unless the model was cut."""
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        attention = layer.attention
+        return attention.key.out_features // attention.head_dim
 
     def forward(
         self, tokens: Tensor, positions: Tensor, attention: Attention, *, checkpoint: bool = False

@@ -5,9 +5,9 @@ Knows nothing of the head, which may read the same matrix.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from meshift.models.config import DecoderConfig
+from meshift.models.vocabulary import Vocabulary, WholeVocabulary
 
 
 class Embedding(nn.Module):
@@ -17,6 +17,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         nn.init.normal_(self.weight)
+        self.vocabulary: Vocabulary = WholeVocabulary()
         self.scale = config.embedding_scale
         self.position: nn.Embedding | None = None
         if config.positions == "learned":
@@ -24,7 +25,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens and positions, int64 [T] each -> [T, hidden] in the weight's dtype."""
-        rows = F.embedding(tokens, self.weight)
+        rows = self.vocabulary.look_up(tokens, self.weight)
         if self.scale is not None:
             # `transformers` rounds the factor to the dtype first: sqrt(3072) is 55.5 in bfloat16.
             rows = rows * float(torch.tensor(self.scale, dtype=rows.dtype))

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
+from meshift.models.vocabulary import Vocabulary, WholeVocabulary
 
 
 class LanguageModelHead(nn.Module):
@@ -21,15 +22,21 @@ class LanguageModelHead(nn.Module):
         if self._tied_to is None:
             self.weight = nn.Parameter(embedding.weight.new_empty(config.vocab_size, config.hidden_size))
             nn.init.normal_(self.weight, std=0.02)
+        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.vocab_size = config.vocab_size
         self._softcap = config.logit_softcap
 
     @property
     def projection(self) -> Tensor:
-        """The matrix [vocab, hidden] that makes logits, wherever it lives."""
+        """What makes logits, wherever it lives: [vocab, hidden], or the rows of it that are here."""
         return self.weight if self._tied_to is None else self._tied_to[0].weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] in the weights' dtype; with a softcap c, each logit s is c tanh(s / c)."""
+        return self.vocabulary.whole(self.part(self.vocabulary.enter(hidden)))
+
+    def part(self, hidden: Tensor) -> Tensor:
+        """As the call, but only the columns of the vocabulary that are here."""
         return self.cap(F.linear(hidden, self.projection))
 
     def cap(self, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from meshift.errors import ModelError
 from meshift.models.config import DecoderConfig
+from meshift.models.linear import SummedLinear
 
 # The keys are the names that Hugging Face configs use.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -39,7 +40,7 @@ class MLP(nn.Module):
         if config.gated_mlp:
             self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down = SummedLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""

@@ -17,10 +17,13 @@ from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import SamplingTask, rollout
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
+from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
+from meshift.runtime.peak_rate import peak_flops
 from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
+from meshift.training.flops import Work
 from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
 
@@ -37,7 +40,9 @@ def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> Loca
 class LocalRole:
     """Meets `step.Role` with one model on one device.
 
-    A role that is trained too keeps at most `KEPT_CACHE_BYTES` of key-value memory through its training.
+    A role that is trained too keeps at most `KEPT_CACHE_BYTES` of key-value memory through its training. With a
+    `place`, `model` is that rank's part, and each process of the placement gives its role the same calls with the
+    same whole batch: all get the same whole outcome.
     """
 
     def __init__(
@@ -49,13 +54,14 @@ class LocalRole:
         trainable: bool = False,
         max_steps: int = 1,
         seed: int = 0,
+        place: Place | None = None,
     ) -> None:
         self.name = name
         self.model = model
         self.config = config
         self.max_steps = max_steps
         self.seed = seed
-        self.trainer = TrainingEngine(model, config, trainable=trainable, name=name)
+        self.trainer = TrainingEngine(model, config, trainable=trainable, name=name, place=place)
         self.generator: GenerationEngine | None = None
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
@@ -65,6 +71,17 @@ class LocalRole:
         """Optimizer steps that the weights have seen."""
         return self.trainer.version
 
+    @property
+    def work(self) -> Work:
+        """What training has computed so far, and in what time."""
+        return self.trainer.work
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the device reaches at best in the type that the model computes in."""
+        weight = self.model.embedding.weight
+        return peak_flops(weight.device, weight.dtype, torch.get_num_threads())
+
     def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
         """Give the role a generation engine over its own weights."""
         self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode)
@@ -73,13 +90,21 @@ class LocalRole:
     def generate(self, task: SamplingTask, batch: Batch) -> Outcome:
         """Sample completions; `perf/generated_tokens` counts them."""
         assert self.generator is not None, f"role {self.name} has no generation engine"
-        completed = rollout(self.generator, task, batch, self.version)
+        completed = self._rollout(self.generator, task, batch)
         if self.trainer.optimizer is not None:
             self.generator.release_weights()  # an update will change them
             if self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
                 self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
+
+    def _rollout(self, generator: GenerationEngine, task: SamplingTask, batch: Batch) -> Batch:
+        ranks = self.trainer.ranks
+        if ranks is None:
+            return rollout(generator, task, batch, self.version)
+        rows = ranks.neighbours(len(batch))
+        own = rollout(generator, task, batch.index(rows), self.version) if rows else Batch({})
+        return ranks.joined(own)
 
     def infer(self, task: Reading, batch: Batch) -> Outcome:
         """Read without gradients."""

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
 from meshift.runtime.run_state import KeptRole, RunState, environment
 from meshift.step import run_step
 from meshift.training.checkpoint import Remembers
+from meshift.training.flops import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     """
     path = Path(config.output_dir)
     start = find_start(config) if config.resume else Start()
-    replace = config.overwrite_output_dir or config.resume
-    check_output_dir(path, overwrite=replace)
+    overwrite = config.overwrite_output_dir or config.resume
+    check_output_dir(path, overwrite=overwrite)
     for note in start.notes:
         observer.on_message(note)
     if start.finished:
@@ -96,7 +97,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
         state.restore(start.checkpoint.folder)
         for note in check_environment(start.checkpoint, environment()):
             observer.on_message(note)
-    with RunFolder(path, config.report_to, overwrite=replace, num_done=start.num_done) as folder:
+    with RunFolder(path, config.report_to, overwrite=overwrite, num_done=start.num_done) as folder:
         folder.write_config(config.model_copy(update={"resume": False}))
         write_environment(folder.path)
         for text in (*job.messages, *_space(config, job), *_long_warmups(config, job.max_steps)):
@@ -156,6 +157,7 @@ def _save_checkpoint(config: RunConfig, job: Job, state: RunState, num_done: int
 
 def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observer: Observer) -> dict[str, float]:
     _seed_generators(config.seed, step)
+    before = {name: replace(role.work) for name, role in job.roles.items()}
     started = time.perf_counter()
     outcome = run_step(
         job.graph, job.roles, job.next_batch(step), step, on_call=lambda name: observer.on_call(step, name)
@@ -163,11 +165,20 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     seconds = time.perf_counter() - started
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
     metrics["perf/tokens_per_s"] = job.num_tokens(outcome.batch) / seconds
+    metrics.update(_utilisation(job.roles, before))
     metrics.update(job.evaluate(step))
     folder.write_metrics(step + 1, metrics)
     folder.write_samples(job.samples(step, outcome.batch))
     observer.on_step(step, metrics)
     return metrics
+
+
+def _utilisation(roles: Mapping[str, KeptRole], before: Mapping[str, Work]) -> dict[str, float]:
+    """`perf/mfu`: the part of the training's seconds that it would take at the device's peak."""
+    seconds = sum(role.work.seconds - before[name].seconds for name, role in roles.items())
+    moved = [(role, role.work.flops - before[name].flops) for name, role in roles.items()]
+    ideal = sum(flops / role.peak_flops for role, flops in moved if flops > 0)
+    return {"perf/mfu": ideal / seconds} if seconds > 0 else {}
 
 
 def _seed_generators(seed: int, step: int) -> None:

@@ -21,6 +21,7 @@ from meshift.batch import Batch, column_key
 from meshift.errors import CheckpointError, DataError, ModelError
 from meshift.step import Role
 from meshift.training.checkpoint import Remembers, State, fingerprint, read_state, write_state
+from meshift.training.flops import Work
 
 RUN = "run"
 """The folder beside those of the roles: what is of no role."""
@@ -28,7 +29,15 @@ VALUES = ("num_done", "memories", "fixed_weights", "last_batch", "rows")
 
 
 class KeptRole(Role, Protocol):
-    """A role that can be written into a checkpoint and read back."""
+    """A role that can be written into a checkpoint and read back, and that counts its work."""
+
+    @property
+    def work(self) -> Work:
+        """What training has computed so far, and in what time."""
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the device reaches at best in the type that the model computes in."""
 
     def state(self) -> State:
         """All that steps have changed."""

@@ -8,6 +8,7 @@ micro-batches carry it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,7 +21,10 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
+from meshift.parallel.data import Ranks, Statistics
+from meshift.parallel.groups import Place
 from meshift.training.checkpoint import State
+from meshift.training.flops import Work, training_flops
 from meshift.training.optimizer import MasterAdamW, freeze_layers
 from meshift.training.readings import Reading, detach
 
@@ -69,21 +73,40 @@ class TrainTask:
 class TrainingEngine:
     """One decoder with forwards and, given an optimizer's config, updates. `version` counts the updates.
 
-    `name` is the role's, for what is said of failures.
+    `name` is the role's, for what is said of failures; `work` is what training has computed, and in what time.
     """
 
-    def __init__(self, model: Decoder, config: TrainableConfig, *, trainable: bool, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        config: TrainableConfig,
+        *,
+        trainable: bool,
+        name: str = "model",
+        place: Place | None = None,
+    ) -> None:
+        """With a `place`, `model` is cut for it, and every process of the placement makes the same calls."""
         self.name = name
         self.model = model
         self.config = config
         self.version = 0
+        self.work = Work()
+        self.ranks = None if place is None else Ranks(model, place)
         self.optimizer: MasterAdamW | None = None
         if trainable:
             freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
-            self.optimizer = MasterAdamW(model, config)
+            self.optimizer = MasterAdamW(model, config, self.ranks)
 
     def infer(self, reading: Reading, batch: Batch) -> Batch:
         """The reading of every row, without gradients, in the batch's row order."""
+        if self.ranks is None:
+            return self._infer(reading, batch)
+        sizes = reading.sizes(batch)
+        rows = self.ranks.own_rows(sizes)
+        own = self._infer(reading, batch.index(rows)) if rows else Batch({})
+        return self.ranks.whole(own, sizes)
+
+    def _infer(self, reading: Reading, batch: Batch) -> Batch:
         parts = micro_batches(reading.sizes(batch), self.config.max_tokens_per_micro_batch)
         with torch.no_grad():
             pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
@@ -97,6 +120,7 @@ class TrainingEngine:
         loss or gradient can touch the weights.
         """
         assert self.optimizer is not None, "this engine was built without an optimizer"
+        started = time.perf_counter()
         updates: list[dict[str, float]] = []
         advice = f"the update was not made: lower learning_rate ({rate:g} here), or {task.loss.reading.suspects}"
         for rows in mini_batch_rows(len(batch), task.num_epochs, task.num_mini_batches, seed):
@@ -115,6 +139,7 @@ class TrainingEngine:
             if not math.isfinite(stats["grad_norm"]):
                 raise NonFiniteError(f"in {update} the gradient's norm is {stats['grad_norm']}; {advice}")
             self.version += 1
+        self.work.seconds += time.perf_counter() - started
         return updates
 
     def accumulate(self, loss: Loss, batch: Batch) -> dict[str, float]:
@@ -123,7 +148,23 @@ class TrainingEngine:
         Raises `NonFiniteError` for a NaN or infinite loss, saying of which rows; no gradient is then left.
         """
         count = max(1, loss.count(batch))
-        stats: dict[str, float] = {}
+        if self.ranks is None:
+            return self._accumulate(loss, batch, count).by_name()
+        rows = self.ranks.own_rows(loss.reading.sizes(batch))
+        own = Statistics()
+        try:
+            own = self._accumulate(loss, batch.index(rows), count) if rows else own
+        except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
+            own = Statistics(trouble=str(error))
+        whole = self.ranks.settle(own)
+        if whole.trouble is not None:
+            if self.optimizer is not None:
+                self.optimizer.discard()
+            raise NonFiniteError(whole.trouble)
+        return whole.by_name()
+
+    def _accumulate(self, loss: Loss, batch: Batch, count: int) -> Statistics:
+        stats = Statistics()
         parts = micro_batches(loss.reading.sizes(batch), self.config.max_tokens_per_micro_batch)
         for piece in batch.split(parts):
             result = loss(self.forward(loss.reading, piece), piece)
@@ -133,7 +174,10 @@ class TrainingEngine:
                     self.optimizer.discard()
                 raise NonFiniteError(f"the loss is {mean.item()} {self._blamed(loss, piece)}")
             mean.backward()
-            _merge(stats, result, count, mean.item())
+            lengths = loss.reading.sequences(piece).lengths.tolist()
+            self.work.flops += training_flops(self.model, lengths, len(loss.reading.rows(piece)))
+            sums = {key: float(value) / count for key, value in result.sums.items()}
+            stats.add({"loss": mean.item(), **sums}, {key: float(value) for key, value in result.maxima.items()})
         return stats
 
     def _blamed(self, loss: Loss, piece: Batch) -> str:
@@ -191,14 +235,6 @@ def mini_batch_rows(num_rows: int, num_epochs: int, num_parts: int, seed: int) -
         order = torch.randperm(num_rows, generator=generator)
         for part in torch.tensor_split(order, min(num_parts, num_rows)):
             yield part.tolist()
-
-
-def _merge(stats: dict[str, float], result: LossSums, count: int, loss: float) -> None:
-    stats["loss"] = stats.get("loss", 0.0) + loss
-    for key, value in result.sums.items():
-        stats[key] = stats.get(key, 0.0) + float(value) / count
-    for key, value in result.maxima.items():
-        stats[key] = max(stats.get(key, -math.inf), float(value))
 
 
 def mean_over_updates(updates: Sequence[Mapping[str, float]], key: str) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
+from meshift.parallel.data import Ranks
 from meshift.training.checkpoint import restore_tensor
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -62,8 +63,10 @@ class MasterAdamW:
     Gradients arrive through `loss.backward()` and add up until `step` or `discard`.
     """
 
-    def __init__(self, model: nn.Module, config: TrainableConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainableConfig, ranks: Ranks | None = None) -> None:
+        """With `ranks`, `model` is one rank's part, and gradients are added up over ranks before an update."""
         self.max_grad_norm = config.max_grad_norm
+        self._ranks = ranks
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names, self._parameters = list(trained), list(trained.values())
         if not self._parameters:
@@ -91,13 +94,26 @@ class MasterAdamW:
 
         A norm that is not finite leaves every weight as it was; the caller decides what that means.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        norm = self._clip()
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = rate
             self._adamw.step()
             self.publish()
         self.discard()
+        return norm
+
+    def _clip(self) -> float:
+        """Scale the gradient down to `max_grad_norm`, over all ranks; returns its norm before that."""
+        if self._ranks is None:
+            return float(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        for master in self.masters:
+            if master.grad is None:  # this rank had no rows so far
+                master.grad = torch.zeros_like(master)
+        gradients = {name: m.grad for name, m in zip(self._names, self.masters, strict=True) if m.grad is not None}
+        self._ranks.add_gradients(gradients)
+        norm = self._ranks.norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, torch.tensor(norm))
         return norm
 
     def discard(self) -> None:

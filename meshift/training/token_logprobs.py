@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from meshift.models.heads import LanguageModelHead
+from meshift.models.vocabulary import Vocabulary
 
 BLOCK_BYTES = 50_000_000
 """fp32 logits of a block on the CPU: fewer rows make thin products, more leave the cache sooner (measured)."""
@@ -26,8 +27,9 @@ BLOCK_BYTES = 50_000_000
 class Wanted:
     """Of which distribution the log-probs are, and what else is wanted of it.
 
-    `forbid(start, stop, logits)` gives, for the logits [stop - start, vocab] of these rows, a mask of the tokens
-    outside the support: made block by block, so that indices are kept and no mask.
+    `forbid(start, stop, logits)` gives, for the logits [stop - start, vocab] of these rows, of which it reads
+    shape and device only, a mask of the tokens outside the support: made block by block, so that indices are kept
+    and no mask.
     """
 
     temperature: float = 1.0
@@ -107,25 +109,27 @@ class _InBlocks(torch.autograd.Function):
         keep_slopes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy, correct = (torch.zeros(len(targets), device=hidden.device) for _ in range(3))
-        normalisers = torch.empty_like(logprobs)
+        normalisers, words = torch.empty_like(logprobs), head.vocabulary
         slopes = torch.empty_like(hidden) if keep_slopes else hidden.new_empty(0)
         for block in _blocks(head, hidden, targets, chunk, wanted):
             rows, logits = block.rows, block.logits
             if wanted.likeliest:
-                correct[rows] = (logits.argmax(-1) == block.targets).float()
-            highest = logits.amax(-1, keepdim=True)
-            at_target = logits.gather(1, block.targets[:, None]) - highest
+                correct[rows] = (words.likeliest(logits) == block.targets).float()
+            highest = words.max(logits.amax(-1, keepdim=True))
+            at_target = words.pick(logits, block.targets) - highest
             logits.sub_(highest)
             weights = logits.exp() if wanted.entropy else logits.exp_()
-            total = weights.sum(-1, keepdim=True)
+            total = words.sum(weights.sum(-1, keepdim=True))
             logprobs[rows] = (at_target - total.log())[:, 0]
             normalisers[rows] = (highest + total.log())[:, 0]
             if wanted.entropy:
                 finite = logits if block.forbidden is None else logits.masked_fill_(block.forbidden, 0.0)
-                entropy[rows] = (total.log() - finite.mul_(weights).sum(-1, keepdim=True) / total)[:, 0]
+                mean = words.sum(finite.mul_(weights).sum(-1, keepdim=True)) / total
+                entropy[rows] = (total.log() - mean)[:, 0]
             if keep_slopes:
                 scale = torch.full_like(total, 1.0 / wanted.temperature)
-                torch.mm(_to_logits(weights.div_(total), block, scale), projection, out=slopes[rows])
+                torch.mm(_to_logits(weights.div_(total), block, scale, words), projection, out=slopes[rows])
+        slopes = words.sum(slopes)
         ctx.save_for_backward(hidden, projection, targets, slopes, normalisers)
         ctx.head, ctx.chunk, ctx.wanted = head, chunk, wanted
         ctx.mark_non_differentiable(entropy, correct)
@@ -143,7 +147,8 @@ class _InBlocks(torch.autograd.Function):
             for block in _blocks(ctx.head, hidden, targets, ctx.chunk, ctx.wanted):
                 probabilities = block.logits.sub_(normalisers[block.rows, None]).exp_()
                 scale = incoming[0][block.rows, None] / ctx.wanted.temperature
-                to_projection.addmm_(_to_logits(probabilities, block, scale).t(), hidden[block.rows])
+                to_logits = _to_logits(probabilities, block, scale, ctx.head.vocabulary)
+                to_projection.addmm_(to_logits.t(), hidden[block.rows])
         return to_hidden, to_projection, None, None, None, None, None
 
 
@@ -151,7 +156,7 @@ class _InBlocks(torch.autograd.Function):
 class _Block:
     """Some rows: `logits` [n, vocab] in fp32, divided by the temperature, -inf outside the support.
 
-    They may be overwritten. `raw` is what the head gave.
+    They may be overwritten. `raw` is what the head gave. Where it has a part of the vocabulary, so have they.
     """
 
     rows: slice
@@ -166,16 +171,18 @@ def _blocks(
     head: LanguageModelHead, hidden: Tensor, targets: Tensor, chunk: int, wanted: Wanted
 ) -> Iterator[_Block]:
     """All rows, block by block, in one buffer."""
-    vocab = head.projection.shape[0]
+    vocab, words = head.projection.shape[0], head.vocabulary
     size = chunk if hidden.is_cuda else max(1, min(chunk, BLOCK_BYTES // (4 * vocab)))
     buffer = torch.empty(min(size, len(targets)), vocab, device=hidden.device)
     for start, stop in _spans(len(targets), size):
-        raw = head(hidden[start:stop])
+        raw = head.part(hidden[start:stop])
         logits = buffer[: stop - start].copy_(raw)
         if wanted.temperature != 1.0:
             logits.div_(wanted.temperature)
-        forbidden = wanted.forbid(start, stop, logits) if wanted.forbid is not None else None
-        if forbidden is not None:
+        forbidden = None
+        if wanted.forbid is not None:
+            whole = logits[:1, :1].expand(stop - start, head.vocab_size)  # no memory: only its shape is read
+            forbidden = words.columns(wanted.forbid(start, stop, whole))
             logits.masked_fill_(forbidden, -torch.inf)
         yield _Block(
             rows=slice(start, stop),
@@ -187,10 +194,10 @@ def _blocks(
         )
 
 
-def _to_logits(probabilities: Tensor, block: _Block, scale: Tensor) -> Tensor:
+def _to_logits(probabilities: Tensor, block: _Block, scale: Tensor, words: Vocabulary) -> Tensor:
     """The gradient of `scale` [n, 1] x log-prob in what the projection gives, in its type; overwrites both."""
     gradient = probabilities.mul_(-scale)
-    gradient.scatter_add_(1, block.targets[:, None], scale)
+    words.add_at(gradient, block.targets, scale)
     if block.slope is not None:
         gradient.mul_(block.slope)
     return block.raw.copy_(gradient)

@@ -188,6 +188,14 @@ CASES = {
     "a tokenizer of another version": model(
         write("tokenizer.json", '{"version": "9"}'), "no tokenizer that transformers can read"
     ),
+    "a tokenizer whose special tokens are empty": model(
+        lambda folder: edit_json(folder / "tokenizer_config.json", eos_token="", unk_token=""),
+        "no tokenizer that transformers can read",
+    ),
+    "architectures that are no names": model(
+        lambda folder: edit_json(folder / "config.json", architectures={"\n": None}),
+        "architectures must be a list of names",
+    ),
     "more frozen layers than there are": ppo("has 2 layers", actor__num_frozen_layers="3"),
     # output
     "a file for an output folder": ppo(

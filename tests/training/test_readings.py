@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from tiny_rl import random_rollout, tiny_model
+from tiny_rl import random_rollout, tiny_model, watch_logits
 
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
@@ -81,8 +81,7 @@ def test_the_entropy_needs_no_gradient_where_no_bonus_asks_for_one():
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_logits_never_exist_for_more_than_a_chunk_of_tokens(with_gradient):
     model, batch = tiny_model(), random_rollout()
-    seen = []
-    model.head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    seen = watch_logits(model.head)
     engine = TrainingEngine(model, TrainableConfig(logits_chunk=4), trainable=False)
     if with_gradient:
         outputs = engine.forward(TokenLogprobs(), batch)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_rl import tiny_model
+from tiny_rl import tiny_model, watch_logits
 from tiny_texts import random_demonstrations, random_pairs
 
 from meshift.batch import Batch, Ragged
@@ -113,8 +113,8 @@ def test_a_completion_is_what_follows_the_prompt_or_all_but_the_first_token():
 )
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_logits_of_texts_never_exist_for_more_than_a_chunk(reading, make, with_gradient):
-    model, seen = tiny_model(), []
-    model.head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    model = tiny_model()
+    seen = watch_logits(model.head)
     engine = TrainingEngine(model, TrainableConfig(logits_chunk=4), trainable=False)
     if with_gradient:
         outputs = engine.forward(reading, make())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_rl import tiny_model
+from tiny_rl import tiny_model, watch_logits
 from torch import nn
 
 from meshift.models.heads import LanguageModelHead
@@ -95,8 +95,7 @@ def test_in_bfloat16_the_blocks_are_no_further_from_the_truth_than_autograd():
 def test_logits_exist_for_no_more_rows_than_a_block_holds(monkeypatch, block_bytes):
     monkeypatch.setattr(subject, "BLOCK_BYTES", block_bytes)
     head, hidden, targets = problem()
-    seen = []
-    head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    seen = watch_logits(head)
     token_logprobs(head, hidden, targets, 5, Wanted()).logprobs.sum().backward()
     assert max(seen) == max(1, min(5, block_bytes // (4 * VOCAB)))
     assert sum(seen) == 2 * NUM_ROWS, "once to read, once for the projection's gradient"
@@ -104,8 +103,7 @@ def test_logits_exist_for_no_more_rows_than_a_block_holds(monkeypatch, block_byt
 
 def test_a_frozen_projection_is_multiplied_with_once():
     head, hidden, targets = problem(trained=False)
-    seen = []
-    head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    seen = watch_logits(head)
     token_logprobs(head, hidden, targets, 5, Wanted()).logprobs.sum().backward()
     assert sum(seen) == NUM_ROWS
     assert head.projection.grad is None
@@ -117,7 +115,7 @@ def test_slopes_are_computed_only_where_a_gradient_is_wanted(monkeypatch, enable
     head, hidden, targets = problem()
     blocks = []
     monkeypatch.setattr(
-        subject, "_to_logits", lambda weights, block, scale: blocks.append(block.rows) or block.raw.zero_()
+        subject, "_to_logits", lambda weights, block, scale, words: blocks.append(block.rows) or block.raw.zero_()
     )
     with torch.set_grad_enabled(enabled):
         token_logprobs(head, hidden, targets, 5, Wanted())

@@ -34,6 +34,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 def find_family(raw: Mapping[str, Any], where: str) -> Family:
     """The family of a raw config.json, by `architectures`, else by `model_type`. Raises `ModelError`."""
     named = raw.get("architectures") or ()
+    if not isinstance(named, list | tuple) or not all(
+        isinstance(name, str) and name.isidentifier() for name in named
+    ):
+        raise ModelError(
+            f"{where}: architectures must be a list of names, not {str(named)[:80]!r}; copy that file from its "
+            "source again."
+        )
     for family in FAMILIES.values():
         if family.causal in named or family.classifier in named:
             return family

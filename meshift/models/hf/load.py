@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+PROBE = "The film, on the whole, was good: 10/10.\n"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
 
 
@@ -101,16 +102,19 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
     directory = resolve_model(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        tokenizer.decode(tokenizer.encode("a"))  # what is wrong in a file may show only here
+        tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong in a file may show only here
+        tokenizer.eos_token_id, tokenizer.pad_token_id  # noqa: B018 - a token that is not there is looked up for ever
         return tokenizer
     except StrictDataclassError as error:
         raise ModelError(
             f"{directory / 'config.json'} has a value of the wrong type ({' '.join(str(error).split())}): copy "
             "the file from its source again."
         ) from error
-    except Exception as error:
-        # A file that holds JSON of another shape fails wherever it is first used; in Rust, as a plain Exception.
-        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+    except BaseException as error:
+        # A file that holds JSON of another shape fails wherever it is first used; in Rust, as a plain Exception or
+        # as a panic, whose class can be told by its name only.
+        known = isinstance(error, (*UNREADABLE, RecursionError)) or type(error) is Exception
+        if not known and type(error).__name__ != "PanicException":
             raise
         raise ModelError(
             f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}): copy "

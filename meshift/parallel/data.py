@@ -1,0 +1,121 @@
+"""Data parallelism with whole copies of a (tensor-cut) model: who takes which rows, and what is added up after.
+
+Every process of a mesh is given the same whole batch and ends with the same whole result, so that the code around
+it is that of one device. It knows nothing of readings, losses or optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshift.batch import Batch, balanced_partition
+from meshift.models.decoder import Decoder
+from meshift.models.shards import shard_table
+from meshift.parallel.collectives import sum_of
+from meshift.parallel.exchange import gather_batches, gather_facts
+from meshift.parallel.groups import Place
+from meshift.parallel.tensor import add_shared, shared_parameters
+
+BUCKET = 1 << 24
+"""Numbers that are added up in one message."""
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Numbers of an update that add up over its parts, those of which the largest counts, and what went wrong."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    trouble: str | None = None
+
+    def add(self, sums: Mapping[str, float], maxima: Mapping[str, float]) -> None:
+        """Take in those of another part."""
+        for key, value in sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        for key, value in maxima.items():
+            self.maxima[key] = max(self.maxima.get(key, -math.inf), value)
+
+    def by_name(self) -> dict[str, float]:
+        """All of them."""
+        return {**self.sums, **self.maxima}
+
+
+class Ranks:
+    """What one process of a placement has to settle with the others around a forward or a backward pass."""
+
+    def __init__(self, model: Decoder, place: Place) -> None:
+        """`model` is this rank's part."""
+        self.place = place
+        self._shared = shared_parameters(model, place.tensor)
+        table = shard_table(model.config, model.head_kind)
+        self._num_holders = {
+            name: len(place.tensor) if shard.split is None else 1 for name, shard in table.items()
+        } | {name: shared.num_holders for name, shared in self._shared.items()}
+
+    def own_rows(self, sizes: Sequence[int]) -> list[int]:
+        """The rows of a batch that are this data rank's: shares of nearly equal size, settled without a word."""
+        return balanced_partition(sizes, len(self.place.data))[self.place.data.index]
+
+    def whole(self, own: Batch, sizes: Sequence[int]) -> Batch:
+        """The rows of everybody's `own_rows(sizes)`, in the batch's order."""
+        if self.place.data.group is None:
+            return own
+        parts = balanced_partition(sizes, len(self.place.data))
+        pieces = [p for p, rows in zip(gather_batches(own, self.place.data), parts, strict=True) if rows]
+        order = torch.tensor([row for part in parts for row in part])
+        return Batch.concat(pieces).index(torch.argsort(order))
+
+    def neighbours(self, num_rows: int) -> range:
+        """This data rank's share of so many rows, in one piece: neighbours may have a prompt in common."""
+        each, left = divmod(num_rows, len(self.place.data))
+        index = self.place.data.index
+        start = index * each + min(index, left)
+        return range(start, start + each + (index < left))
+
+    def joined(self, own: Batch) -> Batch:
+        """The rows of everybody's `neighbours`, in order."""
+        return Batch.concat([piece for piece in gather_batches(own, self.place.data) if len(piece)])
+
+    def settle(self, own: Statistics) -> Statistics:
+        """Everybody's statistics together, and the first trouble that any of them has."""
+        together = Statistics()
+        for sums, maxima, trouble in gather_facts([own.sums, own.maxima, own.trouble], self.place.data):
+            together.add(sums, maxima)
+            together.trouble = together.trouble or trouble
+        return together
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Make every gradient that of the whole batch and of the whole model, in place."""
+        for name, shared in self._shared.items():
+            if name in gradients:
+                add_shared(gradients[name], shared, self.place.tensor)
+        if self.place.data.group is not None:
+            for bucket in _buckets(list(gradients.values())):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat, group=self.place.data.group)
+                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> float:
+        """The norm of the whole model's gradient; what several ranks hold counts once."""
+        squares = [g.double().square().sum() / self._num_holders[name] for name, g in gradients.items()]
+        return math.sqrt(float(sum_of(torch.stack(squares).sum(), self.place.tensor)))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours together, up to `BUCKET` numbers, or one that has more."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for gradient in gradients:
+        if gradient.numel() > room:
+            buckets.append([])
+            room = max(BUCKET, gradient.numel())
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
+    return buckets

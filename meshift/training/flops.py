@@ -1,0 +1,70 @@
+"""The floating-point operations of training, counted from shapes: what model FLOP utilisation divides by the peak.
+
+Products of matrices and of attention, a multiplication and an addition each. Norms, rotary and the optimizer are
+left out, and so is what `gradient_checkpointing` computes twice: more work is not more use. It knows nothing of
+how fast a device is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from meshift.models.config import DecoderConfig
+from meshift.models.decoder import Decoder
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What an engine's training has done so far: operations, and the seconds they took.
+
+    Example: `Work(flops=6e12, seconds=1.5)`.
+    """
+
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def training_flops(model: Decoder, lengths: Sequence[int], num_read: int) -> float:
+    """Forward and backward over whole sequences, with `num_read` rows through the head.
+
+    A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
+    Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
+    """
+    num_rows, total = sum(lengths), 0.0
+    learned_below = any(p.requires_grad for p in model.embedding.parameters())
+    for index, layer in enumerate(model.layers):
+        learned = any(p.requires_grad for p in layer.parameters())
+        passes = 1 + (learned or learned_below) + learned
+        total += 2.0 * num_rows * _num_weights(layer) * passes
+        attention = _attention_flops(model.config, lengths, model.config.window(index))
+        total += attention * (3 if learned or learned_below else 1)
+        learned_below = learned_below or learned
+    return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model))
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+
+def _attention_flops(config: DecoderConfig, lengths: Sequence[int], window: int | None) -> float:
+    """Two products, each a multiplication and an addition for every pair of a token and one that it sees."""
+    num_seen = sum(_num_pairs(n, window) for n in lengths)
+    return 4.0 * config.num_heads * config.head_dim * num_seen
+
+
+def _num_pairs(length: int, window: int | None) -> int:
+    """Tokens and those that they see, themselves included."""
+    seen = length if window is None else min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def _num_head(model: Decoder) -> int:
+    return model.config.hidden_size * (model.config.vocab_size if model.head_kind == "lm" else 1)
+
+
+def _learns_head(model: Decoder) -> bool:
+    owned = model.config.owns_output_matrix(model.head_kind)
+    return any(p.requires_grad for p in (model.head if owned else model.embedding).parameters())

@@ -1,0 +1,142 @@
+"""Data and tensor ranks together give one device's readings, updates, statistics and troubles."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from gang import run_gang
+from tiny_families import family_model
+from tiny_rl import random_rollout
+
+from meshift.algorithms.losses import PolicyLoss
+from meshift.batch import Batch, Ragged
+from meshift.config.sections import TrainableConfig
+from meshift.errors import NonFiniteError
+from meshift.generation.params import SamplingParams
+from meshift.generation.rollout import SamplingTask
+from meshift.layout.boxes import boxes_of
+from meshift.layout.layout import Layout, Placement
+from meshift.layout.mesh import Device, Mesh
+from meshift.models.shards import shard_table
+from meshift.parallel.groups import join
+from meshift.parallel.tensor import cut_model
+from meshift.runtime.role import LocalRole
+from meshift.training.engine import TrainTask
+from meshift.training.readings import TokenLogprobs
+
+LAYOUTS = ("d2t1p1", "d1t2p1", "d4t1p1", "d2t2p1", "d1t4p1", "d3t1p1")
+MODELS = ("llama-biases", "olmo2", "qwen3")
+CONFIG = TrainableConfig(
+    learning_rate=0.02,
+    adam_epsilon=1e-3,  # Adam magnifies the rounding of a gradient that is all rounding
+    max_grad_norm=0.05,
+    weight_decay=0.1,
+    num_frozen_layers=1,
+    max_tokens_per_micro_batch=20,
+)
+READING = TokenLogprobs(with_entropy=True)
+TASK = TrainTask(loss=PolicyLoss(reading=READING), num_epochs=2, num_mini_batches=3)
+SAMPLING = SamplingTask(params=SamplingParams(max_new_tokens=5, temperature=0.8, top_p=0.9), seed=5)
+
+
+def place_in(layout, rank):
+    """Where a rank of the world stands in a layout on the first devices, or None."""
+    devices = [Device(index=i) for i in range(4)]
+    layout = Layout.parse(layout)
+    placement = Placement(mesh=Mesh.parse(f"0-{layout.num_ranks - 1}"), layout=layout)
+    return join(placement, devices[rank], {device: i for i, device in enumerate(devices)})
+
+
+def role_of(name, place, config=CONFIG, **options):
+    model = family_model(name, **options)
+    model = model if place is None else cut_model(model, place.tensor)
+    return LocalRole("actor", model, config, trainable=True, max_steps=3, place=place).can_generate(3, str)
+
+
+def rollouts(seed=0):
+    return random_rollout(7, vocab_size=61, seed=seed)
+
+
+def prompts():
+    rows = [[3, 1, 4], [3, 1, 4], [9, 2], [5], [8, 8, 8]]
+    index = Ragged.scalars(list(range(10, 15)), torch.int64)
+    return Batch({"prompts": Ragged.from_rows(rows, torch.int64), "index": index})
+
+
+def story(role):
+    """What a role gives through generation, reading and three steps of training."""
+    drawn = role.generate(SAMPLING, prompts()).batch
+    read = role.infer(READING, rollouts()).batch
+    metrics = [role.train(TASK, rollouts(step), step=step).metrics for step in range(3)]
+    return drawn, read, metrics, role.infer(READING, rollouts()).batch
+
+
+def assert_batches_agree(ours, theirs, what):
+    assert ours.fields.keys() == theirs.fields.keys()
+    for key, field in theirs.fields.items():
+        assert torch.equal(ours[key].lengths, field.lengths), what
+        if field.values.is_floating_point():
+            torch.testing.assert_close(ours[key].values, field.values, atol=2e-5, rtol=1e-5, msg=f"{what}: {key}")
+        else:
+            assert torch.equal(ours[key].values, field.values), f"{what}: {key}"
+
+
+def check_layouts(rank, name):
+    expected = story(whole := role_of(name, None))
+    table = shard_table(whole.model.config, "lm")
+    for layout in LAYOUTS:
+        place = place_in(layout, rank)
+        if place is None:
+            continue
+        ours = story(role := role_of(name, place))
+        for one, other in zip((ours[0], ours[1], ours[3]), (expected[0], expected[1], expected[3]), strict=True):
+            assert_batches_agree(one, other, f"{name} {layout}")
+        for one, other in zip(ours[2], expected[2], strict=True):
+            assert one.keys() == other.keys()
+            assert all(math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5) for k in one), (
+                layout,
+                one,
+                other,
+            )
+        weights, boxes = whole.master_weights(), boxes_of(place.layout, table, place.rank)
+        for parameter, weight in role.master_weights().items():
+            part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
+            torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{name} {layout}: {parameter}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_role_on_many_ranks_is_the_role_on_one(name, tmp_path):
+    run_gang(4, check_layouts, tmp_path, name)
+
+
+def check_trouble(rank):
+    batch = rollouts()
+    bad = batch["advantages"].values.clone()
+    bad[0] = math.nan
+    batch = replace(batch, fields={**batch.fields, "advantages": Ragged(bad, batch["advantages"].lengths)})
+    role = role_of("llama-tied", place_in("d2t2p1", rank))
+    before = {name: weight.clone() for name, weight in role.master_weights().items()}
+    with pytest.raises(NonFiniteError, match="the loss is nan in 1 of"):
+        role.train(TrainTask(loss=PolicyLoss(reading=READING)), batch, step=0)
+    assert all(torch.equal(weight, before[name]) for name, weight in role.master_weights().items())
+    assert not any(m.grad is not None and m.grad.any() for m in role.trainer.optimizer.masters)
+
+
+def test_every_rank_hears_of_one_ranks_trouble(tmp_path):
+    run_gang(4, check_trouble, tmp_path)
+
+
+def check_few_rows(rank):
+    whole, ours = role_of("qwen2", None), role_of("qwen2", place_in("d4t1p1", rank))
+    task = TrainTask(loss=PolicyLoss(reading=READING))
+    two_rows = rollouts().index([0, 1])
+    expected, found = whole.train(task, two_rows, step=0), ours.train(task, two_rows, step=0)
+    assert math.isclose(found.metrics["actor/grad_norm"], expected.metrics["actor/grad_norm"], rel_tol=1e-4)
+    for name, weight in whole.master_weights().items():
+        torch.testing.assert_close(ours.master_weights()[name], weight, atol=1e-5, rtol=1e-5)
+    assert_batches_agree(ours.infer(READING, two_rows).batch, whole.infer(READING, two_rows).batch, "two rows")
+
+
+def test_fewer_rows_than_ranks(tmp_path):
+    run_gang(4, check_few_rows, tmp_path)

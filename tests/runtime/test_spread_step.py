@@ -1,0 +1,142 @@
+"""PPO over four processes, each call in a layout and on a mesh of its own, is PPO in one process."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from gang import run_gang
+from tiny_rl import make_world, ppo_config, tiny_model
+
+from meshift.batch import Batch, Ragged
+from meshift.config.sections import TrainableConfig
+from meshift.layout.boxes import boxes_of
+from meshift.layout.layout import Placement
+from meshift.layout.mesh import Device
+from meshift.models.shards import shard_table
+from meshift.runtime.role import LocalRole
+from meshift.runtime.spread_role import SpreadRole
+from meshift.runtime.spread_step import SpreadStep
+from meshift.runtime.world import World
+
+NUM_STEPS = 3
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6], [5], [3, 5, 8], [9, 7, 9]]
+SMOOTH = {"learning_rate": 0.02, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
+SECTIONS = {
+    "actor": {"model_name_or_path": "unused", **SMOOTH, "max_tokens_per_micro_batch": 24},
+    "critic": {**SMOOTH, "max_tokens_per_micro_batch": 16},
+    "generation": {"max_completion_length": 6, "temperature": 0.9},
+    "ppo": {"num_mini_batches": 2, "num_ppo_epochs": 2, "kl_coef": 0.2, "length_limit_is_end": True},
+}
+# role -> kind -> mesh and layout
+SPREAD = {
+    "actor": {"generate": ("0-3", "d4t1p1"), "train": ("0-3", "d2t2p1")},
+    "critic": {"infer": ("0-1", "d2t1p1"), "train": ("0-1", "d2t1p1")},
+    "reference": {"infer": ("2-3", "d1t2p1")},
+}
+PLANS = {
+    "all-apart": {
+        "actor": {"generate": ("0", "d1t1p1"), "train": ("1", "d1t1p1")},
+        "critic": {"infer": ("2", "d1t1p1"), "train": ("2", "d1t1p1")},
+        "reference": {"infer": ("3", "d1t1p1")},
+    },
+    "spread": SPREAD,
+    "critic-moves": {
+        **SPREAD,
+        "actor": {"generate": ("2-3", "d1t2p1"), "train": ("0-1", "d2t1p1")},
+        "critic": {"infer": ("3,2", "d1t2p1"), "train": ("0-3", "d1t4p1")},
+    },
+    "host-not-first": {
+        "actor": {"generate": ("3,2,1,0", "d2t2p1"), "train": ("3,2,1,0", "d4t1p1")},
+        "critic": {"infer": ("2-3", "d1t2p1"), "train": ("2-3", "d1t2p1")},
+        "reference": {"infer": ("1", "d1t1p1")},
+    },
+}
+
+
+def odd(completion_ids):
+    return [sum(i % 2 for i in ids) - 0.3 * len(ids) for ids in completion_ids]
+
+
+def prompts_of(step):
+    index = Ragged.scalars([step * len(PROMPTS) + i for i in range(len(PROMPTS))], torch.int64)
+    return Batch({"prompts": Ragged.from_rows(PROMPTS, torch.int64), "index": index})
+
+
+def spread_roles(config, plan, world):
+    def role(name, head, section, offset):
+        placements = {kind: Placement.parse(*written) for kind, written in plan[name].items()}
+
+        def whole():
+            model = tiny_model(head)
+            if head == "value":
+                torch.nn.init.zeros_(model.head.weight)
+            return model
+
+        def make(model, place, trainable):
+            made = LocalRole(
+                name,
+                model,
+                section,
+                trainable=trainable,
+                max_steps=NUM_STEPS,
+                seed=config.seed + offset,
+                place=place,
+            )
+            return made.can_generate(64, str) if name == "actor" else made
+
+        return SpreadRole(name, placements, world, whole, make)
+
+    return {
+        "actor": role("actor", "lm", config.actor, 0),
+        "critic": role("critic", "value", config.critic, 1),
+        "reference": role("reference", "lm", TrainableConfig(), 0),
+    }
+
+
+def check_ppo(rank, name):
+    config = ppo_config(**SECTIONS)
+    alone = make_world(odd, config, max_steps=NUM_STEPS)
+    devices = {Device(index=i): i for i in range(4)}
+    world = World(rank=rank, ranks=devices, group=dist.new_group(list(range(4)), backend="gloo"))
+    roles = spread_roles(config, PLANS[name], world)
+    graph = make_world(odd, config).graph  # another one: graphs remember, as value normalisation does
+    spread = SpreadStep(graph, roles, world)
+    for step in range(NUM_STEPS):
+        expected, found = alone.step(PROMPTS, step), spread.run(prompts_of(step), step)
+        if rank == 0:
+            check_outcome(found, expected, f"{name}, step {step}")
+    for role in ("actor", "critic"):
+        check_weights(roles[role], alone.roles[role], name)
+
+
+def check_outcome(found, expected, what):
+    assert found.batch.fields.keys() == expected.batch.fields.keys()
+    wrong = {
+        key: (found.batch[key].values, field.values)
+        for key, field in expected.batch.fields.items()
+        if not torch.allclose(found.batch[key].values.double(), field.values.double(), atol=1e-4, rtol=1e-4)
+    }
+    assert not wrong, f"{what}: {wrong}"
+    for key, value in expected.metrics.items():
+        if not key.startswith("timing_s/"):
+            close = math.isclose(found.metrics[key], value, rel_tol=1e-3, abs_tol=1e-4)
+            assert close or math.isnan(value), f"{what}: {key} is {found.metrics[key]} instead of {value}"
+    assert {f"start_s/{name}" for name in ("rollout", "values", "train_critic")} <= found.metrics.keys()
+
+
+def check_weights(role, whole, name):
+    """Every process's part, where it is trained and where it was moved to."""
+    table = shard_table(whole.model.config, whole.model.head_kind)
+    weights = whole.master_weights()
+    for placement, local in role._locals.items():
+        boxes = boxes_of(placement.layout, table, placement.mesh.rank_of(role.world.device))
+        for parameter, weight in local.model.named_parameters():
+            part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
+            torch.testing.assert_close(weight.detach(), part, atol=2e-5, rtol=1e-4, msg=f"{name}: {parameter}")
+        assert local.version == whole.version
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_spread_step_is_the_step_of_one_process(name, tmp_path):
+    run_gang(4, check_ppo, tmp_path, name)

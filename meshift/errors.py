@@ -54,6 +54,10 @@ class RewardError(MeshiftError):
     """A reward function raised, or returned something that is no list of numbers."""
 
 
+class WorkerError(MeshiftError):
+    """A process of a run failed or died, and the others were ended."""
+
+
 class StaleWeightsError(MeshiftError):
     """Two parties to one step hold different versions of the same weights."""
 

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from meshift.config.plan import PlanConfig
 from meshift.config.section import Section
 from meshift.config.sections import (
     CriticConfig,
@@ -107,6 +108,7 @@ class PPORunConfig(RolloutRunConfig):
 
     critic: CriticConfig = CriticConfig()
     ppo: PPOConfig = PPOConfig()
+    plan: PlanConfig = PlanConfig()
 
     @property
     def num_passes(self) -> int:

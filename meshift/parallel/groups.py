@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from meshift.layout.layout import Coordinates, Layout, Placement
 from meshift.layout.mesh import Device
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Peers:
     def __len__(self) -> int:
         return len(self.ranks)
 
-    def in_order(self, gathered: Sequence[Item]) -> list[Item]:
+    def in_order(self, gathered: Sequence[Any]) -> list[Any]:
         """What a gather over the group gives, in the peers' order: torch sorts a group's ranks."""
         places = {rank: place for place, rank in enumerate(sorted(self.ranks))}
         return [gathered[places[rank]] for rank in self.ranks]

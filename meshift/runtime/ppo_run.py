@@ -14,8 +14,10 @@ import torch
 from meshift.algorithms.ppo import PPO
 from meshift.config.runs import PPORunConfig
 from meshift.models.hf.save import save_model
+from meshift.runtime.launch.local import run_gang
 from meshift.runtime.models import compute_dtype, open_model
 from meshift.runtime.observer import Observer
+from meshift.runtime.plans import check_plan, num_processes, placements_of
 from meshift.runtime.role import LocalRole
 from meshift.runtime.rollout_prompts import PromptSource
 from meshift.runtime.rollout_run import (
@@ -34,13 +36,23 @@ if TYPE_CHECKING:
 
 
 def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
-    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
-    return run_job(config, build_ppo_job, observer)
+    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`.
+
+    With a plan, in as many processes as it names devices.
+    """
+    if not config.plan.is_given:
+        return run_job(config, build_ppo_job, observer)
+    check_plan(config)
+    count = num_processes(placements_of(config, role_models(config)))
+    found = run_gang(count, "meshift.runtime.spread_ppo:run_share", config.model_dump_json(), observer)
+    folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
+    return RunResult(**folders, metrics=found["metrics"])
 
 
 def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
-    return describe(config, _check(config))
+    rows = describe(config, check_ppo_inputs(config))
+    return [*rows, ("plan", _plan_text(config))] if config.plan.is_given else rows
 
 
 def role_models(config: PPORunConfig) -> dict[str, str]:
@@ -55,13 +67,14 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
     return names | ({"reward": reward} if reward is not None else {})
 
 
-def _check(config: PPORunConfig) -> Checked:
+def check_ppo_inputs(config: PPORunConfig) -> Checked:
+    """Data, models and reward functions, found right."""
     return check_inputs(config, role_models(config), {"actor": config.actor, "critic": config.critic})
 
 
 def build_ppo_job(config: PPORunConfig) -> Job:
     """Roles, prompts, rewards and graph."""
-    checked = _check(config)
+    checked = check_ppo_inputs(config)
     algorithm = PPO(config, run_sampling(config, checked))
     graph = algorithm.graph(checked.reward_functions(), checked.reward_keys)
     roles = _roles(config, checked)
@@ -75,6 +88,14 @@ def build_ppo_job(config: PPORunConfig) -> Job:
         save=lambda folder: _save(roles, checked.tokenizer, folder),
         memories={"ppo": algorithm},
     )
+
+
+def _plan_text(config: PPORunConfig) -> str:
+    """Every call's placement, and how many processes that makes."""
+    check_plan(config)
+    placements = placements_of(config, role_models(config))
+    calls = [f"{role}.{kind} {p}" for role, kinds in placements.items() for kind, p in kinds.items()]
+    return f"{num_processes(placements)} processes: {', '.join(calls)}"
 
 
 def _roles(config: PPORunConfig, checked: Checked) -> dict[str, LocalRole]:

@@ -40,6 +40,7 @@ from meshift.runtime.role import LocalRole
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
 from meshift.runtime.run import Job, steps_of
 from meshift.runtime.run_folder import check_inputs_stay
+from meshift.step import Role
 from meshift.training.checkpoint import Remembers
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def rollout_job(
     *,
     title: str,
     graph: Graph,
-    roles: Mapping[str, LocalRole],
+    roles: Mapping[str, Any],
     save: Callable[[Path], None],
     memories: Mapping[str, Remembers],
 ) -> Job:
@@ -185,8 +186,8 @@ def rollout_job(
         samples=lambda step, batch: [
             *(untrained if step == 0 else ()),
             *texts.samples(step, batch, config.num_logged_samples),
-            *fixed.rows(step + 1),
         ],
+        fixed=fixed.rows,
         num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
         memories=memories,
         rows=data.prompts,
@@ -195,7 +196,7 @@ def rollout_job(
 
 
 def _fixed_samples(
-    config: RolloutRunConfig, checked: Checked, roles: Mapping[str, LocalRole], sampling: SamplingTask
+    config: RolloutRunConfig, checked: Checked, roles: Mapping[str, Role], sampling: SamplingTask
 ) -> FixedSamples:
     """The first prompts of the data, completed through the run for the report."""
     return FixedSamples(

@@ -11,13 +11,14 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from meshift.batch import Batch
+from meshift.batch import Batch, Outcome
 from meshift.config.runs import RunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
@@ -44,13 +45,19 @@ class RunResult:
     metrics: Mapping[str, float]
 
 
+Advance = Callable[[Batch, int, Callable[[str], None]], Outcome]
+"""Runs a step: its batch, its number, and who hears of each call."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """All that a run needs: a graph, its roles, where batches come from, and what to do around steps.
 
     `next_batch` is a function of the step alone, so a resumed run needs no position in the data; `num_tokens`
-    counts what a finished step has trained on. `memories` are what an algorithm carries from step to step; `rows`
-    are the data that batches are made of (dataclasses), by which a resumed run knows that they are the same.
+    counts what a finished step has trained on. `samples` are rows of the log made from a step's batch, `fixed`
+    those made after so many steps without it; `advance` runs a step, if not `run_step`. `memories` are what an
+    algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
+    resumed run knows that they are the same.
     """
 
     title: str
@@ -61,6 +68,8 @@ class Job:
     save: Callable[[Path], None]
     num_tokens: Callable[[Batch], int]
     samples: Callable[[int, Batch], list[dict[str, Any]]] = lambda step, batch: []
+    fixed: Callable[[int], list[dict[str, Any]]] = lambda num_done: []
+    advance: Advance | None = None
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
     memories: Mapping[str, Remembers] = field(default_factory=dict)
     rows: Sequence[Any] = ()
@@ -159,16 +168,15 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     _seed_generators(config.seed, step)
     before = {name: replace(role.work) for name, role in job.roles.items()}
     started = time.perf_counter()
-    outcome = run_step(
-        job.graph, job.roles, job.next_batch(step), step, on_call=lambda name: observer.on_call(step, name)
-    )
+    advance = job.advance or partial(run_step, job.graph, job.roles)
+    outcome = advance(job.next_batch(step), step, lambda name: observer.on_call(step, name))
     seconds = time.perf_counter() - started
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
     metrics["perf/tokens_per_s"] = job.num_tokens(outcome.batch) / seconds
     metrics.update(_utilisation(job.roles, before))
     metrics.update(job.evaluate(step))
     folder.write_metrics(step + 1, metrics)
-    folder.write_samples(job.samples(step, outcome.batch))
+    folder.write_samples([*job.samples(step, outcome.batch), *job.fixed(step + 1)])
     observer.on_step(step, metrics)
     return metrics
 

@@ -15,7 +15,8 @@ import torch
 from meshift.batch import Batch, Outcome
 from meshift.errors import ReallocationError
 from meshift.graph.calls import Kind
-from meshift.layout.layout import Placement
+from meshift.layout.layout import Layout, Placement
+from meshift.layout.mesh import Mesh
 from meshift.models.decoder import Decoder
 from meshift.models.shards import shard_table
 from meshift.parallel.exchange import gather_facts
@@ -58,6 +59,8 @@ class SpreadRole:
         self.name = name
         self.placements = placements
         self.world = world
+        self._open_model = open_model
+        self._first = next(device for device, rank in world.ranks.items() if rank == 0)
         self.home = placements.get("train") or next(iter(placements.values()))
         self._locals: dict[Placement, LocalRole] = {}
         for placement in dict.fromkeys((self.home, *placements.values())):
@@ -65,7 +68,7 @@ class SpreadRole:
             if place is not None:
                 is_home = placement == self.home and "train" in placements
                 self._locals[placement] = make_role(cut_model(open_model(), place.tensor), place, is_home)
-        self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p, open_model))]
+        self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p))]
 
     def members(self, kind: Kind) -> tuple[int, ...]:
         """The processes that take part in a call of this kind, the moves that follow it left out."""
@@ -98,13 +101,32 @@ class SpreadRole:
         for move in self._moves:
             held = self._parameters(self.home)
             arrived = move.reallocation.run(held, self._parameters(move.target))
-            self._bind(move.target, arrived.shards)
+            if move.target in self._locals:
+                _bind(self._locals[move.target].model, arrived.shards)
             move.reallocation.verify(held, arrived.shards)
             self._settle_version(move)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds
         return metrics
+
+    def whole(self) -> Decoder | None:
+        """The whole model with its weights of now, in process 0; every process calls this."""
+        alone = Placement(mesh=Mesh(devices=(self._first,)), layout=Layout())
+        if self.home == alone:
+            return self._locals[alone].model if alone in self._locals else None
+        members = self.world.members(self.home, alone)
+        if self.world.rank not in members:
+            return None
+        is_first = self.world.device == self._first
+        model = self._open_model() if is_first else self._at(self.home).model
+        site = Site(device=self.world.device, ranks=self.world.ranks)
+        table, dtype = shard_table(model.config, model.head_kind), _dtype_of(model)
+        moving = plan(self.home, alone, table, dtypes=Dtypes(source=dtype, target=dtype))
+        into = {name: p.detach() for name, p in model.named_parameters()} if is_first else None
+        arrived = Reallocation(moving, table, site).run(self._parameters(self.home), into)
+        _bind(model, arrived.shards)
+        return model if is_first else None
 
     def master_weights(self) -> Mapping[str, torch.Tensor]:
         """This rank's part of the parameters where they are trained."""
@@ -119,7 +141,7 @@ class SpreadRole:
             raise ValueError(f"process {self.world.rank} is not in {placement}, where {self.name} runs")
         return self._locals[placement]
 
-    def _move_to(self, target: Placement, open_model: Callable[[], Decoder]) -> Move | None:
+    def _move_to(self, target: Placement) -> Move | None:
         """The move to a placement, made by every process; None where there is nothing to move, or not here."""
         if target == self.home or "train" not in self.placements:
             return None
@@ -128,7 +150,7 @@ class SpreadRole:
             return None
         model = next(iter(self._locals.values())).model
         table = shard_table(model.config, model.head_kind)
-        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+        dtype = _dtype_of(model)
         frozen = gather_facts(self._frozen(), peers)
         leave_out = next(names for names in frozen if names is not None)
         moving = plan(self.home, target, table, dtypes=Dtypes(source=dtype, target=dtype), leave_out=leave_out)
@@ -146,15 +168,6 @@ class SpreadRole:
         role = self._locals.get(placement)
         return {} if role is None else {name: p.detach() for name, p in role.model.named_parameters()}
 
-    def _bind(self, target: Placement, shards: Mapping[str, torch.Tensor]) -> None:
-        """Let parameters that are the same here and where they are trained be one tensor."""
-        role = self._locals.get(target)
-        if role is None:
-            return
-        for name, parameter in role.model.named_parameters():
-            if name in shards and shards[name].data_ptr() != parameter.data_ptr():
-                parameter.data = shards[name]
-
     def _settle_version(self, move: Move) -> None:
         trainer = self._locals.get(self.home)
         versions = gather_facts(None if trainer is None else trainer.version, move.peers)
@@ -163,3 +176,55 @@ class SpreadRole:
             raise ReallocationError(f"the {self.name}'s ranks have weights of versions {sorted(known)}")
         if move.target in self._locals:
             self._locals[move.target].trainer.version = known.pop()
+
+
+def _bind(model: Decoder, shards: Mapping[str, torch.Tensor]) -> None:
+    """Let parameters whose memory is that of where they are trained be that tensor."""
+    for name, parameter in model.named_parameters():
+        if name in shards and shards[name].data_ptr() != parameter.data_ptr():
+            parameter.data = shards[name]
+
+
+def _dtype_of(model: Decoder) -> str:
+    return str(model.embedding.weight.dtype).removeprefix("torch.")
+
+
+class Everywhere:
+    """A role whose calls every process makes, and gets the outcomes of, whoever takes part in them."""
+
+    def __init__(self, role: SpreadRole) -> None:
+        self._role = role
+
+    @property
+    def version(self) -> int:
+        """See `Role`."""
+        return self._role.version
+
+    def generate(self, task: Any, batch: Batch) -> Outcome:
+        """See `LocalRole`."""
+        return self._shared("generate", lambda: self._role.generate(task, batch))
+
+    def infer(self, task: Any, batch: Batch) -> Outcome:
+        """See `LocalRole`."""
+        return self._shared("infer", lambda: self._role.infer(task, batch))
+
+    def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
+        """Not for calls outside the graph."""
+        raise NotImplementedError("training outside a step")
+
+    def master_weights(self) -> Mapping[str, torch.Tensor]:
+        """See `Role`."""
+        return self._role.master_weights()
+
+    def mix(self, source: Any, rate: float) -> None:
+        """Not for calls outside the graph."""
+        raise NotImplementedError("mixing outside a step")
+
+    def _shared(self, kind: Kind, run: Callable[[], Outcome]) -> Outcome:
+        world, members = self._role.world, self._role.members(kind)
+        if world.rank not in members:
+            return world.receive(members[0], 0)
+        outcome = run()
+        if world.rank == members[0]:
+            world.send(outcome, sorted(set(world.ranks.values()) - set(members)), 0)
+        return outcome

@@ -1,0 +1,39 @@
+"""The keys of a plan: where each role's calls run, on which devices and in which layout.
+
+It knows nothing of whether such devices exist or of how a model is cut; `runtime/plans.py` reads what is here.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from meshift.config.section import Section
+
+
+class PlacementConfig(Section):
+    """A mesh and a layout of as many devices."""
+
+    mesh: str | int = Field(description="devices, as `0-3` or `0,2`")
+    layout: str = Field(description="ranks on each axis, as `d2t2p1`: data, tensor, pipeline")
+
+
+class RolePlan(Section):
+    """A role's placements by kind of call. One that is not given is that of `train`, or the only one there is."""
+
+    generate: PlacementConfig | None = Field(None, description="where completions are sampled")
+    infer: PlacementConfig | None = Field(None, description="where log-probs, values or scores are read")
+    train: PlacementConfig | None = Field(None, description="where the role is trained, and its weights live")
+
+
+class PlanConfig(Section):
+    """A plan for the roles of a step; a role that is not named runs on device 0."""
+
+    actor: RolePlan | None = Field(None, description="generate, train: {mesh: 0-3, layout: d2t2p1} each")
+    critic: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
+    reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+    reward: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is planned; without a plan a run is one process."""
+        return any(getattr(self, role) is not None for role in type(self).model_fields)

@@ -80,12 +80,17 @@ def describe_keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str
             if item is not None:
                 yield from describe_keys(item, f"{prefix}{name}[].")
         else:
-            yield from describe_keys(section, f"{prefix}{name}.")
+            may_be_left_out = section is not info.annotation
+            for key, default, description in describe_keys(section, f"{prefix}{name}."):
+                yield key, "null" if may_be_left_out else default, description
 
 
 def _section_of(info: FieldInfo) -> type[Section] | None:
-    annotation = info.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    """The section that a key is, also one that may be left out."""
+    for kind in (info.annotation, *get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind if get_origin(info.annotation) is not list else None
+    return None
 
 
 def _item_section_of(info: FieldInfo) -> type[Section] | None:

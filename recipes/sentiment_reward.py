@@ -1,6 +1,6 @@
-"""A reward that anybody can read: how many words of praise a completion has, less its words of blame.
+"""Rewards that anybody can read: words of praise less words of blame, and how many words are no repetition.
 
-It is of TRL's signature, and knows nothing of Meshift.
+They are of TRL's signature, and know nothing of Meshift.
 """
 
 import re
@@ -22,3 +22,9 @@ def praise(completions: list[str], **columns: object) -> list[float]:
     good, bad = frozenset(PRAISE.split()), frozenset(BLAME.split())
     texts = [set(re.findall(r"[a-z]+", text.lower())) for text in completions]
     return [float(len(words & good) - len(words & bad)) for words in texts]
+
+
+def variety(completions: list[str], **columns: object) -> list[float]:
+    """Different words per word: 1 where none comes twice, 0 where there is none."""
+    texts = [re.findall(r"[a-z]+", text.lower()) for text in completions]
+    return [len(set(words)) / max(1, len(words)) for words in texts]

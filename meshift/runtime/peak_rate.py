@@ -1,30 +1,38 @@
 """What the device can compute at best: FLOP/s in dense products, to hold a run's own against.
 
-Of GPUs that are named here it is the maker's figure; of a CPU, or of another GPU, it is measured, in a tenth of a
-second. It knows nothing of models.
+Of GPUs that are named here it is the maker's figure; of a CPU, or of another GPU, it is measured, again and again,
+since other work may slow a measurement. It knows nothing of models.
 """
 
 from __future__ import annotations
 
 import time
-from functools import cache
 
 import torch
 
 PEAK_BFLOAT16 = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bfloat16, from NVIDIA's data sheets, by a part of the device's name; the first that fits."""
-SIZE, NUM_PRODUCTS = 1024, 12
+SIZE, NUM_PRODUCTS = 1024, 5
 
 
-@cache
-def peak_flops(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
-    """FLOP/s. `num_threads` is torch's: what is measured on a CPU holds for so many."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        known = [rate for part, rate in PEAK_BFLOAT16.items() if part in name]
-        if known:
-            return known[0]
-    return _measured(device, dtype)
+class PeakRate:
+    """FLOP/s of a device in one type: the best that was found so far, measured anew at each call."""
+
+    def __init__(self) -> None:
+        self._best = 0.0
+
+    def __call__(self, device: torch.device, dtype: torch.dtype) -> float:
+        """With torch's threads of now, on a CPU."""
+        known = _known(device, dtype)
+        self._best = max(self._best, _measured(device, dtype)) if known is None else known
+        return self._best
+
+
+def _known(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_BFLOAT16.items() if part in name), None)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:

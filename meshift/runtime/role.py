@@ -19,7 +19,7 @@ from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
-from meshift.runtime.peak_rate import peak_flops
+from meshift.runtime.peak_rate import PeakRate
 from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
@@ -63,6 +63,7 @@ class LocalRole:
         self.seed = seed
         self.trainer = TrainingEngine(model, config, trainable=trainable, name=name, place=place)
         self.generator: GenerationEngine | None = None
+        self._peak_rate = PeakRate()
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
 
@@ -80,7 +81,7 @@ class LocalRole:
     def peak_flops(self) -> float:
         """FLOP/s that the device reaches at best in the type that the model computes in."""
         weight = self.model.embedding.weight
-        return peak_flops(weight.device, weight.dtype, torch.get_num_threads())
+        return self._peak_rate(weight.device, weight.dtype)
 
     def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
         """Give the role a generation engine over its own weights."""

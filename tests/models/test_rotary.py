@@ -113,6 +113,8 @@ def test_an_unknown_scaling_is_named(saved, tmp_path):
         ({"rope_parameters": "yarn"}, "cannot be read .*rope_parameters"),
         ({"architectures": 3}, r"config\.json: architectures must be a list of names, not '3'"),
         ({"architectures": {"\n": None}}, r"config\.json: architectures must be a list of names"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is above 10,000"),
+        ({"num_labels": 10**400}, "num_labels is above 10,000"),
         ({"num_attention_heads": 0, "head_dim": None}, r"config\.json cannot be read"),
         ({"max_position_embeddings": "64"}, "max_positions must be a whole number"),
     ],

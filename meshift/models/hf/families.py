@@ -31,6 +31,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
+COUNTED, MOST = ("num_hidden_layers", "n_layer", "num_labels"), 10_000
+"""What is made one by one, and how many at most: a number without end in a spoiled file would fill the memory."""
+
+
 def find_family(raw: Mapping[str, Any], where: str) -> Family:
     """The family of a raw config.json, by `architectures`, else by `model_type`. Raises `ModelError`."""
     named = raw.get("architectures") or ()
@@ -53,6 +57,12 @@ def find_family(raw: Mapping[str, Any], where: str) -> Family:
 
 def read_config(raw: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None) -> DecoderConfig:
     """Translate a raw config.json; `where` names it in errors. Raises `ModelError`."""
+    for key in COUNTED:
+        count = raw.get(key)
+        if isinstance(count, int | float) and count > MOST:
+            raise ModelError(
+                f"{where}: {key} is above {MOST:,}, more than any model has; copy that file from its source again."
+            )
     try:
         return _translate(raw, where, generation)
     except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:

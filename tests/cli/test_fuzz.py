@@ -17,7 +17,7 @@ from meshift.cli.train import Training
 from meshift.config.loading import config_problems, describe_keys, load_config
 from meshift.errors import InputError, MeshiftError
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 SCHEMAS = {name: command.run.schema for name, command in COMMANDS.items() if isinstance(command.run, Training)}
 # A model that is not there ends a config that is right before anything large is imported.

@@ -55,7 +55,7 @@ class Split:
                 f"use t{most} or less."
             )
         if self.group not in ("heads", "kv_heads"):
-            return _share(self.num_units, part, num_parts)
+            return share_out(self.num_units, part, num_parts)
         return self._heads(part, num_parts)
 
     def sharers(self, part: int, num_parts: int) -> range:
@@ -64,19 +64,19 @@ class Split:
         """
         if self.group != "kv_heads" or num_parts <= self.num_units:
             return range(part, part + 1)
-        return range(*_share(num_parts, _owner(self.num_units, part, num_parts), self.num_units))
+        return range(*share_out(num_parts, _owner(self.num_units, part, num_parts), self.num_units))
 
     def _heads(self, part: int, num_parts: int) -> tuple[int, int]:
         per_kv = self.queries_per_kv
         num_kv_heads = self.num_units if self.group == "kv_heads" else self.num_units // per_kv
         if num_parts <= num_kv_heads:
-            start, stop = _share(num_kv_heads, part, num_parts)
+            start, stop = share_out(num_kv_heads, part, num_parts)
             return (start, stop) if self.group == "kv_heads" else (start * per_kv, stop * per_kv)
         kv_head = _owner(num_kv_heads, part, num_parts)
         if self.group == "kv_heads":
             return kv_head, kv_head + 1
-        first, after = _share(num_parts, kv_head, num_kv_heads)
-        start, stop = _share(per_kv, part - first, after - first)
+        first, after = share_out(num_parts, kv_head, num_kv_heads)
+        start, stop = share_out(per_kv, part - first, after - first)
         return kv_head * per_kv + start, kv_head * per_kv + stop
 
 
@@ -100,7 +100,7 @@ class Shard:
         return prod(self.shape)
 
 
-def _share(count: int, part: int, num_parts: int) -> tuple[int, int]:
+def share_out(count: int, part: int, num_parts: int) -> tuple[int, int]:
     """[start, stop) of a part, where `count` things are shared out in order; earlier parts have one more."""
     each, left = divmod(count, num_parts)
     start = part * each + min(part, left)
@@ -108,7 +108,7 @@ def _share(count: int, part: int, num_parts: int) -> tuple[int, int]:
 
 
 def _owner(num_owners: int, part: int, num_parts: int) -> int:
-    """Which owner a part belongs to, where `_share` shares out `num_parts` parts to `num_owners`."""
+    """Which owner a part belongs to, where `share_out` shares out `num_parts` parts to `num_owners`."""
     each, left = divmod(num_parts, num_owners)
     larger = left * (each + 1)
     return part // (each + 1) if part < larger else left + (part - larger) // each

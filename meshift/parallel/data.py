@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshift.batch import Batch, balanced_partition
+from meshift.layout.shard import share_out
 from meshift.models.decoder import Decoder
 from meshift.models.shards import shard_table
 from meshift.parallel.collectives import sum_of
@@ -73,10 +74,7 @@ class Ranks:
 
     def neighbours(self, num_rows: int) -> range:
         """This data rank's share of so many rows, in one piece: neighbours may have a prompt in common."""
-        each, left = divmod(num_rows, len(self.place.data))
-        index = self.place.data.index
-        start = index * each + min(index, left)
-        return range(start, start + each + (index < left))
+        return range(*share_out(num_rows, self.place.data.index, len(self.place.data)))
 
     def joined(self, own: Batch) -> Batch:
         """The rows of everybody's `neighbours`, in order."""

@@ -9,20 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from meshift.batch import Batch, Ragged
+from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.sections import RewardConfig
 from meshift.generation.rollout import SamplingTask
-from meshift.step import Role
 from meshift.training.readings import SequenceScores
 
 NUM_TIMES = 5
 """Without a setting, the prompts are completed before the first step and about this many times after it."""
 SEED_DISTANCE = 2**40
 """Added to the run's seed, which training's own streams start from."""
+
+
+class Generates(Protocol):
+    """Of a role: that it samples completions."""
+
+    def generate(self, task: Any, batch: Batch) -> Outcome:
+        """See `step.Role`."""
+
+
+class Infers(Protocol):
+    """Of a role: that it reads."""
+
+    def infer(self, task: Any, batch: Batch) -> Outcome:
+        """See `step.Role`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,7 @@ class FixedSamples:
     `judge` gives each completion its reward from `tokens`; without it rows have none.
     """
 
-    role: Role
+    role: Generates
     task: SamplingTask
     prompts: Sequence[Sequence[int]]
     decode: Callable[[list[int]], str]
@@ -71,7 +84,7 @@ class FixedSamples:
         ]
 
 
-def reward_judge(reward: RewardConfig, model: Role | None) -> Callable[[Batch], list[float]] | None:
+def reward_judge(reward: RewardConfig, model: Infers | None) -> Callable[[Batch], list[float]] | None:
     """What a reward model says of completions, weighted as in training; None where functions have a say too.
 
     A function may keep a state or a count, and the run must be the same with and without the report's prompts.

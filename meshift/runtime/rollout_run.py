@@ -40,7 +40,6 @@ from meshift.runtime.role import LocalRole
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
 from meshift.runtime.run import Job, steps_of
 from meshift.runtime.run_folder import check_inputs_stay
-from meshift.step import Role
 from meshift.training.checkpoint import Remembers
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def rollout_job(
 
 
 def _fixed_samples(
-    config: RolloutRunConfig, checked: Checked, roles: Mapping[str, Role], sampling: SamplingTask
+    config: RolloutRunConfig, checked: Checked, roles: Mapping[str, Any], sampling: SamplingTask
 ) -> FixedSamples:
     """The first prompts of the data, completed through the run for the report."""
     return FixedSamples(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from meshift.batch import Batch, Outcome
-from meshift.errors import ReallocationError
+from meshift.errors import ConfigError, ReallocationError
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
@@ -133,8 +133,8 @@ class SpreadRole:
         return self._at(self.home).master_weights()
 
     def mix(self, source: Any, rate: float) -> None:
-        """Not over several processes yet."""
-        raise NotImplementedError("mixing weights over several processes")
+        """Raises `ConfigError`: not over several processes yet."""
+        raise ConfigError("a run with a `plan` cannot move its reference yet: set reference.sync_ref_model=false")
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:
@@ -195,11 +195,6 @@ class Everywhere:
     def __init__(self, role: SpreadRole) -> None:
         self._role = role
 
-    @property
-    def version(self) -> int:
-        """See `Role`."""
-        return self._role.version
-
     def generate(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
         return self._shared("generate", lambda: self._role.generate(task, batch))
@@ -207,18 +202,6 @@ class Everywhere:
     def infer(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
         return self._shared("infer", lambda: self._role.infer(task, batch))
-
-    def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
-        """Not for calls outside the graph."""
-        raise NotImplementedError("training outside a step")
-
-    def master_weights(self) -> Mapping[str, torch.Tensor]:
-        """See `Role`."""
-        return self._role.master_weights()
-
-    def mix(self, source: Any, rate: float) -> None:
-        """Not for calls outside the graph."""
-        raise NotImplementedError("mixing outside a step")
 
     def _shared(self, kind: Kind, run: Callable[[], Outcome]) -> Outcome:
         world, members = self._role.world, self._role.members(kind)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshift.data.packages import cache_root
+from meshift.cache_folder import cache_root
 
 REQUIREMENTS = Path(__file__).parent / "peers"
 INSTALLED = "installed.txt"

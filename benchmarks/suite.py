@@ -24,7 +24,8 @@ from benchmarks.rounds import duel
 from benchmarks.rows import Played, Row, alone, missing, row_of
 from benchmarks.sizes import LEARNING_RATE, NUM_GENERATIONS
 from benchmarks.works import Peer, Work
-from meshift.data.packages import SMOLLM2, cache_root
+from meshift.cache_folder import cache_root
+from meshift.data.packages import SMOLLM2
 
 TRAIN_ROWS = 4096
 """Tokens of a micro-batch: the rows at which the products of training are measured."""

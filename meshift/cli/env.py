@@ -117,7 +117,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _cache() -> dict[str, Any]:
     try:
-        from meshift.data.packages import cache_root
+        from meshift.cache_folder import cache_root
     except (ImportError, OSError):  # torch again: `_run_facts` says why
         return {}
     root = cache_root()

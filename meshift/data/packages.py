@@ -29,6 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from meshift.cache_folder import cache_root
 from meshift.data import gguf_import, sentiment
 from meshift.data.names import PACKAGE_PREFIX
 from meshift.data.rows import did_you_mean
@@ -135,12 +136,6 @@ def obtain(name: str, *, progress: bool | None = None) -> Path:
         raise DataError(
             f"the cache {root} cannot be used ({error}): set MESHIFT_CACHE to a folder that can be written."
         ) from error
-
-
-def cache_root() -> Path:
-    """`$MESHIFT_CACHE`, else `~/.cache/meshift`."""
-    named = os.environ.get("MESHIFT_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "meshift"
 
 
 def obtain_derived(derived: Derived, root: Path, bars: Progress) -> Path:

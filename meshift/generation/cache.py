@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from meshift.kernels.cpu import LANES, MAX_GROUP, MAX_HEAD_DIM, kernels_for
 from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention, packed_positions
 from meshift.models.config import DecoderConfig
 
@@ -75,14 +76,17 @@ class KVCache:
     """`keys`, `values`: [layers, slots, kv_heads, reach, head_dim]; live sequences take the first slots.
 
     Positions that were never written hold some finite numbers, which every reader masks. On a CPU the `reach`
-    grows with the sequences, up to the `max_len` of the shape, and a layer's positions lie without gaps: its
-    matrix products take four times as long over a slice. Elsewhere the reach is `max_len` from the start.
+    grows with the sequences, up to the `max_len` of the shape, and a layer's positions lie without gaps: torch's
+    matrix products take four times as long over a slice. Elsewhere, and where our own kernels read it, the reach
+    is `max_len` from the start.
     """
 
     def __init__(self, buffers: tuple[Tensor, Tensor], shape: Sequence[int]):
         self.buffers = buffers
         self._shape = torch.Size(shape)
-        self.reach = LENGTH_STEP if buffers[0].device.type == "cpu" else shape[3]
+        self._kernels = kernels_for(buffers[0])
+        grows = buffers[0].device.type == "cpu" and self._kernels is None
+        self.reach = LENGTH_STEP if grows else shape[3]
         self.keys, self.values = self._views()
 
     @staticmethod
@@ -121,6 +125,10 @@ class KVCache:
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Put rows [T, kv_heads, head_dim] at their places."""
         dim = self._shape[4]
+        if self._kernels is not None:
+            self._kernels.put(key, places, self.keys[layer])
+            self._kernels.put(value, places, self.values[layer])
+            return
         self.keys[layer].view(-1, dim).index_put_((places,), key)
         self.values[layer].view(-1, dim).index_put_((places,), value)
 
@@ -185,12 +193,17 @@ class DecodeAttention:
         self._shortest = shortest
         self._reach = min(round_up(longest + 1, LENGTH_STEP), cache.reach)
         self._on_cpu = positions.device.type == "cpu"
+        self._kernels = kernels_for(cache.keys)
         self._places = cache.places(torch.arange(len(positions), device=positions.device), positions)
         self._seen: dict[int | None, tuple[int, Tensor, Tensor]] = {}
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `meshift.models.attention.Attention`."""
         self._cache.write(layer.index, self._places, key, value)
+        if self._kernels is not None and _kernel_serves(layer, query, key):
+            stored = (self._cache.keys[layer.index], self._cache.values[layer.index])
+            window = layer.window or 0
+            return self._kernels.attend(query, *stored, self._positions, window=window, scale=layer.scale)
         first, visible, mask = self._seen_within(layer.window, query.dtype)
         stored = (self._cache.keys[layer.index], self._cache.values[layer.index])
         keys, values = (part[: len(query), :, first : self._reach] for part in stored)
@@ -227,6 +240,12 @@ class DecodeAttention:
         first = max(0, self._shortest + 1 - window) // LENGTH_STEP * LENGTH_STEP
         pays = not self._on_cpu or (self._reach - first) * WINDOW_GAIN < self._reach
         return first if pays else 0
+
+
+def _kernel_serves(layer: AttentionLayer, query: Tensor, key: Tensor) -> bool:
+    """Whether the CPU kernel has this head's size and the group's, and no cap is to be put on scores."""
+    dim, group = query.shape[2], query.shape[1] // key.shape[1]
+    return layer.softcap is None and dim % (2 * LANES) == 0 and dim <= MAX_HEAD_DIM and group <= MAX_GROUP
 
 
 def _attend_in_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

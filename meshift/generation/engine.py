@@ -158,7 +158,9 @@ class GenerationEngine:
         return self._buffer.take(shape, like=self.model.embedding.weight)
 
     def _bucket(self, num_rows: int) -> int:
-        """Rows to pad to. Packed bfloat16 products round a row alike at any number of rows."""
+        """Rows to pad to; none are added where that changes no bit."""
+        if self._decoder.takes_any_rows:
+            return num_rows
         return row_bucket(
             num_rows, few=self._decoder.packs and self.model.embedding.weight.dtype == torch.bfloat16
         )

@@ -4,17 +4,32 @@ The same arithmetic as `Decoder` and its head (tests hold them together), over m
 nothing of caches: an `Attention` is handed in, as there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from meshift.generation.matrices import Fingerprint, Matrix, PackedMatrix, can_pack, fingerprint, make_matrix
+from meshift.generation.matrices import (
+    Fingerprint,
+    KernelMatrix,
+    Matrix,
+    can_pack,
+    fingerprint,
+    make_matrix,
+    pack,
+)
+from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
+from meshift.kernels.cpu import LANES, kernels_for
 from meshift.models.attention import Attention
 from meshift.models.decoder import Decoder, Layer, SelfAttention
 from meshift.models.heads import LanguageModelHead
 from meshift.models.norm import norm_rows
 from meshift.models.rotary import Angles, doubled, turn_
+
+Turn = Callable[[Tensor], None]
+"""Turns heads [T, heads, head_dim] in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +54,15 @@ class LayerMatrices:
             down=make_matrix([mlp.down]),
         )
 
+    def widen(self, rows: Tensor, activation: str) -> Tensor:
+        """The rows inside the MLP: activated, and times the gate where there is one."""
+        gate, up = self.gate, self.up
+        if gate is None:
+            return up(rows, activation)
+        if isinstance(up, KernelMatrix) and isinstance(gate, KernelMatrix) and activation in KERNEL_ACTIVATIONS:
+            return up.gated(rows, gate, activation)
+        return up.times(rows, gate(rows, activation))
+
     @property
     def num_bytes(self) -> int:
         """Memory beside the model's own parameters."""
@@ -57,12 +81,18 @@ class FusedDecoder:
         self.model = model
         self._layers: list[LayerMatrices] = []
         self._head: Matrix | None = None
+        self._logits = torch.empty(0)
         self._packed_from: Fingerprint | None = None
 
     @property
     def packs(self) -> bool:
         """Whether this model's weights are copied into another layout."""
         return can_pack(self.model.embedding.weight)
+
+    @property
+    def takes_any_rows(self) -> bool:
+        """Whether a row's bits are the same at every number of rows, so that none need be added."""
+        return isinstance(self._head, KernelMatrix)
 
     @property
     def num_bytes(self) -> int:
@@ -78,27 +108,42 @@ class FusedDecoder:
         self.release()
         self._layers = [LayerMatrices.of(layer) for layer in self.model.layers if isinstance(layer, Layer)]
         if self.packs:
-            self._head = PackedMatrix([_head_of(self.model).projection])
+            self._head = pack([_head_of(self.model).projection])
         self._packed_from = current
 
     def release(self) -> None:
         """Free the copies."""
         self._layers, self._head, self._packed_from = [], None, None
+        self._logits = torch.empty(0)
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden rows [T, hidden] as `Decoder.forward` gives them, without gradients."""
         x = self.model.embedding(tokens, positions)
-        angles = [doubled(rotary(positions, x.dtype)) for rotary in self.model.rotaries]
+        turns = [_turner(rotary(positions, x.dtype)) for rotary in self.model.rotaries]
         for layer, matrices in zip(self.model.layers, self._layers, strict=True):
             assert isinstance(layer, Layer)
-            x = _attend(x, layer, matrices, angles, attention)
+            x = _attend(x, layer, matrices, turns, attention)
             x = _widen(x, layer, matrices)
         return norm_rows(self.model.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab] as the model's head gives them."""
+        """[N, hidden] -> [N, vocab] as the model's head gives them, or not rounded, in fp32, where kernels can.
+
+        In the latter case they stand in memory that the next call uses again.
+        """
         head = _head_of(self.model)
-        return head(hidden) if self._head is None else head.vocabulary.whole(head.cap(self._head(hidden)))
+        if self._head is None:
+            return head(hidden)
+        if isinstance(self._head, KernelMatrix):
+            return head.vocabulary.whole(head.cap(self._head.wide(hidden, self._room(len(hidden)))))
+        return head.vocabulary.whole(head.cap(self._head(hidden)))
+
+    def _room(self, num_rows: int) -> Tensor:
+        """Memory for fp32 logits; fresh pages at every step would cost as much as filling them."""
+        vocab = len(_head_of(self.model).projection)
+        if self._logits.numel() < num_rows * vocab:
+            self._logits = torch.empty(num_rows * vocab)
+        return self._logits[: num_rows * vocab].view(num_rows, vocab)
 
 
 def _head_of(model: Decoder) -> LanguageModelHead:
@@ -107,18 +152,16 @@ def _head_of(model: Decoder) -> LanguageModelHead:
 
 
 def _attend(
-    x: Tensor, layer: Layer, matrices: LayerMatrices, angles: Sequence[Angles], attention: Attention
+    x: Tensor, layer: Layer, matrices: LayerMatrices, turns: Sequence[Turn], attention: Attention
 ) -> Tensor:
     """x + attention(x), with the layer's norms."""
     module = layer.attention
-    query, key, value = _query_key_value(matrices.qkv(_norm(layer.attention_norm, x)), module, angles)
+    query, key, value = _query_key_value(matrices.qkv(_norm(layer.attention_norm, x)), module, turns)
     attended = attention(module.layer, query, key, value).flatten(1)
     return _add(x, attended, matrices.output, layer.attention_post_norm)
 
 
-def _query_key_value(
-    rows: Tensor, module: SelfAttention, angles: Sequence[Angles]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _query_key_value(rows: Tensor, module: SelfAttention, turns: Sequence[Turn]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the fused product [T, numbers] -> queries, keys, values [T, heads, head_dim], turned."""
     num_keys = module.key.out_features // module.head_dim
     heads = rows.unflatten(-1, (-1, module.head_dim))
@@ -131,18 +174,23 @@ def _query_key_value(
         parts = [query, key]
     if module.rotary is not None:
         for part in parts:
-            turn_(part, *angles[module.rotary])
+            turns[module.rotary](part)
     return query, key, value
+
+
+def _turner(angles: Angles) -> Turn:
+    """Rotary by these angles, in place."""
+    cosine, sine = angles
+    kernels = kernels_for(cosine)
+    if kernels is not None and cosine.shape[-1] % LANES == 0:
+        return partial(kernels.turn, cosine=cosine, sine=sine)
+    wide = doubled(angles)
+    return lambda heads: turn_(heads, *wide)
 
 
 def _widen(x: Tensor, layer: Layer, matrices: LayerMatrices) -> Tensor:
     """x + mlp(x), with the layer's norms."""
-    rows = _norm(layer.mlp_norm, x)
-    activation = layer.mlp.activation_name
-    if matrices.gate is None:
-        wide = matrices.up(rows, activation)
-    else:
-        wide = matrices.up.times(rows, matrices.gate(rows, activation))
+    wide = matrices.widen(_norm(layer.mlp_norm, x), layer.mlp.activation_name)
     return _add(x, wide, matrices.down, layer.mlp_post_norm)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
+from meshift.kernels.cpu import Kernels, products_for
 from meshift.models.linear import SummedLinear
 from meshift.models.mlp import ACTIVATIONS
 
@@ -92,13 +94,51 @@ class PackedMatrix:
         return torch.ops.mkldnn._linear_pointwise.binary(rows, other, self._weight, self._bias, "mul")
 
 
+class KernelMatrix:
+    """A copy of the weights as Meshift's own kernels read them (`kernels/products.c`): bfloat16 on a CPU.
+
+    A row's bits do not depend on the number of rows. Activations and sums are taken before rounding.
+    """
+
+    def __init__(
+        self, kernels: Kernels, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)
+    ) -> None:
+        self._kernels = kernels
+        self._bias = None if biases[0] is None else _beside([bias for bias in biases if bias is not None]).clone()
+        self._weight = kernels.pack(_beside(weights))
+        self.num_bytes = self._weight.values.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """See `Matrix`."""
+        fused = activation if activation in KERNEL_ACTIVATIONS else "none"
+        product = self._kernels.product(rows, self._weight, bias=self._bias, activation=fused)
+        return product if activation in (None, fused) else ACTIVATIONS[activation](product)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self._kernels.product(rows, self._weight, bias=self._bias, other=other)
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) * other
+
+    def gated(self, rows: Tensor, gate: "KernelMatrix", activation: str) -> Tensor:
+        """`activation(rows G' + b) * (rows W' + c)`, rounded once."""
+        biases = (gate._bias, self._bias)
+        return self._kernels.gated_product(rows, gate._weight, self._weight, activation, biases)
+
+    def wide(self, rows: Tensor, out: Tensor) -> Tensor:
+        """`rows W' + b` in fp32, not rounded, into `out`."""
+        return self._kernels.product(rows, self._weight, bias=self._bias, out=out)
+
+
 class SummedMatrix:
     """Some columns of a matrix: the sum of what all parts give, and the bias added once."""
 
     def __init__(self, part: SummedLinear) -> None:
         assert part.total is not None
         self._bias, self._total = part.bias, part.total
-        self._part = PackedMatrix([part.weight]) if can_pack(part.weight) else _BareMatrix(part.weight)
+        self._part = pack([part.weight]) if can_pack(part.weight) else _BareMatrix(part.weight)
         self.num_bytes = self._part.num_bytes
 
     def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
@@ -133,10 +173,20 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
     return whole.contiguous()
 
 
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)) -> PackedMatrix | KernelMatrix:
+    """A packed copy by whichever kernels are the faster; `can_pack` says whether there are any."""
+    kernels = products_for(weights[0])
+    if kernels is not None and weights[0].shape[1] % 2 == 0:
+        return KernelMatrix(kernels, weights, biases)
+    return PackedMatrix(weights, biases)
+
+
 def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch, on this machine, has packed kernels for a matrix like this one."""
+    """Whether there are, on this machine, packed kernels for a matrix like this one."""
     if weight.device.type != "cpu" or weight.dtype not in PACKED_TYPES:
         return False
+    if products_for(weight) is not None:
+        return True
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
     known = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
@@ -149,7 +199,7 @@ def make_matrix(parts: Sequence[nn.Linear]) -> Matrix:
     if isinstance(first, SummedLinear) and first.total is not None:
         return SummedMatrix(first)
     if can_pack(parts[0].weight):
-        return PackedMatrix([part.weight for part in parts], [part.bias for part in parts])
+        return pack([part.weight for part in parts], [part.bias for part in parts])
     return PlainMatrix(parts)
 
 

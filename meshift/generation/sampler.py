@@ -12,6 +12,7 @@ from torch import Tensor
 from meshift.errors import NonFiniteError
 from meshift.generation.params import SamplingParams
 from meshift.generation.random_stream import Integers, uniforms
+from meshift.kernels.cpu import Kernels, kernels
 
 BLOCK = 256
 """The vocabulary is summed in blocks of this many tokens; only the drawn block then token by token."""
@@ -58,6 +59,9 @@ class Sampler:
         Row i belongs to sequence `indices[i]`, which has `positions[i]` generated tokens so far. Raises
         NonFiniteError, naming both, if a logit is NaN or infinite.
         """
+        found = kernels() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+        if found is not None and not self.params.greedy and not self.params.truncates:
+            return self._draw_at_once(found, logits, indices, positions)
         step = ROWS if logits.device.type == "cpu" else max(1, len(logits))
         parts = [slice(start, start + step) for start in range(0, len(logits), step)]
         draws = [self._draw(logits[part], indices[part], positions[part]) for part in parts]
@@ -67,6 +71,19 @@ class Sampler:
             logprobs=[logprob for draw in draws for logprob in draw.logprobs],
             support=supports if self.params.truncates else None,
         )
+
+    def _draw_at_once(self, found: Kernels, logits: Tensor, indices: Integers, positions: Integers) -> Draw:
+        """All rows by a kernel that does what `_draw` does."""
+        tokens, logprobs, faulty = found.draw(
+            logits.contiguous(),
+            torch.from_numpy(uniforms(self.seed, indices, positions)),
+            temperature=self.params.temperature,
+            short=torch.from_numpy((np.asarray(positions) < self.params.min_new_tokens).astype(np.uint8)),
+            forbidden=torch.tensor(self.params.stop_token_ids, dtype=torch.int64),
+        )
+        if faulty >= 0:
+            raise _not_finite(indices[faulty], positions[faulty])
+        return Draw(tokens=tokens.tolist(), logprobs=logprobs.tolist(), support=None)
 
     def _draw(self, logits: Tensor, indices: Integers, positions: Integers) -> Draw:
         scores = logits.to(torch.float32, copy=True)
@@ -97,10 +114,14 @@ def _require_finite(scores: Tensor, indices: Integers, positions: Integers) -> N
     finite = torch.isfinite(scores.sum(dim=1))  # one pass; NaN and infinities go through a sum
     if not bool(finite.all()):
         row = finite.tolist().index(False)
-        raise NonFiniteError(
-            f"The logits of sequence {indices[row]} at generated position {positions[row]} are not finite; "
-            "check the model's weights (a diverged update is the usual cause)."
-        )
+        raise _not_finite(indices[row], positions[row])
+
+
+def _not_finite(index: int, position: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"The logits of sequence {index} at generated position {position} are not finite; "
+        "check the model's weights (a diverged update is the usual cause)."
+    )
 
 
 def truncate(scores: Tensor, *, top_k: int, top_p: float) -> Candidates:

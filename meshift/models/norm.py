@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshift.kernels.cpu import kernels_for
 from meshift.models.config import DecoderConfig
 
 
@@ -44,6 +45,10 @@ def norm_rows(norm: nn.Module, x: Tensor) -> Tensor:
 
     The last bits may differ from the module's.
     """
+    kernels = kernels_for(x)
+    if kernels is not None and isinstance(norm, RMSNorm):
+        plus_one = isinstance(norm, PlusOneRMSNorm)
+        return kernels.rms_norm(x.contiguous(), norm.weight, norm.eps, plus_one=plus_one)
     if type(norm) is RMSNorm:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
     return norm(x)

@@ -1,0 +1,181 @@
+/* Products of few or many bfloat16 rows with packed weights, sums in fp32, rounded once at the end.
+
+   Weights [n, k] are laid out as the inner loop reads them: groups of 48 columns (the last one filled up with
+   zeros), and in a group [k / 2][48][2], so that a group is one stream through memory. Every number is summed over k
+   in ascending order whatever the number of rows: a row's bits do not depend on its company, nor on the threads. */
+#include "tile.h"
+
+#define PARTS 3 /* registers of a group */
+#define GROUP (PARTS * LANES)
+#define BLOCK_ROWS 128   /* rows that share a pass over a group */
+#define BLOCK_PAIRS 1024 /* pairs of k at a time: a group's part then stays in the second cache */
+
+enum { NONE = 0, SILU = 1, GELU_TANH = 2, RELU = 3 };
+
+static long groups_of(long n) { return (n + GROUP - 1) / GROUP; }
+
+static long pairs_of(long k) { return (k + 1) / 2; }
+
+/* Numbers of a packed matrix. */
+long packed_size(long n, long k) { return groups_of(n) * GROUP * pairs_of(k) * 2; }
+
+/* Pack weights as they are stored, [n][k], k even. */
+void pack(const bf16 *weight, long n, long k, bf16 *packed, int threads) {
+    const long pairs = pairs_of(k);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long g = 0; g < groups_of(n); g++) {
+        uint32_t *to = (uint32_t *)packed + g * pairs * GROUP;
+        for (long first = 0; first < pairs; first += LANES) /* a line of each row at a time */
+            for (long column = 0; column < GROUP; column++) {
+                const long row = g * GROUP + column, last = first + LANES < pairs ? first + LANES : pairs;
+                const uint32_t *from = (const uint32_t *)(weight + row * k);
+                for (long p = first; p < last; p++) to[p * GROUP + column] = row < n ? from[p] : 0;
+            }
+    }
+}
+
+/* Pack the transposed of what is stored, [k][n]. */
+void pack_columns(const bf16 *stored, long n, long k, long stride, bf16 *packed, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long g = 0; g < groups_of(n); g++)
+        interleave(stored, k, n, stride, g * GROUP, GROUP, (uint32_t *)packed + g * pairs_of(k) * GROUP, GROUP);
+}
+
+/* Rows as the inner loop reads them: in memory as they are, or in panels of 8 with their pairs beside each other. */
+typedef struct {
+    const uint32_t *pairs;
+    long row_stride, pair_stride, tile_stride;
+} Rows;
+
+/* sums[rows][48] = the rows times one group; what lies behind the group is brought near meanwhile. */
+static void group_sums(Rows a, long rows, long pairs, const uint32_t *group, float *sums) {
+    const long tiles = (rows + TILE - 1) / TILE;
+    for (long first = 0; first < pairs; first += BLOCK_PAIRS) {
+        const long part = pairs - first < BLOCK_PAIRS ? pairs - first : BLOCK_PAIRS;
+        const uint32_t *here = group + first * GROUP;
+        const long share = (part * PARTS + tiles - 1) / tiles; /* lines that each tile brings */
+        for (long t = 0; t < tiles; t++) {
+            const int count = rows - t * TILE < TILE ? (int)(rows - t * TILE) : TILE;
+            const char *ahead = tiles > 1 ? (const char *)(here + part * GROUP) + t * share * 64 : (const char *)here + 2048;
+            rows_tile(count, PARTS, a.pairs + t * a.tile_stride + first * a.pair_stride, a.row_stride, a.pair_stride, here,
+                      part, sums + t * TILE * GROUP, first == 0, ahead);
+        }
+    }
+}
+
+static Rows rows_of(const bf16 *a, long k) {
+    const Rows found = {(const uint32_t *)a, k / 2, 1, TILE * (k / 2)};
+    return found;
+}
+
+INLINE __m512 activated(__m512 x, int activation) {
+    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (activation == NONE) return x;
+    __m512 slope = x; /* x / (1 + e^-slope): GELU's tanh is such a quotient as well */
+    if (activation == GELU_TANH) {
+        const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+        slope = _mm512_mul_ps(_mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x), _mm512_set1_ps(1.5957691216f));
+    }
+    return _mm512_mul_ps(x, sigmoid(slope));
+}
+
+INLINE __m512 with_bias(__m512 x, const bf16 *bias, long column, __mmask16 mask) {
+    return bias ? _mm512_add_ps(x, load_bf16_part(bias + column, mask)) : x;
+}
+
+/* out[rows][n] = activation(a packed + bias) + other; out in fp32 where `wide`. `bias` and `other` may be missing.
+   `a` has k numbers a row, an even count. */
+void product(const bf16 *a, long rows, long k, const bf16 *packed, long n, const bf16 *bias, int activation,
+             const bf16 *other, void *out, int wide, int threads) {
+    const long groups = groups_of(n), blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long task = 0; task < blocks * groups; task++) {
+        float sums[BLOCK_ROWS * GROUP];
+        const long block = task / groups, g = task % groups, first = block * BLOCK_ROWS;
+        const long count = rows - first < BLOCK_ROWS ? rows - first : BLOCK_ROWS;
+        group_sums(rows_of(a + first * k, k), count, pairs_of(k), (const uint32_t *)packed + g * pairs_of(k) * GROUP, sums);
+        for (int c = 0; c < PARTS; c++) {
+            const long column = g * GROUP + c * LANES;
+            const __mmask16 mask = first_lanes(n - column);
+            if (!mask) break;
+            for (long r = 0; r < count; r++) {
+                const long place = (first + r) * n + column;
+                __m512 x = with_bias(_mm512_loadu_ps(sums + r * GROUP + c * LANES), bias, column, mask);
+                x = activated(x, activation);
+                if (other) x = _mm512_add_ps(x, load_bf16_part(other + place, mask));
+                if (wide) _mm512_mask_storeu_ps((float *)out + place, mask, x);
+                else store_bf16_part((bf16 *)out + place, mask, x);
+            }
+        }
+    }
+}
+
+/* out[rows][n] = activation(a gate + gate_bias) * (a up + up_bias). */
+void gated_product(const bf16 *a, long rows, long k, const bf16 *gate, const bf16 *up, long n, const bf16 *gate_bias,
+                   const bf16 *up_bias, int activation, bf16 *out, int threads) {
+    const long groups = groups_of(n), blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long task = 0; task < blocks * groups; task++) {
+        float gates[BLOCK_ROWS * GROUP], ups[BLOCK_ROWS * GROUP];
+        const long block = task / groups, g = task % groups, first = block * BLOCK_ROWS;
+        const long count = rows - first < BLOCK_ROWS ? rows - first : BLOCK_ROWS, start = g * pairs_of(k) * GROUP;
+        group_sums(rows_of(a + first * k, k), count, pairs_of(k), (const uint32_t *)gate + start, gates);
+        group_sums(rows_of(a + first * k, k), count, pairs_of(k), (const uint32_t *)up + start, ups);
+        for (int c = 0; c < PARTS; c++) {
+            const long column = g * GROUP + c * LANES;
+            const __mmask16 mask = first_lanes(n - column);
+            if (!mask) break;
+            for (long r = 0; r < count; r++) {
+                const long place = r * GROUP + c * LANES;
+                const __m512 x = with_bias(_mm512_loadu_ps(gates + place), gate_bias, column, mask);
+                const __m512 y = with_bias(_mm512_loadu_ps(ups + place), up_bias, column, mask);
+                store_bf16_part(out + (first + r) * n + column, mask, _mm512_mul_ps(activated(x, activation), y));
+            }
+        }
+    }
+}
+
+/* Columns of [rows][n] as panels of 8: [n / 8][rows / 2][8] pairs. A line of 32 columns is read once for four panels. */
+static void pack_panels(const bf16 *grad, long rows, long n, uint32_t *panels, int threads) {
+    const long pairs = pairs_of(rows);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < n; start += 4 * TILE)
+        for (long p = 0; p < pairs; p++) {
+            uint32_t line[4 * TILE];
+            interleave(grad + 2 * p * n, rows - 2 * p < 2 ? 1 : 2, n, n, start, 4 * TILE, line, 0);
+            for (long t = start / TILE; t < start / TILE + 4 && t * TILE < n; t++)
+                _mm256_storeu_si256((__m256i *)(panels + (t * pairs + p) * TILE),
+                                    _mm256_loadu_si256((const __m256i *)(line + t * TILE - start)));
+        }
+}
+
+/* Numbers of scratch memory that `gradient` needs. */
+long gradient_scratch(long rows, long n, long k) {
+    return packed_size(k, rows) + (n + TILE - 1) / TILE * TILE * pairs_of(rows) * 2;
+}
+
+/* The gradient of a linear layer's weight, in fp32 and in place: sums[n][k] += grad[rows][n]' x[rows][k]. */
+void gradient(const bf16 *grad, long n, const bf16 *x, long k, long rows, bf16 *scratch, float *sums, int threads) {
+    const long groups = groups_of(k), pairs = pairs_of(rows), blocks = (n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    uint32_t *panels = (uint32_t *)scratch + packed_size(k, rows) / 2;
+    pack_columns(x, k, rows, k, scratch, threads);
+    pack_panels(grad, rows, n, panels, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long task = 0; task < blocks * groups; task++) {
+        float part[BLOCK_ROWS * GROUP];
+        const long block = task / groups, g = task % groups, first = block * BLOCK_ROWS;
+        const long count = n - first < BLOCK_ROWS ? n - first : BLOCK_ROWS;
+        const Rows a = {panels + first * pairs, 1, TILE, TILE * pairs};
+        group_sums(a, count, pairs, (const uint32_t *)scratch + g * pairs * GROUP, part);
+        for (int c = 0; c < PARTS; c++) {
+            const long column = g * GROUP + c * LANES;
+            const __mmask16 mask = first_lanes(k - column);
+            if (!mask) break;
+            for (long r = 0; r < count; r++) {
+                float *to = sums + (first + r) * k + column;
+                const __m512 x = _mm512_loadu_ps(part + r * GROUP + c * LANES);
+                _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
+            }
+        }
+    }
+}

@@ -37,13 +37,19 @@ _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "pack": ("pllpi", None),
     "pack_columns": ("plllpi", None),
     "product": ("pllplpippii", None),
-    "gated_product": ("pllpplppipi", None),
-    "gradient": ("plpllppi", None),
-    "rms_norm": ("pllpfipi", None),
+    "gated_product": ("pllpplppipppi", None),
+    "gradient": ("pllpllppi", None),
+    "rms_norm": ("pllpfippi", None),
+    "rms_norm_backward": ("pppllpipppi", None),
+    "gate_backward": ("pppllippi", None),
     "turn": ("plllllppi", None),
     "put": ("pllllppi", None),
     "attend": ("plllllpplplfpi", None),
+    "packed_attention": ("ppppppfppi", None),
+    "packed_attention_backward": ("ppppppfppppppi", None),
     "draw": ("pllfpplppppi", _LONG),
+    "logprobs": ("pllfpppppi", None),
+    "logprob_gradients": ("pllfppppi", None),
 }
 """Arguments of each kernel: p a pointer, l a long, i an int, f a float."""
 _TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
@@ -86,6 +92,15 @@ class Packed:
     num_inputs: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """What packed attention has to know beside its rows: `starts` int64 [sequences + 1], `window` 0 for none."""
+
+    starts: Tensor
+    scale: float
+    window: int = 0
+
+
 class Kernels:
     """See the module. Tensors are bfloat16 and contiguous unless a method says otherwise."""
 
@@ -93,17 +108,41 @@ class Kernels:
         self._library = library
         self._kept = threading.local()  # scratch memory, one for each thread that calls
 
-    def pack(self, weight: Tensor) -> Packed:
-        """A weight [out, in] with an even number of inputs."""
+    def pack(self, weight: Tensor, *, kept: bool = True, room: str = "") -> Packed:
+        """A weight [out, in] with an even number of inputs.
+
+        Unless it is `kept`, it lies in memory that the next one for the same `room` will use.
+        """
         columns, inputs = weight.shape
         assert weight.is_contiguous()
         assert inputs % 2 == 0
-        packed = self._room(columns, inputs)
-        self._library.pack(weight.data_ptr(), columns, inputs, packed.data_ptr(), _threads())
-        return Packed(values=packed, num_columns=columns, num_inputs=inputs)
+        packed = self._packed(columns, inputs, kept, room)
+        self._library.pack(weight.data_ptr(), columns, inputs, packed.values.data_ptr(), _threads())
+        return packed
 
-    def _room(self, columns: int, inputs: int) -> Tensor:
-        return torch.empty(self._library.packed_size(columns, inputs), dtype=torch.bfloat16)
+    def pack_transposed(self, weight: Tensor, room: str = "") -> Packed:
+        """The transposed of a weight [out, in] with an even number of outputs, not kept: see `pack`."""
+        inputs, columns = weight.shape
+        assert weight.is_contiguous()
+        assert inputs % 2 == 0
+        packed = self._packed(columns, inputs, False, room)
+        self._library.pack_columns(
+            weight.data_ptr(), columns, inputs, columns, packed.values.data_ptr(), _threads()
+        )
+        return packed
+
+    def _packed(self, columns: int, inputs: int, kept: bool, room: str) -> Packed:
+        size = self._library.packed_size(columns, inputs)
+        values = torch.empty(size, dtype=torch.bfloat16) if kept else self.scratch(f"packed {room}", size)
+        return Packed(values=values, num_columns=columns, num_inputs=inputs)
+
+    def scratch(self, room: str, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Memory that is used again by whoever asks for the same `room`; fresh pages are slow on a CPU."""
+        rooms: dict[str, Tensor] = self._kept.__dict__
+        if room not in rooms or rooms[room].numel() < size or rooms[room].dtype != dtype:
+            rooms.pop(room, None)
+            rooms[room] = torch.empty(size, dtype=dtype)
+        return rooms[room][:size]
 
     def product(
         self,
@@ -116,8 +155,7 @@ class Kernels:
         out: Tensor | None = None,
     ) -> Tensor:
         """`activation(rows W' + bias) + other`: [T, in] -> [T, out], into `out` (fp32 or bfloat16) where given."""
-        num_rows = len(rows)
-        assert rows.is_contiguous()
+        num_rows, rows = len(rows), rows.contiguous()
         assert rows.shape[1] == weight.num_inputs
         assert other is None or (other.is_contiguous() and other.shape == (num_rows, weight.num_columns))
         found = rows.new_empty(num_rows, weight.num_columns) if out is None else out
@@ -135,26 +173,32 @@ class Kernels:
         up: Packed,
         activation: str,
         biases: Sequence[Tensor | None] = (None, None),
+        kept: Sequence[Tensor | None] = (None, None),
     ) -> Tensor:
-        """`activation(rows G' + b) * (rows U' + c)`."""
-        assert rows.is_contiguous()
+        """`activation(rows G' + b) * (rows U' + c)`; the two products go into `kept` where that is given."""
+        rows = rows.contiguous()
         assert rows.shape[1] == gate.num_inputs
         found = rows.new_empty(len(rows), gate.num_columns)
         self._library.gated_product(
             *(rows.data_ptr(), len(rows), gate.num_inputs, gate.values.data_ptr(), up.values.data_ptr()),
             *(gate.num_columns, _address(biases[0]), _address(biases[1]), ACTIVATIONS[activation]),
-            *(found.data_ptr(), _threads()),
+            *(found.data_ptr(), _address(kept[0]), _address(kept[1]), _threads()),
         )
         return found
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
-        """`x / sqrt(mean(x^2) + eps) * weight`, or times `1 + weight`, over the last dim."""
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, inverses: Tensor | None = None
+    ) -> Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight`, or times `1 + weight`, over the last dim.
+
+        `inverses` (fp32, one a row) gets `1 / sqrt(...)` where it is given.
+        """
         assert x.is_contiguous()
         found = torch.empty_like(x)
         size = x.shape[-1]
         self._library.rms_norm(
             *(x.data_ptr(), x.numel() // size, size, weight.data_ptr(), eps, int(plus_one)),
-            *(found.data_ptr(), _threads()),
+            *(found.data_ptr(), _address(inverses), _threads()),
         )
         return found
 
@@ -220,6 +264,113 @@ class Kernels:
             *(tokens.data_ptr(), logprobs.data_ptr(), _threads()),
         )
         return tokens, logprobs, int(faulty)
+
+    def add_weight_gradient(self, grad: Tensor, rows: Tensor, sums: Tensor) -> None:
+        """`sums += grad' rows` in fp32: [T, out], [T, in] -> [out, in]. Rows of `grad` may lie apart."""
+        num_rows, num_out = grad.shape
+        num_in = rows.shape[1]
+        assert grad.stride(1) == 1
+        assert rows.is_contiguous()
+        assert sums.is_contiguous()
+        scratch = self.scratch("gradient", self._library.gradient_scratch(num_rows, num_out, num_in))
+        self._library.gradient(
+            *(grad.data_ptr(), num_out, grad.stride(0), rows.data_ptr(), num_in, num_rows),
+            *(scratch.data_ptr(), sums.data_ptr(), _threads()),
+        )
+
+    def rms_norm_backward(
+        self, x: Tensor, grad: Tensor, inverses: Tensor, weight: Tensor, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of `x`, and of the weight in fp32."""
+        size = x.shape[-1]
+        num_rows = x.numel() // size
+        to_x, to_weight = torch.empty_like(x), torch.empty(size)
+        shares = self.scratch("norm", math.ceil(num_rows / 64) * size, torch.float32)
+        self._library.rms_norm_backward(
+            *(x.data_ptr(), grad.data_ptr(), inverses.data_ptr(), num_rows, size, weight.data_ptr()),
+            *(int(plus_one), to_x.data_ptr(), shares.data_ptr(), to_weight.data_ptr(), _threads()),
+        )
+        return to_x, to_weight
+
+    def gate_backward(self, gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """`activation(gate) * up` again, and the gradients of gate and up beside each other, [T, 2 n]."""
+        num_rows, size = gate.shape
+        product = self.scratch("gated", num_rows * size).view(num_rows, size)
+        both = self.scratch("gate and up", num_rows * size * 2).view(num_rows, 2 * size)
+        self._library.gate_backward(
+            *(gate.data_ptr(), up.data_ptr(), grad.data_ptr(), num_rows, size, ACTIVATIONS[activation]),
+            *(product.data_ptr(), both.data_ptr(), _threads()),
+        )
+        return product, both
+
+    def packed_attention(self, heads: Sequence[Tensor], sequences: Sequences, *, keep: bool) -> tuple[Tensor, ...]:
+        """Causal attention of query, key and value [T, heads, dim] within each sequence: [T, heads, dim].
+
+        Beside it, where they are to be kept for the backward pass, the logarithms of the softmax's sums, fp32
+        [T, heads].
+        """
+        num_rows, num_heads, dim = heads[0].shape
+        out = heads[0].new_empty(num_rows, num_heads, dim)
+        lse = torch.empty(num_rows, num_heads) if keep else None
+        strides, sizes = _attention_sizes(heads, sequences)
+        self._library.packed_attention(
+            *(part.data_ptr() for part in heads),
+            *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
+            *(out.data_ptr(), _address(lse), _threads()),
+        )
+        return (out,) if lse is None else (out, lse)
+
+    def packed_attention_backward(
+        self, heads: Sequence[Tensor], sequences: Sequences, out: Tensor, lse: Tensor, grad: Tensor
+    ) -> list[Tensor]:
+        """The gradients of query, key and value; `grad` is contiguous."""
+        found = [torch.empty(part.shape, dtype=part.dtype) for part in heads]
+        strides, sizes = _attention_sizes([*heads, *found], sequences)
+        self._library.packed_attention_backward(
+            *(part.data_ptr() for part in heads),
+            *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
+            *(out.data_ptr(), lse.data_ptr(), grad.data_ptr()),
+            *(part.data_ptr() for part in found),
+            _threads(),
+        )
+        return found
+
+    def logprobs(
+        self, logits: Tensor, targets: Tensor, *, temperature: float, entropy: bool, likeliest: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of fp32 logits [N, vocab]: normalisers, the targets' log-probs, entropies, whether they are likeliest.
+
+        All of logits / temperature, in nats, fp32 [N].
+        """
+        num_rows, vocab = logits.shape
+        normalisers, found = torch.empty(num_rows), torch.empty(num_rows)
+        entropies = torch.empty(num_rows) if entropy else None
+        correct = torch.empty(num_rows) if likeliest else None
+        self._library.logprobs(
+            *(logits.data_ptr(), num_rows, vocab, temperature, targets.data_ptr(), normalisers.data_ptr()),
+            *(found.data_ptr(), _address(entropies), _address(correct), _threads()),
+        )
+        return normalisers, found, entropies, correct
+
+    def logprob_gradients(
+        self, logits: Tensor, targets: Tensor, normalisers: Tensor, scales: Tensor, temperature: float
+    ) -> Tensor:
+        """The gradient of scale x log-prob in the logits, bfloat16 [N, vocab], in memory that is used again."""
+        num_rows, vocab = logits.shape
+        found = self.scratch("logit gradients", num_rows * vocab).view(num_rows, vocab)
+        self._library.logprob_gradients(
+            *(logits.data_ptr(), num_rows, vocab, temperature, targets.data_ptr(), normalisers.data_ptr()),
+            *(scales.data_ptr(), found.data_ptr(), _threads()),
+        )
+        return found
+
+
+def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Strides of rows, and the sizes that the kernel asks for."""
+    assert all(_dense(part) for part in heads)
+    query, key = heads[:2]
+    sizes = [len(sequences.starts) - 1, query.shape[1], key.shape[1], query.shape[2], sequences.window]
+    return torch.tensor([part.stride(0) for part in heads]), torch.tensor(sizes)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -18,12 +18,14 @@ INLINE float highest_of(const float *logits, long vocab) {
     return sound == 0.0f ? _mm512_reduce_max_ps(highest) : NAN;
 }
 
-INLINE double sum_weights(const float *logits, long count, __m512 highest, __m512 sharpness) {
+INLINE double sum_weights(const float *logits, long count, float highest, float temperature) {
+    const __m512 top = _mm512_set1_ps(highest), divisor = _mm512_set1_ps(temperature);
     __m512 total = _mm512_setzero_ps();
     for (long i = 0; i < count; i += LANES) {
         const __mmask16 mask = first_lanes(count - i);
         const __m512 x = _mm512_maskz_loadu_ps(mask, logits + i);
-        const __m512 weight = exponential(_mm512_mul_ps(_mm512_sub_ps(x, highest), sharpness));
+        const __m512 scaled = temperature == 1.0f ? x : _mm512_div_ps(x, divisor);
+        const __m512 weight = exponential(_mm512_sub_ps(scaled, top));
         total = _mm512_mask_add_ps(total, mask, total, weight);
     }
     return (double)_mm512_reduce_add_ps(total);
@@ -49,10 +51,10 @@ long draw(float *logits, long rows, long vocab, float temperature, const uint8_t
             for (long i = 0; i < num_forbidden; i++) kept[i] = row[forbidden[i]], row[forbidden[i]] = -3.0e38f;
             highest = highest_of(row, vocab);
         }
-        const __m512 top = _mm512_set1_ps(highest), sharpness = _mm512_set1_ps(1.0f / temperature);
+        highest /= temperature;
         for (long b = 0; b < blocks; b++) {
             const long count = vocab - b * BLOCK < BLOCK ? vocab - b * BLOCK : BLOCK;
-            total += sum[b] = sum_weights(row + b * BLOCK, count, top, sharpness);
+            total += sum[b] = sum_weights(row + b * BLOCK, count, highest, temperature);
         }
         const double target = numbers[r] * total;
         double before = 0.0;
@@ -66,14 +68,14 @@ long draw(float *logits, long rows, long vocab, float temperature, const uint8_t
         long token = -1;
         const long stop = (block + 1) * BLOCK < vocab ? (block + 1) * BLOCK : vocab;
         for (long i = block * BLOCK; i < stop; i++) {
-            const float weight = expf((row[i] - highest) / temperature);
+            const float weight = expf(row[i] / temperature - highest);
             if (weight > 0.0f) token = i;
             if (token == i && (before += (double)weight) > target) break;
         }
         tokens[r] = token;
         if (short_rows[r])
             for (long i = num_forbidden; i-- > 0;) row[forbidden[i]] = kept[i];
-        logprobs[r] = (float)((double)((row[token] - highest) / temperature) - log(total));
+        logprobs[r] = (float)((double)(row[token] / temperature - highest) - log(total));
     }
     return faulty < rows ? faulty : -1;
 }

@@ -3,14 +3,13 @@
    Weights [n, k] are laid out as the inner loop reads them: groups of 48 columns (the last one filled up with
    zeros), and in a group [k / 2][48][2], so that a group is one stream through memory. Every number is summed over k
    in ascending order whatever the number of rows: a row's bits do not depend on its company, nor on the threads. */
+#include "activations.h"
 #include "tile.h"
 
 #define PARTS 3 /* registers of a group */
 #define GROUP (PARTS * LANES)
 #define BLOCK_ROWS 128   /* rows that share a pass over a group */
 #define BLOCK_PAIRS 1024 /* pairs of k at a time: a group's part then stays in the second cache */
-
-enum { NONE = 0, SILU = 1, GELU_TANH = 2, RELU = 3 };
 
 static long groups_of(long n) { return (n + GROUP - 1) / GROUP; }
 
@@ -68,17 +67,6 @@ static Rows rows_of(const bf16 *a, long k) {
     return found;
 }
 
-INLINE __m512 activated(__m512 x, int activation) {
-    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
-    if (activation == NONE) return x;
-    __m512 slope = x; /* x / (1 + e^-slope): GELU's tanh is such a quotient as well */
-    if (activation == GELU_TANH) {
-        const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-        slope = _mm512_mul_ps(_mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x), _mm512_set1_ps(1.5957691216f));
-    }
-    return _mm512_mul_ps(x, sigmoid(slope));
-}
-
 INLINE __m512 with_bias(__m512 x, const bf16 *bias, long column, __mmask16 mask) {
     return bias ? _mm512_add_ps(x, load_bf16_part(bias + column, mask)) : x;
 }
@@ -110,9 +98,9 @@ void product(const bf16 *a, long rows, long k, const bf16 *packed, long n, const
     }
 }
 
-/* out[rows][n] = activation(a gate + gate_bias) * (a up + up_bias). */
+/* out[rows][n] = activation(a gate + gate_bias) * (a up + up_bias). The two products too, where they are `kept`. */
 void gated_product(const bf16 *a, long rows, long k, const bf16 *gate, const bf16 *up, long n, const bf16 *gate_bias,
-                   const bf16 *up_bias, int activation, bf16 *out, int threads) {
+                   const bf16 *up_bias, int activation, bf16 *out, bf16 *kept_gate, bf16 *kept_up, int threads) {
     const long groups = groups_of(n), blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < blocks * groups; task++) {
@@ -129,20 +117,22 @@ void gated_product(const bf16 *a, long rows, long k, const bf16 *gate, const bf1
                 const long place = r * GROUP + c * LANES;
                 const __m512 x = with_bias(_mm512_loadu_ps(gates + place), gate_bias, column, mask);
                 const __m512 y = with_bias(_mm512_loadu_ps(ups + place), up_bias, column, mask);
-                store_bf16_part(out + (first + r) * n + column, mask, _mm512_mul_ps(activated(x, activation), y));
+                const long target = (first + r) * n + column;
+                if (kept_gate) store_bf16_part(kept_gate + target, mask, x), store_bf16_part(kept_up + target, mask, y);
+                store_bf16_part(out + target, mask, _mm512_mul_ps(activated(x, activation), y));
             }
         }
     }
 }
 
 /* Columns of [rows][n] as panels of 8: [n / 8][rows / 2][8] pairs. A line of 32 columns is read once for four panels. */
-static void pack_panels(const bf16 *grad, long rows, long n, uint32_t *panels, int threads) {
+static void pack_panels(const bf16 *grad, long rows, long n, long stride, uint32_t *panels, int threads) {
     const long pairs = pairs_of(rows);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long start = 0; start < n; start += 4 * TILE)
         for (long p = 0; p < pairs; p++) {
             uint32_t line[4 * TILE];
-            interleave(grad + 2 * p * n, rows - 2 * p < 2 ? 1 : 2, n, n, start, 4 * TILE, line, 0);
+            interleave(grad + 2 * p * stride, rows - 2 * p < 2 ? 1 : 2, n, stride, start, 4 * TILE, line, 0);
             for (long t = start / TILE; t < start / TILE + 4 && t * TILE < n; t++)
                 _mm256_storeu_si256((__m256i *)(panels + (t * pairs + p) * TILE),
                                     _mm256_loadu_si256((const __m256i *)(line + t * TILE - start)));
@@ -154,12 +144,13 @@ long gradient_scratch(long rows, long n, long k) {
     return packed_size(k, rows) + (n + TILE - 1) / TILE * TILE * pairs_of(rows) * 2;
 }
 
-/* The gradient of a linear layer's weight, in fp32 and in place: sums[n][k] += grad[rows][n]' x[rows][k]. */
-void gradient(const bf16 *grad, long n, const bf16 *x, long k, long rows, bf16 *scratch, float *sums, int threads) {
+/* The gradient of a linear layer's weight, in fp32 and in place: sums[n][k] += grad[rows][n]' x[rows][k]; the rows of
+   `grad` are `stride` numbers apart. */
+void gradient(const bf16 *grad, long n, long stride, const bf16 *x, long k, long rows, bf16 *scratch, float *sums, int threads) {
     const long groups = groups_of(k), pairs = pairs_of(rows), blocks = (n + BLOCK_ROWS - 1) / BLOCK_ROWS;
     uint32_t *panels = (uint32_t *)scratch + packed_size(k, rows) / 2;
     pack_columns(x, k, rows, k, scratch, threads);
-    pack_panels(grad, rows, n, panels, threads);
+    pack_panels(grad, rows, n, stride, panels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < blocks * groups; task++) {
         float part[BLOCK_ROWS * GROUP];

@@ -53,11 +53,4 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_maskz_scalef_ps((__mmask16)~tiny, power, n);
 }
 
-/* 1 / (1 + e^-x). */
-INLINE __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f), most = _mm512_set1_ps(87.0f);
-    const __m512 limited = _mm512_min_ps(_mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_sub_ps(_mm512_setzero_ps(), most)), most);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(limited)));
-}
-
 #endif

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from meshift.kernels import functions
+from meshift.kernels.cpu import LANES, MAX_HEAD_DIM, Sequences, kernels_for
+
 # A bucket of sequences is padded to its longest; it is closed before padding exceeds this part of its rows.
 MAX_PADDING = 0.25
 # On a CPU the backward pass of half-precision attention costs 2.7 times (32 rows) to 2 times (128 rows) what
@@ -72,6 +75,7 @@ class PackedAttention:
             raise ValueError(f"A sequence cannot have a negative length; got {min(lengths)}.")
         self.num_rows = sum(lengths)
         self.buckets = _buckets(lengths)
+        self._starts = torch.tensor([0, *accumulate(lengths)])
         padded, packed = _row_indices(lengths, self.buckets)
         in_order = torch.equal(padded, torch.arange(self.num_rows))
         self._rows = None if in_order else {padded.device: (padded, packed)}
@@ -81,6 +85,10 @@ class PackedAttention:
         _check_rows(query, self.num_rows)
         if self.num_rows == 0:
             return query
+        kernels = kernels_for(query)
+        if kernels is not None and _kernel_serves(layer, query):
+            sequences = Sequences(starts=self._starts, scale=layer.scale, window=layer.window or 0)
+            return functions.packed_attention(kernels, query, key, value, sequences)
         parts = [self._pad(x) for x in (query, key, value)]
         attended = [_attend_bucket(q, k, v, layer) for q, k, v in zip(*parts, strict=True)]
         return self._unpad(torch.cat(attended) if len(attended) > 1 else attended[0])
@@ -109,6 +117,11 @@ class PackedAttention:
             padded, packed = next(iter(self._rows.values()))
             self._rows[device] = (padded.to(device), packed.to(device))
         return self._rows[device]
+
+
+def _kernel_serves(layer: AttentionLayer, query: Tensor) -> bool:
+    """Whether the CPU kernel has this head's size, and no cap is to be put on scores."""
+    return layer.softcap is None and query.shape[2] % (2 * LANES) == 0 and query.shape[2] <= MAX_HEAD_DIM
 
 
 def _attend_bucket(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer) -> Tensor:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from meshift.kernels import functions
+from meshift.kernels.cpu import LANES, Kernels, products_for
 from meshift.models.attention import Attention, AttentionLayer
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
-from meshift.models.linear import SummedLinear
+from meshift.models.linear import Linear, SummedLinear, has_even_sizes
 from meshift.models.mlp import MLP
 from meshift.models.norm import make_norm
 from meshift.models.rotary import Angles, Rotary, rotate
@@ -33,9 +35,9 @@ class SelfAttention(nn.Module):
         self.rotary = config.rotary_kind(index)
         self.head_dim = config.head_dim
         num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.hidden_size, num_queries, bias=config.qkv_bias)
-        self.key = nn.Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
-        self.value = nn.Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
+        self.query = Linear(config.hidden_size, num_queries, bias=config.qkv_bias)
+        self.key = Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
+        self.value = Linear(config.hidden_size, num_keys, bias=config.qkv_bias)
         self.norm_by_head = config.query_key_norm == "head"
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
@@ -46,13 +48,26 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
+        query, key, value = self._query_key_value(x, None if self.rotary is None else angles[self.rotary])
+        return self.output(attention(self.layer, query, key, value).flatten(1))
+
+    def _query_key_value(self, x: Tensor, angles: Angles | None) -> Sequence[Tensor]:
+        """Heads [T, heads, head_dim], queries and keys normed and turned."""
+        kernels = self._kernels(x, angles)
+        if kernels is not None:
+            parts = (self.query, self.key, self.value)
+            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+            return functions.query_key_value(kernels, x, weights, biases, functions.Turn(self.head_dim, angles))
         query = self.heads(self.query(x), self.query_norm)
         key = self.heads(self.key(x), self.key_norm)
         value = self.value(x).unflatten(-1, (-1, self.head_dim))
-        if self.rotary is not None:
-            cosine, sine = angles[self.rotary]
-            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        return self.output(attention(self.layer, query, key, value).flatten(1))
+        return (query, key, value) if angles is None else (rotate(query, *angles), rotate(key, *angles), value)
+
+    def _kernels(self, x: Tensor, angles: Angles | None) -> Kernels | None:
+        """What does all of it at once, where nothing is normed between product and turn."""
+        turns = angles is None or angles[0].shape[-1] % LANES == 0
+        even = self.head_dim % 2 == 0 and has_even_sizes(self.query.weight)
+        return products_for(x) if turns and even and self.query_norm is None else None
 
     def heads(self, rows: Tensor, norm: nn.Module | None) -> Tensor:
         """[T, heads * head_dim] -> [T, heads, head_dim], normed by head or before it is cut into heads."""

@@ -24,7 +24,7 @@ class LanguageModelHead(nn.Module):
             nn.init.normal_(self.weight, std=0.02)
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.vocab_size = config.vocab_size
-        self._softcap = config.logit_softcap
+        self.softcap = config.logit_softcap
 
     @property
     def projection(self) -> Tensor:
@@ -41,11 +41,11 @@ class LanguageModelHead(nn.Module):
 
     def cap(self, logits: Tensor) -> Tensor:
         """The logits of what the projection gives."""
-        return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def cap_slope(self, logits: Tensor) -> Tensor | None:
         """How fast each capped logit s moves with what the projection gives: 1 - (s / c)^2; None without a cap."""
-        return None if self._softcap is None else 1.0 - (logits / self._softcap).square()
+        return None if self.softcap is None else 1.0 - (logits / self.softcap).square()
 
 
 class ScalarHead(nn.Module):

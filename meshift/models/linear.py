@@ -1,4 +1,5 @@
-"""Linear layers whose input may be cut: then this process has some of its columns and gives a part of a sum.
+"""Linear layers, by Meshift's kernels where they serve. Some may have a part of their columns here only, and then
+give a part of a sum.
 
 Knows nothing of processes: how the sum is taken is told to it.
 """
@@ -8,8 +9,32 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshift.kernels import functions
+from meshift.kernels.cpu import products_for
 
-class SummedLinear(nn.Linear):
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W' + b` of rows [T, in]."""
+    kernels = products_for(weight)
+    if kernels is None or not has_even_sizes(weight):
+        return F.linear(x, weight, bias)
+    return functions.linear(kernels, x, weight, bias)
+
+
+def has_even_sizes(weight: Tensor) -> bool:
+    """What the kernels need of a weight: they multiply numbers by pairs."""
+    return weight.shape[0] % 2 == 0 and weight.shape[1] % 2 == 0
+
+
+class Linear(nn.Linear):
+    """`x W' + b`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return project(x, self.weight, self.bias)
+
+
+class SummedLinear(Linear):
     """`x W' + b`. With a `total`, W has some columns only: `total(x W') + b`, where `total` adds up all parts."""
 
     total: Callable[[Tensor], Tensor] | None = None
@@ -17,6 +42,6 @@ class SummedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[T, columns that are here] -> [T, out]."""
         if self.total is None:
-            return F.linear(x, self.weight, self.bias)
-        rows = self.total(F.linear(x, self.weight))
+            return project(x, self.weight, self.bias)
+        rows = self.total(project(x, self.weight))
         return rows if self.bias is None else rows + self.bias

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshift.errors import ModelError
+from meshift.kernels import functions
+from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
+from meshift.kernels.cpu import Kernels, products_for
 from meshift.models.config import DecoderConfig
-from meshift.models.linear import SummedLinear
+from meshift.models.linear import Linear, SummedLinear, has_even_sizes
 
 # The keys are the names that Hugging Face configs use.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -36,14 +39,24 @@ class MLP(nn.Module):
             )
         self.activation_name = config.activation
         self.activation = ACTIVATIONS[config.activation]
-        self.gate: nn.Linear | None = None
+        self.gate: Linear | None = None
         if config.gated_mlp:
-            self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            self.gate = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down = SummedLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
+        kernels = self._kernels(x)
+        if kernels is not None:
+            parts = (self.gate, self.up, self.down)
+            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+            return functions.gated_mlp(kernels, x, weights, biases, self.activation_name)
         return self.down(self.activation(self.gate(x)) * self.up(x))
+
+    def _kernels(self, x: Tensor) -> Kernels | None:
+        """What does all of it at once, unless `down` has some of its columns only."""
+        served = self.down.total is None and self.activation_name in KERNEL_ACTIVATIONS
+        return products_for(x) if served and has_even_sizes(self.up.weight) else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshift.kernels import functions
 from meshift.kernels.cpu import kernels_for
 from meshift.models.config import DecoderConfig
 
@@ -20,6 +21,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size] in the same dtype."""
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return functions.rms_norm(kernels, x, self.weight, self.eps)
         if x.is_cuda:  # one fused kernel; elsewhere it is a chain of them that keeps fp32 copies of x
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _Normalise.apply(x, self.weight, self.eps)
@@ -34,6 +38,9 @@ class PlusOneRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size] in the same dtype."""
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return functions.rms_norm(kernels, x, self.weight, self.eps, plus_one=True)
         weight = 1.0 + self.weight.float()
         if x.is_cuda:
             return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
@@ -46,7 +53,7 @@ def norm_rows(norm: nn.Module, x: Tensor) -> Tensor:
     The last bits may differ from the module's.
     """
     kernels = kernels_for(x)
-    if kernels is not None and isinstance(norm, RMSNorm):
+    if kernels is not None and isinstance(norm, RMSNorm) and type(norm) in (RMSNorm, PlusOneRMSNorm):
         plus_one = isinstance(norm, PlusOneRMSNorm)
         return kernels.rms_norm(x.contiguous(), norm.weight, norm.eps, plus_one=plus_one)
     if type(norm) is RMSNorm:

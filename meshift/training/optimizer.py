@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class MasterAdamW:
         for parameter, master in zip(self._parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+                # Kernels that have a gradient in fp32 add it there themselves (`kernels.functions`).
+                setattr(parameter, "gradient_sum", partial(_gradient_of, master))  # noqa: B010
         matrices = [m for m in self.masters if m.dim() >= 2]
         vectors = [m for m in self.masters if m.dim() < 2]
         groups = [
@@ -158,6 +161,13 @@ def _master_of(parameter: Tensor) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
     return parameter.detach().float().requires_grad_(True)
+
+
+def _gradient_of(master: Tensor) -> Tensor:
+    """The buffer in which a master's gradient adds up."""
+    if master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return master.grad
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -7,7 +7,7 @@ has them made once more. It knows nothing of readings or losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,25 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from meshift.models.heads import LanguageModelHead
 from meshift.models.vocabulary import Vocabulary
+from meshift.training import fused_logprobs
+from meshift.training.wanted import Wanted
 
 BLOCK_BYTES = 50_000_000
 """fp32 logits of a block on the CPU: fewer rows make thin products, more leave the cache sooner (measured)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """Of which distribution the log-probs are, and what else is wanted of it.
-
-    `forbid(start, stop, logits)` gives, for the logits [stop - start, vocab] of these rows, of which it reads
-    shape and device only, a mask of the tokens outside the support: made block by block, so that indices are kept
-    and no mask.
-    """
-
-    temperature: float = 1.0
-    forbid: Callable[[int, int, Tensor], Tensor] | None = None
-    entropy: bool = False
-    entropy_gradient: bool = False
-    likeliest: bool = False
 
 
 class TokenTable(NamedTuple):
@@ -56,6 +42,8 @@ def token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int,
     if with_gradient or not isinstance(head, LanguageModelHead):
         return plain_token_logprobs(head, hidden, targets, chunk, wanted)
     keep_slopes = torch.is_grad_enabled() and hidden.requires_grad
+    if fused_logprobs.serves(head, hidden):
+        return TokenTable(*fused_logprobs.apply(hidden, head.projection, targets, chunk, wanted, keep_slopes))
     return TokenTable(*_InBlocks.apply(hidden, head.projection, head, targets, chunk, wanted, keep_slopes))
 
 

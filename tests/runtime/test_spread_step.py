@@ -120,7 +120,9 @@ def check_outcome(found, expected, what):
     assert not wrong, f"{what}: {wrong}"
     for key, value in expected.metrics.items():
         if not key.startswith("timing_s/"):
-            close = math.isclose(found.metrics[key], value, rel_tol=1e-3, abs_tol=1e-4)
+            # A clipped part counts tokens: one of 72 that stands at the edge may fall to either side.
+            room = 1.5 / 72 if key.endswith("clipfrac") else 1e-4
+            close = math.isclose(found.metrics[key], value, rel_tol=1e-3, abs_tol=room)
             assert close or math.isnan(value), f"{what}: {key} is {found.metrics[key]} instead of {value}"
     assert {f"start_s/{name}" for name in ("rollout", "values", "train_critic")} <= found.metrics.keys()
 

@@ -23,7 +23,7 @@ def problem(*, softcap=None, dtype=torch.float32, trained=True, seed=0):
     torch.manual_seed(seed)
     model = tiny_model(vocab_size=VOCAB, hidden_size=HIDDEN, dtype=dtype)
     head = model.head
-    head._softcap = softcap
+    head.softcap = softcap
     head.projection.requires_grad_(trained)
     hidden = (3 * torch.randn(NUM_ROWS, HIDDEN)).to(dtype).requires_grad_()
     rows = torch.arange(NUM_ROWS)

@@ -1,0 +1,234 @@
+"""The C kernels with gradients, for the decoder's modules: what torch's autograd sees of them.
+
+A weight with a `gradient_sum` (a function that gives its fp32 buffer; `training.optimizer` sets it) has its
+gradient added there, unrounded, and autograd is told nothing; any other gets its gradient as always. Knows
+nothing of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from meshift.kernels.cpu import Kernels, Sequences
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`, or times `1 + weight`, over the last dim."""
+    found: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps, plus_one, kernels)
+    return found
+
+
+def linear(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W' + b`; both dims of the weight are even."""
+    found: Tensor = _Linear.apply(x.contiguous(), weight, bias, kernels)
+    return found
+
+
+def query_key_value(
+    kernels: Kernels, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], turn: Turn
+) -> list[Tensor]:
+    """The products of one input with three weights, as heads [T, heads, dim]; the first two turned by `turn`."""
+    return list(_QueryKeyValue.apply(x.contiguous(), *weights, *biases, turn, kernels))
+
+
+def gated_mlp(
+    kernels: Kernels, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str
+) -> Tensor:
+    """`down(activation(gate(x)) * up(x))` from the weights of gate, up and down."""
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
+    found: Tensor = _GatedMLP.apply(x.contiguous(), *weights, *biases, activation, keep, kernels)
+    return found
+
+
+def packed_attention(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Tensor:
+    """Causal attention within sequences, [T, heads, dim]."""
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    found: Tensor = _PackedAttention.apply(query, key, value, sequences, keep, kernels)
+    return found
+
+
+def add_to_weight(kernels: Kernels, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The gradient of a weight from that of `x W'`; None where it went into the weight's `gradient_sum`."""
+    sums, found = weight_sums(weight)
+    kernels.add_weight_gradient(grad, x, sums)
+    return found(sums)
+
+
+def weight_sums(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor | None]]:
+    """Where a weight's gradient is to be added, in fp32, and what autograd is told of it afterwards."""
+    into = getattr(weight, "gradient_sum", None)
+    if into is not None:
+        return into(), lambda sums: None
+    return torch.zeros(weight.shape), lambda sums: sums.to(weight.dtype)
+
+
+def add_to_vector(vector: Tensor, gradient: Tensor) -> Tensor | None:
+    """As `add_to_weight`, for the fp32 gradient of a norm's weight or a bias."""
+    into = getattr(vector, "gradient_sum", None)
+    if into is None:
+        return gradient.to(vector.dtype)
+    into().add_(gradient)
+    return None
+
+
+def _add_to_bias(bias: Tensor | None, grad: Tensor) -> Tensor | None:
+    return None if bias is None else add_to_vector(bias, grad.sum(0, dtype=torch.float32))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """See `rms_norm`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, kernels: Kernels) -> Tensor:
+        inverses = torch.empty(x.numel() // x.shape[-1])
+        ctx.save_for_backward(x, weight, inverses)
+        ctx.plus_one, ctx.kernels = plus_one, kernels
+        return kernels.rms_norm(x, weight, eps, plus_one=plus_one, inverses=inverses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, weight, inverses = ctx.saved_tensors
+        to_x, to_weight = ctx.kernels.rms_norm_backward(
+            x, grad.contiguous(), inverses, weight, plus_one=ctx.plus_one
+        )
+        return to_x, add_to_vector(weight, to_weight) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """See `linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.kernels = kernels
+        return kernels.product(x, kernels.pack(weight, kept=False), bias=bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, weight, bias = ctx.saved_tensors
+        needed, kernels, grad = ctx.needs_input_grad, ctx.kernels, grad.contiguous()
+        to_x = kernels.product(grad, kernels.pack_transposed(weight)) if needed[0] else None
+        to_weight = add_to_weight(kernels, weight, grad, x) if needed[1] else None
+        return to_x, to_weight, _add_to_bias(bias, grad) if needed[2] else None, None
+
+
+class _QueryKeyValue(torch.autograd.Function):
+    """See `query_key_value`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        weights, biases, (turn, kernels) = given[:3], given[3:6], given[6:]
+        ctx.save_for_backward(x, *weights, *biases)
+        ctx.turn, ctx.kernels = turn, kernels
+        bias = None if biases[0] is None else torch.cat(biases)
+        rows = kernels.product(x, kernels.pack(torch.cat(weights), kept=False), bias=bias)
+        parts = rows.split([len(weight) for weight in weights], dim=1)
+        found = [part.unflatten(1, (-1, turn.head_dim)) for part in parts]
+        turn.forward(kernels, found)
+        ctx.set_materialize_grads(True)
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        x, *given = ctx.saved_tensors
+        weights, biases, kernels = given[:3], given[3:], ctx.kernels
+        needed = ctx.needs_input_grad
+        whole = torch.cat([grad.flatten(1) for grad in grads], dim=1)
+        parts = whole.split([len(weight) for weight in weights], dim=1)
+        ctx.turn.backward(kernels, [part.unflatten(1, (-1, ctx.turn.head_dim)) for part in parts])
+        to_x = kernels.product(whole, kernels.pack_transposed(torch.cat(weights))) if needed[0] else None
+        to_weights = [
+            add_to_weight(kernels, weight, part, x) if needed[1 + i] else None
+            for i, (weight, part) in enumerate(zip(weights, parts, strict=True))
+        ]
+        to_biases = [
+            _add_to_bias(bias, part) if needed[4 + i] else None
+            for i, (bias, part) in enumerate(zip(biases, parts, strict=True))
+        ]
+        return to_x, *to_weights, *to_biases, None, None
+
+
+class Turn:
+    """Rotary of queries and keys, or none of it: a turn by the negative angles takes it back."""
+
+    def __init__(self, head_dim: int, angles: tuple[Tensor, Tensor] | None) -> None:
+        self.head_dim = head_dim
+        self._angles = angles
+
+    def forward(self, kernels: Kernels, heads: Sequence[Tensor]) -> None:
+        """Turn queries and keys in place."""
+        if self._angles is not None:
+            for part in heads[:2]:
+                kernels.turn(part, *self._angles)
+
+    def backward(self, kernels: Kernels, heads: Sequence[Tensor]) -> None:
+        """The same for gradients."""
+        if self._angles is not None:
+            cosine, sine = self._angles
+            for part in heads[:2]:
+                kernels.turn(part, cosine, -sine)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """See `gated_mlp`. Keeps gate and up, and makes their product once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        weights, biases, (activation, keep, kernels) = given[:3], given[3:6], given[6:]
+        gate, up = (
+            kernels.pack(weight, kept=False, room=r) for weight, r in zip(weights, ("gate", "up"), strict=False)
+        )
+        kept: Sequence[Tensor | None] = (None, None)
+        if keep:
+            kept = [x.new_empty(len(x), len(weights[0])) for _ in "gu"]
+        wide = kernels.gated_product(x, gate, up, activation, biases[:2], kept)
+        ctx.save_for_backward(x, *kept, *weights, *biases)
+        ctx.activation, ctx.kernels = activation, kernels
+        return kernels.product(wide, kernels.pack(weights[2], kept=False), bias=biases[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, gate, up, *given = ctx.saved_tensors
+        weights, biases, kernels = given[:3], given[3:], ctx.kernels
+        needed, grad = ctx.needs_input_grad, grad.contiguous()
+        to_wide = kernels.product(grad, kernels.pack_transposed(weights[2]))
+        wide, both = kernels.gate_backward(gate, up, to_wide, ctx.activation)
+        to_x = kernels.product(both, kernels.pack_transposed(torch.cat(weights[:2]))) if needed[0] else None
+        halves = both.split(gate.shape[1], dim=1)
+        found: list[Tensor | None] = [to_x]
+        for number, (part, rows) in enumerate(((halves[0], x), (halves[1], x), (grad, wide)), start=1):
+            found.append(add_to_weight(kernels, weights[number - 1], part, rows) if needed[number] else None)
+        for number, part in enumerate((*halves, grad), start=4):
+            found.append(_add_to_bias(biases[number - 4], part) if needed[number] else None)
+        return *found, None, None, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """See `packed_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, keep: bool, kernels: Kernels
+    ) -> Tensor:
+        found = kernels.packed_attention((query, key, value), sequences, keep=keep)
+        ctx.save_for_backward(query, key, value, *found)
+        ctx.sequences, ctx.kernels = sequences, kernels
+        return found[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        *heads, out, lse = ctx.saved_tensors
+        found = ctx.kernels.packed_attention_backward(heads, ctx.sequences, out, lse, grad.contiguous())
+        return *found, None, None, None

@@ -1,0 +1,124 @@
+"""`token_logprobs` by Meshift's CPU kernels, block by block: fp32 logits as products give them, read twice.
+
+As in its torch form, a row's slope is found while its logits are there. Serves bfloat16 heads that have the whole
+vocabulary and no cap on logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from meshift.kernels.cpu import Kernels, Packed, products_for
+from meshift.kernels.functions import weight_sums
+from meshift.models.heads import LanguageModelHead
+from meshift.models.linear import has_even_sizes
+from meshift.models.vocabulary import WholeVocabulary
+from meshift.training.wanted import Wanted
+
+BLOCK_BYTES = 100_000_000
+"""fp32 logits of a block: with fewer rows, more of the time goes into the sums of the projection's gradient."""
+
+
+def serves(head: LanguageModelHead, hidden: Tensor) -> bool:
+    """Whether the kernels do all that this head asks for."""
+    whole = isinstance(head.vocabulary, WholeVocabulary) and head.softcap is None
+    return whole and products_for(hidden) is not None and has_even_sizes(head.projection)
+
+
+def apply(
+    hidden: Tensor, projection: Tensor, targets: Tensor, chunk: int, wanted: Wanted, keep_slopes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, and whether targets are the likeliest tokens, fp32 [N] each (see `TokenTable`)."""
+    found: tuple[Tensor, Tensor, Tensor] = _Fused.apply(hidden, projection, targets, chunk, wanted, keep_slopes)
+    return found
+
+
+class _Fused(torch.autograd.Function):
+    """See the module."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        projection: Tensor,
+        targets: Tensor,
+        chunk: int,
+        wanted: Wanted,
+        keep_slopes: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = products_for(hidden)
+        assert kernels is not None
+        hidden = hidden.contiguous()
+        logprobs, entropy, correct, normalisers = (torch.zeros(len(targets)) for _ in range(4))
+        slopes = torch.empty_like(hidden) if keep_slopes else hidden.new_empty(0)
+        back = kernels.pack_transposed(projection, room="head back") if keep_slopes else None
+        for rows, logits in _blocks(kernels, projection, hidden, chunk, wanted):
+            normalisers[rows], logprobs[rows], entropies, likeliest = kernels.logprobs(
+                logits,
+                targets[rows],
+                temperature=wanted.temperature,
+                entropy=wanted.entropy,
+                likeliest=wanted.likeliest,
+            )
+            if entropies is not None:
+                entropy[rows] = entropies
+            if likeliest is not None:
+                correct[rows] = likeliest
+            if back is not None:
+                _slopes(kernels, logits, targets[rows], normalisers[rows], wanted, back, slopes[rows])
+        ctx.save_for_backward(hidden, projection, targets, slopes, normalisers)
+        ctx.chunk, ctx.wanted, ctx.kernels = chunk, wanted, kernels
+        ctx.mark_non_differentiable(entropy, correct)
+        return logprobs, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, projection, targets, slopes, normalisers = ctx.saved_tensors
+        to_hidden = (slopes * incoming[0][:, None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_hidden, None, None, None, None, None
+        sums, to_projection = weight_sums(projection)
+        scales = incoming[0].float().contiguous()
+        for rows, logits in _blocks(ctx.kernels, projection, hidden, ctx.chunk, ctx.wanted):
+            to_logits = ctx.kernels.logprob_gradients(
+                logits, targets[rows], normalisers[rows], scales[rows], ctx.wanted.temperature
+            )
+            ctx.kernels.add_weight_gradient(to_logits, hidden[rows], sums)
+        return to_hidden, to_projection(sums), None, None, None, None
+
+
+def _slopes(
+    kernels: Kernels,
+    logits: Tensor,
+    targets: Tensor,
+    normalisers: Tensor,
+    wanted: Wanted,
+    back: Packed,
+    out: Tensor,
+) -> None:
+    """The log-probs' gradients in the hidden rows, into `out`."""
+    ones = torch.ones(len(targets))
+    to_logits = kernels.logprob_gradients(logits, targets, normalisers, ones, wanted.temperature)
+    kernels.product(to_logits, back, out=out)
+
+
+def _blocks(
+    kernels: Kernels, projection: Tensor, hidden: Tensor, chunk: int, wanted: Wanted
+) -> Iterator[tuple[slice, Tensor]]:
+    """All rows, block by block, with their fp32 logits in one buffer, -inf outside the support."""
+    vocab = len(projection)
+    size = max(1, min(chunk, BLOCK_BYTES // (4 * vocab), len(hidden)))
+    weight = kernels.pack(projection, kept=False, room="head")
+    buffer = kernels.scratch("logits", size * vocab, torch.float32).view(size, vocab)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = kernels.product(hidden[rows], weight, out=buffer[: rows.stop - start])
+        if wanted.forbid is not None:
+            logits.masked_fill_(wanted.forbid(start, rows.stop, logits), -torch.inf)
+        yield rows, logits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from meshift.kernels.cpu import LANES, MAX_GROUP, MAX_HEAD_DIM, kernels_for
+from meshift.kernels.cpu import decode_attention_serves, kernels_for
 from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention, packed_positions
 from meshift.models.config import DecoderConfig
 
@@ -188,24 +188,24 @@ class DecodeAttention:
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, *, shortest: int, longest: int):
-        self._cache = cache
-        self._positions = positions
+        self.cache = cache
+        self.positions = positions
         self._shortest = shortest
         self._reach = min(round_up(longest + 1, LENGTH_STEP), cache.reach)
         self._on_cpu = positions.device.type == "cpu"
         self._kernels = kernels_for(cache.keys)
-        self._places = cache.places(torch.arange(len(positions), device=positions.device), positions)
+        self.places = cache.places(torch.arange(len(positions), device=positions.device), positions)
         self._seen: dict[int | None, tuple[int, Tensor, Tensor]] = {}
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `meshift.models.attention.Attention`."""
-        self._cache.write(layer.index, self._places, key, value)
+        self.cache.write(layer.index, self.places, key, value)
         if self._kernels is not None and _kernel_serves(layer, query, key):
-            stored = (self._cache.keys[layer.index], self._cache.values[layer.index])
+            stored = (self.cache.keys[layer.index], self.cache.values[layer.index])
             window = layer.window or 0
-            return self._kernels.attend(query, *stored, self._positions, window=window, scale=layer.scale)
+            return self._kernels.attend(query, *stored, self.positions, window=window, scale=layer.scale)
         first, visible, mask = self._seen_within(layer.window, query.dtype)
-        stored = (self._cache.keys[layer.index], self._cache.values[layer.index])
+        stored = (self.cache.keys[layer.index], self.cache.values[layer.index])
         keys, values = (part[: len(query), :, first : self._reach] for part in stored)
         if layer.softcap is not None:
             return capped_attention(query.unsqueeze(2), keys, values, visible.unsqueeze(1), layer).squeeze(2)
@@ -224,10 +224,10 @@ class DecodeAttention:
             window = None
         if window not in self._seen:
             first = self._first(window)
-            columns = torch.arange(first, self._reach, device=self._positions.device)
-            visible = columns <= self._positions[:, None]
+            columns = torch.arange(first, self._reach, device=self.positions.device)
+            visible = columns <= self.positions[:, None]
             if window is not None:
-                visible &= columns > self._positions[:, None] - window
+                visible &= columns > self.positions[:, None] - window
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             mask.masked_fill_(~visible, float("-inf"))
             self._seen[window] = (first, visible[:, None, None], mask[:, None, None])
@@ -244,8 +244,7 @@ class DecodeAttention:
 
 def _kernel_serves(layer: AttentionLayer, query: Tensor, key: Tensor) -> bool:
     """Whether the CPU kernel has this head's size and the group's, and no cap is to be put on scores."""
-    dim, group = query.shape[2], query.shape[1] // key.shape[1]
-    return layer.softcap is None and dim % (2 * LANES) == 0 and dim <= MAX_HEAD_DIM and group <= MAX_GROUP
+    return layer.softcap is None and decode_attention_serves(query.shape[2], query.shape[1] // key.shape[1])
 
 
 def _attend_in_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The decoder's forward pass without gradients, in as few kernels as it takes: what generation runs.
 
-The same arithmetic as `Decoder` and its head (tests hold them together), over matrices of `matrices.py`. Knows
-nothing of caches: an `Attention` is handed in, as there.
+The same arithmetic as `Decoder` and its head (tests hold them together), over matrices of `matrices.py`. An
+`Attention` is handed in, as there; of what is in a cache it knows nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from meshift.generation.cache import DecodeAttention
 from meshift.generation.matrices import (
     Fingerprint,
     KernelMatrix,
@@ -20,6 +21,7 @@ from meshift.generation.matrices import (
     make_matrix,
     pack,
 )
+from meshift.generation.whole_step import WholeStep, whole_step
 from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
 from meshift.kernels.cpu import LANES, kernels_for
 from meshift.models.attention import Attention
@@ -54,6 +56,11 @@ class LayerMatrices:
             down=make_matrix([mlp.down]),
         )
 
+    @property
+    def named(self) -> dict[str, Matrix | None]:
+        """Every matrix by its name."""
+        return {"qkv": self.qkv, "output": self.output, "gate": self.gate, "up": self.up, "down": self.down}
+
     def widen(self, rows: Tensor, activation: str) -> Tensor:
         """The rows inside the MLP: activated, and times the gate where there is one."""
         gate, up = self.gate, self.up
@@ -66,8 +73,7 @@ class LayerMatrices:
     @property
     def num_bytes(self) -> int:
         """Memory beside the model's own parameters."""
-        matrices = (self.qkv, self.output, self.gate, self.up, self.down)
-        return sum(matrix.num_bytes for matrix in matrices if matrix is not None)
+        return sum(matrix.num_bytes for matrix in self.named.values() if matrix is not None)
 
 
 class FusedDecoder:
@@ -82,6 +88,7 @@ class FusedDecoder:
         self._layers: list[LayerMatrices] = []
         self._head: Matrix | None = None
         self._logits = torch.empty(0)
+        self._whole: WholeStep | None = None
         self._packed_from: Fingerprint | None = None
 
     @property
@@ -109,17 +116,21 @@ class FusedDecoder:
         self._layers = [LayerMatrices.of(layer) for layer in self.model.layers if isinstance(layer, Layer)]
         if self.packs:
             self._head = pack([_head_of(self.model).projection])
+            self._whole = whole_step(self.model, self._layers)
         self._packed_from = current
 
     def release(self) -> None:
         """Free the copies."""
-        self._layers, self._head, self._packed_from = [], None, None
+        self._layers, self._head, self._packed_from, self._whole = [], None, None, None
         self._logits = torch.empty(0)
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden rows [T, hidden] as `Decoder.forward` gives them, without gradients."""
         x = self.model.embedding(tokens, positions)
-        turns = [_turner(rotary(positions, x.dtype)) for rotary in self.model.rotaries]
+        angles = [rotary(positions, x.dtype) for rotary in self.model.rotaries]
+        if self._whole is not None and isinstance(attention, DecodeAttention):
+            return norm_rows(self.model.norm, self._whole.run(x, angles, attention))
+        turns = [_turner(one) for one in angles]
         for layer, matrices in zip(self.model.layers, self._layers, strict=True):
             assert isinstance(layer, Layer)
             x = _attend(x, layer, matrices, turns, attention)

@@ -104,19 +104,19 @@ class KernelMatrix:
         self, kernels: Kernels, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)
     ) -> None:
         self._kernels = kernels
-        self._bias = None if biases[0] is None else _beside([bias for bias in biases if bias is not None]).clone()
-        self._weight = kernels.pack(_beside(weights))
-        self.num_bytes = self._weight.values.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        self.bias = None if biases[0] is None else _beside([bias for bias in biases if bias is not None]).clone()
+        self.weight = kernels.pack(_beside(weights))
+        self.num_bytes = self.weight.values.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
         """See `Matrix`."""
         fused = activation if activation in KERNEL_ACTIVATIONS else "none"
-        product = self._kernels.product(rows, self._weight, bias=self._bias, activation=fused)
+        product = self._kernels.product(rows, self.weight, bias=self.bias, activation=fused)
         return product if activation in (None, fused) else ACTIVATIONS[activation](product)
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
         """See `Matrix`."""
-        return self._kernels.product(rows, self._weight, bias=self._bias, other=other)
+        return self._kernels.product(rows, self.weight, bias=self.bias, other=other)
 
     def times(self, rows: Tensor, other: Tensor) -> Tensor:
         """See `Matrix`."""
@@ -124,12 +124,12 @@ class KernelMatrix:
 
     def gated(self, rows: Tensor, gate: "KernelMatrix", activation: str) -> Tensor:
         """`activation(rows G' + b) * (rows W' + c)`, rounded once."""
-        biases = (gate._bias, self._bias)
-        return self._kernels.gated_product(rows, gate._weight, self._weight, activation, biases)
+        biases = (gate.bias, self.bias)
+        return self._kernels.gated_product(rows, gate.weight, self.weight, activation, biases)
 
     def wide(self, rows: Tensor, out: Tensor) -> Tensor:
         """`rows W' + b` in fp32, not rounded, into `out`."""
-        return self._kernels.product(rows, self._weight, bias=self._bias, out=out)
+        return self._kernels.product(rows, self.weight, bias=self.bias, out=out)
 
 
 class SummedMatrix:

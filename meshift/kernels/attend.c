@@ -2,6 +2,7 @@
    sums in fp32. A row reads its own slot up to its own position and nothing else. */
 #include <math.h>
 
+#include "kernels.h"
 #include "vector.h"
 
 #define BLOCK 128 /* positions whose scores are kept at once */

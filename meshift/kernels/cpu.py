@@ -30,6 +30,7 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 """Query heads of a key head that decode attention serves."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "packed_size": ("ll", _LONG),
@@ -44,6 +45,8 @@ _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "gate_backward": ("pppllippi", None),
     "turn": ("plllllppi", None),
     "put": ("pllllppi", None),
+    "decode_room": ("p", _LONG),
+    "decode": ("pplppp", None),
     "attend": ("plllllpplplfpi", None),
     "packed_attention": ("ppppppfppi", None),
     "packed_attention_backward": ("ppppppfppppppi", None),
@@ -70,7 +73,22 @@ def built() -> Built:
 def kernels() -> "Kernels | None":
     """The kernels, where this machine has them."""
     library = built().library
-    return None if library is None else Kernels(library)
+    if library is None:
+        return None
+    keep_freed_pages()
+    return Kernels(library)
+
+
+def keep_freed_pages() -> None:
+    """Let this process keep memory that was freed: the next activations lie there, and not in fresh pages.
+
+    To touch 12 MB of fresh pages takes as long as a fifth of the matrix product that fills them. Pieces above
+    glibc's limit of 32 MB still come and go. Other C libraries have no such switch.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def kernels_for(tensor: Tensor) -> "Kernels | None":
@@ -138,11 +156,18 @@ class Kernels:
 
     def scratch(self, room: str, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Memory that is used again by whoever asks for the same `room`; fresh pages are slow on a CPU."""
-        rooms: dict[str, Tensor] = self._kept.__dict__
-        if room not in rooms or rooms[room].numel() < size or rooms[room].dtype != dtype:
-            rooms.pop(room, None)
-            rooms[room] = torch.empty(size, dtype=dtype)
-        return rooms[room][:size]
+        kept = self.take(room, size, dtype)
+        self.give_back(room, kept)
+        return kept[:size]
+
+    def take(self, room: str, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """As `scratch`, but nobody else gets it until it is given back; it may be larger than asked for."""
+        kept: Tensor | None = self._kept.__dict__.pop(room, None)
+        return kept if kept is not None and kept.numel() >= size else torch.empty(size, dtype=dtype)
+
+    def give_back(self, room: str, memory: Tensor) -> None:
+        """What `take` gave, for the next who asks."""
+        self._kept.__dict__[room] = memory
 
     def product(
         self,
@@ -243,6 +268,16 @@ class Kernels:
             *(found.data_ptr(), _threads()),
         )
         return found
+
+    def decode(self, x: Tensor, layers: ctypes.Array, shape: ctypes.Structure, step: ctypes.Structure) -> None:
+        """All layers of a decode step, in place on `x` [rows, hidden]: see `generation.whole_step`."""
+        assert x.is_contiguous()
+        setattr(step, "threads", _threads())  # noqa: B010
+        room = self.scratch("decode", len(x) * self._library.decode_room(ctypes.addressof(shape)))
+        self._library.decode(
+            *(x.data_ptr(), ctypes.addressof(layers), len(layers), ctypes.addressof(shape)),
+            *(ctypes.addressof(step), room.data_ptr()),
+        )
 
     def draw(
         self, logits: Tensor, numbers: Tensor, *, temperature: float, short: Tensor, forbidden: Tensor
@@ -353,11 +388,20 @@ class Kernels:
         return normalisers, found, entropies, correct
 
     def logprob_gradients(
-        self, logits: Tensor, targets: Tensor, normalisers: Tensor, scales: Tensor, temperature: float
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        normalisers: Tensor,
+        scales: Tensor,
+        temperature: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """The gradient of scale x log-prob in the logits, bfloat16 [N, vocab], in memory that is used again."""
+        """The gradient of scale x log-prob in the logits, bfloat16 [N, vocab].
+
+        Unless `out` is given it lies in memory that is used again.
+        """
         num_rows, vocab = logits.shape
-        found = self.scratch("logit gradients", num_rows * vocab).view(num_rows, vocab)
+        found = self.scratch("logit gradients", num_rows * vocab).view(logits.shape) if out is None else out
         self._library.logprob_gradients(
             *(logits.data_ptr(), num_rows, vocab, temperature, targets.data_ptr(), normalisers.data_ptr()),
             *(scales.data_ptr(), found.data_ptr(), _threads()),
@@ -371,6 +415,11 @@ def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Ten
     query, key = heads[:2]
     sizes = [len(sequences.starts) - 1, query.shape[1], key.shape[1], query.shape[2], sequences.window]
     return torch.tensor([part.stride(0) for part in heads]), torch.tensor(sizes)
+
+
+def decode_attention_serves(head_dim: int, group: int) -> bool:
+    """Whether `attend` has heads of this size and groups of so many query heads."""
+    return head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -3,6 +3,7 @@
    Weights [n, k] are laid out as the inner loop reads them: groups of 48 columns (the last one filled up with
    zeros), and in a group [k / 2][48][2], so that a group is one stream through memory. Every number is summed over k
    in ascending order whatever the number of rows: a row's bits do not depend on its company, nor on the threads. */
+#include "kernels.h"
 #include "activations.h"
 #include "tile.h"
 

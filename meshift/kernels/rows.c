@@ -2,6 +2,7 @@
    rounded once. */
 #include <string.h>
 
+#include "kernels.h"
 #include "activations.h"
 
 #define FEW 4096 /* numbers below which a second thread costs more than it saves */

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meshift.kernels.cpu import Kernels, Packed, products_for
+from meshift.kernels.cpu import Kernels, products_for
 from meshift.kernels.functions import weight_sums
 from meshift.models.heads import LanguageModelHead
 from meshift.models.linear import has_even_sizes
@@ -22,6 +22,9 @@ from meshift.training.wanted import Wanted
 
 BLOCK_BYTES = 100_000_000
 """fp32 logits of a block: with fewer rows, more of the time goes into the sums of the projection's gradient."""
+KEPT = "kept logit gradients"
+KEPT_BYTES = 256_000_000
+"""Gradients of logits (bfloat16) that may be kept for the projection's: beyond that logits are made twice."""
 
 
 def serves(head: LanguageModelHead, hidden: Tensor) -> bool:
@@ -57,6 +60,9 @@ class _Fused(torch.autograd.Function):
         logprobs, entropy, correct, normalisers = (torch.zeros(len(targets)) for _ in range(4))
         slopes = torch.empty_like(hidden) if keep_slopes else hidden.new_empty(0)
         back = kernels.pack_transposed(projection, room="head back") if keep_slopes else None
+        size = len(hidden) * len(projection)
+        keeps = keep_slopes and ctx.needs_input_grad[1] and size * hidden.element_size() <= KEPT_BYTES
+        kept = kernels.take(KEPT, size) if keeps else None
         for rows, logits in _blocks(kernels, projection, hidden, chunk, wanted):
             normalisers[rows], logprobs[rows], entropies, likeliest = kernels.logprobs(
                 logits,
@@ -70,8 +76,13 @@ class _Fused(torch.autograd.Function):
             if likeliest is not None:
                 correct[rows] = likeliest
             if back is not None:
-                _slopes(kernels, logits, targets[rows], normalisers[rows], wanted, back, slopes[rows])
-        ctx.save_for_backward(hidden, projection, targets, slopes, normalisers)
+                ones = torch.ones(len(logits))
+                to_logits = kernels.logprob_gradients(
+                    *(logits, targets[rows], normalisers[rows], ones, wanted.temperature),
+                    out=None if kept is None else _part(kept, rows, len(projection)),
+                )
+                kernels.product(to_logits, back, out=slopes[rows])
+        ctx.save_for_backward(hidden, projection, targets, slopes, normalisers, kept)
         ctx.chunk, ctx.wanted, ctx.kernels = chunk, wanted, kernels
         ctx.mark_non_differentiable(entropy, correct)
         return logprobs, entropy, correct
@@ -79,12 +90,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, projection, targets, slopes, normalisers = ctx.saved_tensors
+        hidden, projection, targets, slopes, normalisers, kept = ctx.saved_tensors
         to_hidden = (slopes * incoming[0][:, None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_hidden, None, None, None, None, None
         sums, to_projection = weight_sums(projection)
         scales = incoming[0].float().contiguous()
+        if kept is not None:
+            gradients = _part(kept, slice(0, len(hidden)), len(projection))
+            ctx.kernels.add_weight_gradient(gradients, (hidden * scales[:, None]).to(hidden.dtype), sums)
+            ctx.kernels.give_back(KEPT, kept)
+            return to_hidden, to_projection(sums), None, None, None, None
         for rows, logits in _blocks(ctx.kernels, projection, hidden, ctx.chunk, ctx.wanted):
             to_logits = ctx.kernels.logprob_gradients(
                 logits, targets[rows], normalisers[rows], scales[rows], ctx.wanted.temperature
@@ -93,19 +109,9 @@ class _Fused(torch.autograd.Function):
         return to_hidden, to_projection(sums), None, None, None, None
 
 
-def _slopes(
-    kernels: Kernels,
-    logits: Tensor,
-    targets: Tensor,
-    normalisers: Tensor,
-    wanted: Wanted,
-    back: Packed,
-    out: Tensor,
-) -> None:
-    """The log-probs' gradients in the hidden rows, into `out`."""
-    ones = torch.ones(len(targets))
-    to_logits = kernels.logprob_gradients(logits, targets, normalisers, ones, wanted.temperature)
-    kernels.product(to_logits, back, out=out)
+def _part(kept: Tensor, rows: slice, width: int) -> Tensor:
+    """Rows of a flat piece of memory."""
+    return kept[rows.start * width : rows.stop * width].view(-1, width)
 
 
 def _blocks(

@@ -21,7 +21,7 @@ from meshift.runtime.reward_run import build_reward_job
 from meshift.runtime.run import Job
 from meshift.runtime.sft_run import build_sft_job
 
-TOKENS_PER_MICRO_BATCH = 4096
+TOKENS_PER_MICRO_BATCH = 2048
 Config = dict[str, Any]
 
 

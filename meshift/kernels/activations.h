@@ -20,7 +20,7 @@ INLINE __m512 gelu_argument(__m512 x) {
 }
 
 INLINE __m512 activated(__m512 x, int activation) {
-    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (activation == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x); /* in this order NaN stays */
     if (activation == NONE) return x;
     return _mm512_mul_ps(x, sigmoid(activation == GELU_TANH ? gelu_argument(x) : x));
 }

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from meshift.cache_folder import cache_root
@@ -46,8 +47,7 @@ def build() -> Built:
         return Built(fault=fault)
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     try:
-        path = _library(compiler)
-        return Built(library=_load(path))
+        return Built(library=_load(_library(compiler)))
     except (OSError, subprocess.SubprocessError, CompileError) as error:
         return Built(fault=f"the CPU kernels could not be built: {' '.join(str(error).split())[:300]}")
 
@@ -66,6 +66,7 @@ def unsupported() -> str:
     return f"the CPU kernels need a processor with {', '.join(missing)}" if missing else ""
 
 
+@cache
 def cpu_flags() -> frozenset[str]:
     """What the first processor of /proc/cpuinfo can do; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
@@ -100,7 +101,13 @@ def _compile(compiler: str, files: Sequence[Path], scratch: Path) -> Path:
         subprocess.Popen([compiler, *OPTIONS, "-c", str(file), "-o", str(made)], stderr=subprocess.PIPE, text=True)
         for file, made in zip(files, objects, strict=True)
     ]
-    errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
+    except subprocess.TimeoutExpired:
+        for process in running:
+            process.kill()
+            process.communicate()
+        raise CompileError(f"{compiler} took more than {TIMEOUT_S} s") from None
     for process, error in zip(running, errors, strict=True):
         if process.returncode != 0:
             raise CompileError(error.strip() or f"{compiler} ended with {process.returncode}")
@@ -116,7 +123,11 @@ def _load(path: Path) -> ctypes.CDLL:
     if openmp is None:
         raise CompileError("torch brings no OpenMP here")
     ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    try:
+        return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    except OSError:
+        path.unlink(missing_ok=True)  # damaged, perhaps: the next process builds it anew
+        raise
 
 
 def openmp_of_torch() -> Path | None:

@@ -6,7 +6,6 @@ one. Every call is deterministic: a row gets the same bits whatever else is in t
 
 import ctypes
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,59 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from meshift.kernels.build import Built, build, cpu_flags
+from meshift.kernels.build import cpu_flags
+from meshift.kernels.library import built
+from meshift.kernels.matrix_products import ACTIVATIONS, ProductKernels, address, threads
 
-ACTIVATIONS = {
-    "none": 0,
-    "silu": 1,
-    "swish": 1,
-    "relu": 3,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-}
-"""What products can apply, by the names of Hugging Face configs."""
 LANES = 16
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 """Query heads of a key head that decode attention serves."""
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_SIGNATURES: dict[str, tuple[str, type | None]] = {
-    "packed_size": ("ll", _LONG),
-    "gradient_scratch": ("lll", _LONG),
-    "pack": ("pllpi", None),
-    "pack_columns": ("plllpi", None),
-    "product": ("pllplpippii", None),
-    "gated_product": ("pllpplppipppi", None),
-    "gradient": ("pllpllppi", None),
-    "rms_norm": ("pllpfippi", None),
-    "rms_norm_backward": ("pppllpipppi", None),
-    "gate_backward": ("pppllippi", None),
-    "turn": ("plllllppi", None),
-    "put": ("pllllppi", None),
-    "decode_room": ("p", _LONG),
-    "decode": ("pplppp", None),
-    "attend": ("plllllpplplfpi", None),
-    "packed_attention": ("ppppppfppi", None),
-    "packed_attention_backward": ("ppppppfppppppi", None),
-    "draw": ("pllfpplppppi", _LONG),
-    "logprobs": ("pllfpppppi", None),
-    "logprob_gradients": ("pllfppppi", None),
-}
-"""Arguments of each kernel: p a pointer, l a long, i an int, f a float."""
-_TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
-
-
-@cache
-def built() -> Built:
-    """The library of this process, or why there is none."""
-    found = build()
-    if found.library is not None:
-        for name, (arguments, result) in _SIGNATURES.items():
-            function = getattr(found.library, name)
-            function.argtypes, function.restype = [_TYPES[kind] for kind in arguments], result
-    return found
 
 
 @cache
@@ -102,15 +57,6 @@ def products_for(weight: Tensor) -> "Kernels | None":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
-    """A matrix [num_columns, num_inputs] as products read it."""
-
-    values: Tensor
-    num_columns: int
-    num_inputs: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sequences:
     """What packed attention has to know beside its rows: `starts` int64 [sequences + 1], `window` 0 for none."""
 
@@ -119,97 +65,8 @@ class Sequences:
     window: int = 0
 
 
-class Kernels:
+class Kernels(ProductKernels):
     """See the module. Tensors are bfloat16 and contiguous unless a method says otherwise."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self._kept = threading.local()  # scratch memory, one for each thread that calls
-
-    def pack(self, weight: Tensor, *, kept: bool = True, room: str = "") -> Packed:
-        """A weight [out, in] with an even number of inputs.
-
-        Unless it is `kept`, it lies in memory that the next one for the same `room` will use.
-        """
-        columns, inputs = weight.shape
-        assert weight.is_contiguous()
-        assert inputs % 2 == 0
-        packed = self._packed(columns, inputs, kept, room)
-        self._library.pack(weight.data_ptr(), columns, inputs, packed.values.data_ptr(), _threads())
-        return packed
-
-    def pack_transposed(self, weight: Tensor, room: str = "") -> Packed:
-        """The transposed of a weight [out, in] with an even number of outputs, not kept: see `pack`."""
-        inputs, columns = weight.shape
-        assert weight.is_contiguous()
-        assert inputs % 2 == 0
-        packed = self._packed(columns, inputs, False, room)
-        self._library.pack_columns(
-            weight.data_ptr(), columns, inputs, columns, packed.values.data_ptr(), _threads()
-        )
-        return packed
-
-    def _packed(self, columns: int, inputs: int, kept: bool, room: str) -> Packed:
-        size = self._library.packed_size(columns, inputs)
-        values = torch.empty(size, dtype=torch.bfloat16) if kept else self.scratch(f"packed {room}", size)
-        return Packed(values=values, num_columns=columns, num_inputs=inputs)
-
-    def scratch(self, room: str, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Memory that is used again by whoever asks for the same `room`; fresh pages are slow on a CPU."""
-        kept = self.take(room, size, dtype)
-        self.give_back(room, kept)
-        return kept[:size]
-
-    def take(self, room: str, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """As `scratch`, but nobody else gets it until it is given back; it may be larger than asked for."""
-        kept: Tensor | None = self._kept.__dict__.pop(room, None)
-        return kept if kept is not None and kept.numel() >= size else torch.empty(size, dtype=dtype)
-
-    def give_back(self, room: str, memory: Tensor) -> None:
-        """What `take` gave, for the next who asks."""
-        self._kept.__dict__[room] = memory
-
-    def product(
-        self,
-        rows: Tensor,
-        weight: Packed,
-        *,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        other: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """`activation(rows W' + bias) + other`: [T, in] -> [T, out], into `out` (fp32 or bfloat16) where given."""
-        num_rows, rows = len(rows), rows.contiguous()
-        assert rows.shape[1] == weight.num_inputs
-        assert other is None or (other.is_contiguous() and other.shape == (num_rows, weight.num_columns))
-        found = rows.new_empty(num_rows, weight.num_columns) if out is None else out
-        self._library.product(
-            *(rows.data_ptr(), num_rows, weight.num_inputs, weight.values.data_ptr(), weight.num_columns),
-            *(_address(bias), ACTIVATIONS[activation], _address(other)),
-            *(found.data_ptr(), int(found.dtype == torch.float32), _threads()),
-        )
-        return found
-
-    def gated_product(
-        self,
-        rows: Tensor,
-        gate: Packed,
-        up: Packed,
-        activation: str,
-        biases: Sequence[Tensor | None] = (None, None),
-        kept: Sequence[Tensor | None] = (None, None),
-    ) -> Tensor:
-        """`activation(rows G' + b) * (rows U' + c)`; the two products go into `kept` where that is given."""
-        rows = rows.contiguous()
-        assert rows.shape[1] == gate.num_inputs
-        found = rows.new_empty(len(rows), gate.num_columns)
-        self._library.gated_product(
-            *(rows.data_ptr(), len(rows), gate.num_inputs, gate.values.data_ptr(), up.values.data_ptr()),
-            *(gate.num_columns, _address(biases[0]), _address(biases[1]), ACTIVATIONS[activation]),
-            *(found.data_ptr(), _address(kept[0]), _address(kept[1]), _threads()),
-        )
-        return found
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, inverses: Tensor | None = None
@@ -223,7 +80,7 @@ class Kernels:
         size = x.shape[-1]
         self._library.rms_norm(
             *(x.data_ptr(), x.numel() // size, size, weight.data_ptr(), eps, int(plus_one)),
-            *(found.data_ptr(), _address(inverses), _threads()),
+            *(found.data_ptr(), address(inverses), threads()),
         )
         return found
 
@@ -232,10 +89,12 @@ class Kernels:
         num_rows, num_heads, dim = heads.shape
         half = cosine.shape[-1]
         assert half % LANES == 0
+        assert 2 * half <= dim
+        assert len(cosine) == num_rows
         assert _dense(heads)
         self._library.turn(
             *(heads.data_ptr(), num_rows, heads.stride(0), num_heads, dim, half),
-            *(cosine.data_ptr(), sine.data_ptr(), _threads()),
+            *(cosine.data_ptr(), sine.data_ptr(), threads()),
         )
 
     def put(self, heads: Tensor, places: Tensor, target: Tensor) -> None:
@@ -246,7 +105,7 @@ class Kernels:
         assert target.is_contiguous()
         self._library.put(
             *(heads.data_ptr(), num_rows, heads.stride(0), num_heads, dim, places.data_ptr()),
-            *(target.data_ptr(), _threads()),
+            *(target.data_ptr(), threads()),
         )
 
     def attend(
@@ -261,18 +120,21 @@ class Kernels:
         assert _dense(query)
         assert keys.is_contiguous()
         assert values.is_contiguous()
+        assert decode_attention_serves(dim, num_heads // kv_heads)
+        assert positions.dtype == torch.int64
+        assert len(positions) == num_rows <= len(keys)
         found = query.new_empty(num_rows, num_heads, dim)
         self._library.attend(
             *(query.data_ptr(), num_rows, query.stride(0), kv_heads, num_heads // kv_heads, dim),
             *(keys.data_ptr(), values.data_ptr(), reach, positions.data_ptr(), window, scale),
-            *(found.data_ptr(), _threads()),
+            *(found.data_ptr(), threads()),
         )
         return found
 
     def decode(self, x: Tensor, layers: ctypes.Array, shape: ctypes.Structure, step: ctypes.Structure) -> None:
         """All layers of a decode step, in place on `x` [rows, hidden]: see `generation.whole_step`."""
         assert x.is_contiguous()
-        setattr(step, "threads", _threads())  # noqa: B010
+        setattr(step, "threads", threads())  # noqa: B010
         room = self.scratch("decode", len(x) * self._library.decode_room(ctypes.addressof(shape)))
         self._library.decode(
             *(x.data_ptr(), ctypes.addressof(layers), len(layers), ctypes.addressof(shape)),
@@ -296,22 +158,9 @@ class Kernels:
         faulty = self._library.draw(
             *(logits.data_ptr(), num_rows, vocab, temperature, short.data_ptr()),
             *(forbidden.data_ptr(), len(forbidden), numbers.data_ptr(), sums.data_ptr()),
-            *(tokens.data_ptr(), logprobs.data_ptr(), _threads()),
+            *(tokens.data_ptr(), logprobs.data_ptr(), threads()),
         )
         return tokens, logprobs, int(faulty)
-
-    def add_weight_gradient(self, grad: Tensor, rows: Tensor, sums: Tensor) -> None:
-        """`sums += grad' rows` in fp32: [T, out], [T, in] -> [out, in]. Rows of `grad` may lie apart."""
-        num_rows, num_out = grad.shape
-        num_in = rows.shape[1]
-        assert grad.stride(1) == 1
-        assert rows.is_contiguous()
-        assert sums.is_contiguous()
-        scratch = self.scratch("gradient", self._library.gradient_scratch(num_rows, num_out, num_in))
-        self._library.gradient(
-            *(grad.data_ptr(), num_out, grad.stride(0), rows.data_ptr(), num_in, num_rows),
-            *(scratch.data_ptr(), sums.data_ptr(), _threads()),
-        )
 
     def rms_norm_backward(
         self, x: Tensor, grad: Tensor, inverses: Tensor, weight: Tensor, *, plus_one: bool
@@ -323,7 +172,7 @@ class Kernels:
         shares = self.scratch("norm", math.ceil(num_rows / 64) * size, torch.float32)
         self._library.rms_norm_backward(
             *(x.data_ptr(), grad.data_ptr(), inverses.data_ptr(), num_rows, size, weight.data_ptr()),
-            *(int(plus_one), to_x.data_ptr(), shares.data_ptr(), to_weight.data_ptr(), _threads()),
+            *(int(plus_one), to_x.data_ptr(), shares.data_ptr(), to_weight.data_ptr(), threads()),
         )
         return to_x, to_weight
 
@@ -334,7 +183,7 @@ class Kernels:
         both = self.scratch("gate and up", num_rows * size * 2).view(num_rows, 2 * size)
         self._library.gate_backward(
             *(gate.data_ptr(), up.data_ptr(), grad.data_ptr(), num_rows, size, ACTIVATIONS[activation]),
-            *(product.data_ptr(), both.data_ptr(), _threads()),
+            *(product.data_ptr(), both.data_ptr(), threads()),
         )
         return product, both
 
@@ -351,7 +200,7 @@ class Kernels:
         self._library.packed_attention(
             *(part.data_ptr() for part in heads),
             *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
-            *(out.data_ptr(), _address(lse), _threads()),
+            *(out.data_ptr(), address(lse), threads()),
         )
         return (out,) if lse is None else (out, lse)
 
@@ -366,7 +215,7 @@ class Kernels:
             *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
             *(out.data_ptr(), lse.data_ptr(), grad.data_ptr()),
             *(part.data_ptr() for part in found),
-            _threads(),
+            threads(),
         )
         return found
 
@@ -383,7 +232,7 @@ class Kernels:
         correct = torch.empty(num_rows) if likeliest else None
         self._library.logprobs(
             *(logits.data_ptr(), num_rows, vocab, temperature, targets.data_ptr(), normalisers.data_ptr()),
-            *(found.data_ptr(), _address(entropies), _address(correct), _threads()),
+            *(found.data_ptr(), address(entropies), address(correct), threads()),
         )
         return normalisers, found, entropies, correct
 
@@ -404,7 +253,7 @@ class Kernels:
         found = self.scratch("logit gradients", num_rows * vocab).view(logits.shape) if out is None else out
         self._library.logprob_gradients(
             *(logits.data_ptr(), num_rows, vocab, temperature, targets.data_ptr(), normalisers.data_ptr()),
-            *(scales.data_ptr(), found.data_ptr(), _threads()),
+            *(scales.data_ptr(), found.data_ptr(), threads()),
         )
         return found
 
@@ -413,6 +262,9 @@ def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Ten
     """Strides of rows, and the sizes that the kernel asks for."""
     assert all(_dense(part) for part in heads)
     query, key = heads[:2]
+    assert query.shape[2] % (2 * LANES) == 0
+    assert query.shape[2] <= MAX_HEAD_DIM
+    assert query.shape[1] % key.shape[1] == 0
     sizes = [len(sequences.starts) - 1, query.shape[1], key.shape[1], query.shape[2], sequences.window]
     return torch.tensor([part.stride(0) for part in heads]), torch.tensor(sizes)
 
@@ -422,14 +274,6 @@ def decode_attention_serves(head_dim: int, group: int) -> bool:
     return head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _dense(heads: Tensor) -> bool:
     """Whether the heads of a row lie without gaps."""
     return heads.stride(2) == 1 and (heads.shape[1] == 1 or heads.stride(1) == heads.shape[2])
-
-
-def _threads() -> int:
-    return torch.get_num_threads()

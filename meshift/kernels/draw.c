@@ -56,6 +56,10 @@ long draw(float *logits, long rows, long vocab, float temperature, const uint8_t
             const long count = vocab - b * BLOCK < BLOCK ? vocab - b * BLOCK : BLOCK;
             total += sum[b] = sum_weights(row + b * BLOCK, count, highest, temperature);
         }
+        if (!isfinite(total)) { /* a logit over a small temperature is no number any more */
+            faulty = r < faulty ? r : faulty;
+            continue;
+        }
         const double target = numbers[r] * total;
         double before = 0.0;
         long block = 0, last = 0;

@@ -42,7 +42,8 @@ def gated_mlp(
     kernels: Kernels, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))` from the weights of gate, up and down."""
-    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
+    given = [part for part in (x, *weights, *biases) if part is not None]
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in given)
     found: Tensor = _GatedMLP.apply(x.contiguous(), *weights, *biases, activation, keep, kernels)
     return found
 
@@ -54,32 +55,59 @@ def packed_attention(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor
     return found
 
 
-def add_to_weight(kernels: Kernels, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    """The gradient of a weight from that of `x W'`; None where it went into the weight's `gradient_sum`."""
-    sums, found = weight_sums(weight)
-    kernels.add_weight_gradient(grad, x, sums)
-    return found(sums)
+Sums = Callable[[], Tensor] | None
+"""What gives the fp32 buffer of a parameter's gradient, where it has one."""
 
 
-def weight_sums(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor | None]]:
-    """Where a weight's gradient is to be added, in fp32, and what autograd is told of it afterwards."""
-    into = getattr(weight, "gradient_sum", None)
-    if into is not None:
-        return into(), lambda sums: None
-    return torch.zeros(weight.shape), lambda sums: sums.to(weight.dtype)
+def sums_of(parameter: Tensor | None) -> Sums:
+    """The parameter's `gradient_sum`. To be asked in the forward pass: what autograd hands back may be a copy."""
+    found: Sums = getattr(parameter, "gradient_sum", None)
+    return found
 
 
-def add_to_vector(vector: Tensor, gradient: Tensor) -> Tensor | None:
-    """As `add_to_weight`, for the fp32 gradient of a norm's weight or a bias."""
-    into = getattr(vector, "gradient_sum", None)
+def add_to_weights(
+    kernels: Kernels, weights: Sequence[Tensor], sums: Sequence[Sums], grad: Tensor, x: Tensor
+) -> list[Tensor | None]:
+    """The gradients of weights with one input from that of `x W'`; None each that went into its sums."""
+    into = [torch.zeros(weight.shape) if own is None else own() for weight, own in zip(weights, sums, strict=True)]
+    kernels.add_weight_gradients(grad, x, into)
+    return [
+        found.to(weight.dtype) if own is None else None
+        for weight, own, found in zip(weights, sums, into, strict=True)
+    ]
+
+
+def add_to_vector(vector: Tensor, into: Sums, gradient: Tensor) -> Tensor | None:
+    """As `add_to_weights`, for the fp32 gradient of a norm's weight or a bias."""
     if into is None:
         return gradient.to(vector.dtype)
     into().add_(gradient)
     return None
 
 
-def _add_to_bias(bias: Tensor | None, grad: Tensor) -> Tensor | None:
-    return None if bias is None else add_to_vector(bias, grad.sum(0, dtype=torch.float32))
+def _add_to_biases(
+    biases: Sequence[Tensor | None], sums: Sequence[Sums], grads: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    return [
+        add_to_vector(bias, own, grad.sum(0, dtype=torch.float32)) if bias is not None and wanted else None
+        for bias, own, grad, wanted in zip(biases, sums, grads, needed, strict=True)
+    ]
+
+
+def _add_to_needed(
+    kernels: Kernels, ctx: Any, first: int, grads: Tensor, x: Tensor, weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """`add_to_weights` for those weights that need it; `first` is the number of the first one's argument."""
+    numbers = range(len(weights))
+    needed = [ctx.needs_input_grad[first + i] for i in numbers]
+    sums = ctx.sums[first - 1 : first - 1 + len(weights)]
+    if all(needed):
+        return add_to_weights(kernels, weights, sums, grads, x)
+    parts = grads.split([len(weight) for weight in weights], dim=1)
+    return [
+        add_to_weights(kernels, weights[i : i + 1], sums[i : i + 1], parts[i], x)[0] if needed[i] else None
+        for i in numbers
+    ]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -89,7 +117,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, kernels: Kernels) -> Tensor:
         inverses = torch.empty(x.numel() // x.shape[-1])
         ctx.save_for_backward(x, weight, inverses)
-        ctx.plus_one, ctx.kernels = plus_one, kernels
+        ctx.plus_one, ctx.kernels, ctx.sums = plus_one, kernels, sums_of(weight)
         return kernels.rms_norm(x, weight, eps, plus_one=plus_one, inverses=inverses)
 
     @staticmethod
@@ -99,7 +127,8 @@ class _RMSNorm(torch.autograd.Function):
         to_x, to_weight = ctx.kernels.rms_norm_backward(
             x, grad.contiguous(), inverses, weight, plus_one=ctx.plus_one
         )
-        return to_x, add_to_vector(weight, to_weight) if ctx.needs_input_grad[1] else None, None, None, None
+        found = add_to_vector(weight, ctx.sums, to_weight) if ctx.needs_input_grad[1] else None
+        return to_x, found, None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -108,8 +137,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.kernels = kernels
-        return kernels.product(x, kernels.pack(weight, kept=False), bias=bias)
+        ctx.kernels, ctx.sums = kernels, [sums_of(part) for part in (weight, bias)]
+        return kernels.product(x, kernels.pack_here(weight), bias=bias)
 
     @staticmethod
     @once_differentiable
@@ -117,8 +146,9 @@ class _Linear(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         needed, kernels, grad = ctx.needs_input_grad, ctx.kernels, grad.contiguous()
         to_x = kernels.product(grad, kernels.pack_transposed(weight)) if needed[0] else None
-        to_weight = add_to_weight(kernels, weight, grad, x) if needed[1] else None
-        return to_x, to_weight, _add_to_bias(bias, grad) if needed[2] else None, None
+        (to_weight,) = _add_to_needed(kernels, ctx, 1, grad, x, [weight])
+        (to_bias,) = _add_to_biases([bias], ctx.sums[1:], [grad], needed[2:3])
+        return to_x, to_weight, to_bias, None
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -128,9 +158,9 @@ class _QueryKeyValue(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
         weights, biases, (turn, kernels) = given[:3], given[3:6], given[6:]
         ctx.save_for_backward(x, *weights, *biases)
-        ctx.turn, ctx.kernels = turn, kernels
+        ctx.turn, ctx.kernels, ctx.sums = turn, kernels, [sums_of(part) for part in given[:6]]
         bias = None if biases[0] is None else torch.cat(biases)
-        rows = kernels.product(x, kernels.pack(torch.cat(weights), kept=False), bias=bias)
+        rows = kernels.product(x, kernels.pack_here(*weights), bias=bias)
         parts = rows.split([len(weight) for weight in weights], dim=1)
         found = [part.unflatten(1, (-1, turn.head_dim)) for part in parts]
         turn.forward(kernels, found)
@@ -146,15 +176,9 @@ class _QueryKeyValue(torch.autograd.Function):
         whole = torch.cat([grad.flatten(1) for grad in grads], dim=1)
         parts = whole.split([len(weight) for weight in weights], dim=1)
         ctx.turn.backward(kernels, [part.unflatten(1, (-1, ctx.turn.head_dim)) for part in parts])
-        to_x = kernels.product(whole, kernels.pack_transposed(torch.cat(weights))) if needed[0] else None
-        to_weights = [
-            add_to_weight(kernels, weight, part, x) if needed[1 + i] else None
-            for i, (weight, part) in enumerate(zip(weights, parts, strict=True))
-        ]
-        to_biases = [
-            _add_to_bias(bias, part) if needed[4 + i] else None
-            for i, (bias, part) in enumerate(zip(biases, parts, strict=True))
-        ]
+        to_x = kernels.product(whole, kernels.pack_transposed(*weights)) if needed[0] else None
+        to_weights = _add_to_needed(kernels, ctx, 1, whole, x, weights)
+        to_biases = _add_to_biases(biases, ctx.sums[3:], parts, needed[4:7])
         return to_x, *to_weights, *to_biases, None, None
 
 
@@ -185,16 +209,14 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
         weights, biases, (activation, keep, kernels) = given[:3], given[3:6], given[6:]
-        gate, up = (
-            kernels.pack(weight, kept=False, room=r) for weight, r in zip(weights, ("gate", "up"), strict=False)
-        )
+        gate, up = kernels.pack_here(weights[0], room="gate"), kernels.pack_here(weights[1], room="up")
         kept: Sequence[Tensor | None] = (None, None)
         if keep:
             kept = [x.new_empty(len(x), len(weights[0])) for _ in "gu"]
         wide = kernels.gated_product(x, gate, up, activation, biases[:2], kept)
         ctx.save_for_backward(x, *kept, *weights, *biases)
-        ctx.activation, ctx.kernels = activation, kernels
-        return kernels.product(wide, kernels.pack(weights[2], kept=False), bias=biases[2])
+        ctx.activation, ctx.kernels, ctx.sums = activation, kernels, [sums_of(part) for part in given[:6]]
+        return kernels.product(wide, kernels.pack_here(weights[2]), bias=biases[2])
 
     @staticmethod
     @once_differentiable
@@ -204,14 +226,12 @@ class _GatedMLP(torch.autograd.Function):
         needed, grad = ctx.needs_input_grad, grad.contiguous()
         to_wide = kernels.product(grad, kernels.pack_transposed(weights[2]))
         wide, both = kernels.gate_backward(gate, up, to_wide, ctx.activation)
-        to_x = kernels.product(both, kernels.pack_transposed(torch.cat(weights[:2]))) if needed[0] else None
+        to_x = kernels.product(both, kernels.pack_transposed(*weights[:2])) if needed[0] else None
+        to_weights = _add_to_needed(kernels, ctx, 1, both, x, weights[:2])
+        to_weights += _add_to_needed(kernels, ctx, 3, grad, wide, weights[2:])
         halves = both.split(gate.shape[1], dim=1)
-        found: list[Tensor | None] = [to_x]
-        for number, (part, rows) in enumerate(((halves[0], x), (halves[1], x), (grad, wide)), start=1):
-            found.append(add_to_weight(kernels, weights[number - 1], part, rows) if needed[number] else None)
-        for number, part in enumerate((*halves, grad), start=4):
-            found.append(_add_to_bias(biases[number - 4], part) if needed[number] else None)
-        return *found, None, None, None
+        to_biases = _add_to_biases(biases, ctx.sums[3:], [*halves, grad], needed[4:7])
+        return to_x, *to_weights, *to_biases, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):

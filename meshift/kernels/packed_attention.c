@@ -23,6 +23,12 @@ typedef struct {
     float scale;
 } Call;
 
+static void *allocate(size_t size) {
+    void *found = malloc(size);
+    if (!found) abort(); /* no memory: there is nobody to tell from within a parallel region */
+    return found;
+}
+
 static long rounded(long length) { return (length + WIDTH - 1) / WIDTH * WIDTH; }
 
 /* Rows [length][dim] as columns: [length / 32][dim / 2][32] pairs, zeros behind the last row. */
@@ -138,7 +144,7 @@ void packed_attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t
     for (long task = 0; task < c.num_sequences * c.kv_heads; task++) {
         const long s = task / c.kv_heads, h = task % c.kv_heads, start = starts[s], length = starts[s + 1] - start;
         if (length == 0) continue;
-        uint32_t *keys = malloc((size_t)(rounded(length) * c.dim * 2) * 2), *values = keys + rounded(length) * c.dim / 2;
+        uint32_t *keys = allocate((size_t)(rounded(length) * c.dim * 2) * 2), *values = keys + rounded(length) * c.dim / 2;
         pack_rows(k + start * c.stride_k + h * c.dim, length, c.stride_k, c.dim, keys);
         pack_pairs(v + start * c.stride_v + h * c.dim, length, c.stride_v, c.dim, values);
         for (long g = 0; g < group; g++)
@@ -227,7 +233,7 @@ void packed_attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, cons
         if (length == 0) continue;
         const long packed = rounded(length) * dim / 2;
         float to_query[8 * QUERIES * WIDTH];
-        uint32_t *room = malloc((size_t)(3 * packed + 2 * length * dim) * 4);
+        uint32_t *room = allocate((size_t)(3 * packed + 2 * length * dim) * 4);
         const Side side = {room, room + packed, room + 2 * packed, (float *)(room + 3 * packed),
                            (float *)(room + 3 * packed) + length * dim};
         pack_rows(k + start * c.stride_k + h * dim, length, c.stride_k, dim, side.keys);

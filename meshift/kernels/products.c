@@ -4,6 +4,8 @@
    zeros), and in a group [k / 2][48][2], so that a group is one stream through memory. Every number is summed over k
    in ascending order whatever the number of rows: a row's bits do not depend on its company, nor on the threads. */
 #include "kernels.h"
+#include <string.h>
+
 #include "activations.h"
 #include "tile.h"
 
@@ -34,11 +36,11 @@ void pack(const bf16 *weight, long n, long k, bf16 *packed, int threads) {
     }
 }
 
-/* Pack the transposed of what is stored, [k][n]. */
-void pack_columns(const bf16 *stored, long n, long k, long stride, bf16 *packed, int threads) {
+/* Pack the transposed of what is stored, [k][n], as the pairs from `first` on of a matrix of `pairs` in all. */
+void pack_columns(const bf16 *stored, long n, long k, long first, long pairs, bf16 *packed, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long g = 0; g < groups_of(n); g++)
-        interleave(stored, k, n, stride, g * GROUP, GROUP, (uint32_t *)packed + g * pairs_of(k) * GROUP, GROUP);
+        interleave(stored, k, n, n, g * GROUP, GROUP, (uint32_t *)packed + (g * pairs + first) * GROUP, GROUP);
 }
 
 /* Rows as the inner loop reads them: in memory as they are, or in panels of 8 with their pairs beside each other. */
@@ -50,6 +52,7 @@ typedef struct {
 /* sums[rows][48] = the rows times one group; what lies behind the group is brought near meanwhile. */
 static void group_sums(Rows a, long rows, long pairs, const uint32_t *group, float *sums) {
     const long tiles = (rows + TILE - 1) / TILE;
+    if (pairs == 0) memset(sums, 0, (size_t)(rows * GROUP) * sizeof(float));
     for (long first = 0; first < pairs; first += BLOCK_PAIRS) {
         const long part = pairs - first < BLOCK_PAIRS ? pairs - first : BLOCK_PAIRS;
         const uint32_t *here = group + first * GROUP;
@@ -145,12 +148,15 @@ long gradient_scratch(long rows, long n, long k) {
     return packed_size(k, rows) + (n + TILE - 1) / TILE * TILE * pairs_of(rows) * 2;
 }
 
-/* The gradient of a linear layer's weight, in fp32 and in place: sums[n][k] += grad[rows][n]' x[rows][k]; the rows of
-   `grad` are `stride` numbers apart. */
-void gradient(const bf16 *grad, long n, long stride, const bf16 *x, long k, long rows, bf16 *scratch, float *sums, int threads) {
+/* The gradients of the weights of linear layers with one input, in fp32 and in place: [n][k] += grad[rows][n]' x[rows][k].
+   The rows of `grad` are `stride` numbers apart. Of the n columns of `grad`, those before ends[0] are the first
+   layer's, whose gradient is at sums[0], those before ends[1] the second one's, and so on. */
+void gradient(const bf16 *grad, long n, long stride, const bf16 *x, long k, long rows, bf16 *scratch, float *const *sums,
+              const int64_t *ends, int threads) {
     const long groups = groups_of(k), pairs = pairs_of(rows), blocks = (n + BLOCK_ROWS - 1) / BLOCK_ROWS;
     uint32_t *panels = (uint32_t *)scratch + packed_size(k, rows) / 2;
-    pack_columns(x, k, rows, k, scratch, threads);
+    if (rows == 0) return;
+    pack_columns(x, k, rows, 0, pairs, scratch, threads);
     pack_panels(grad, rows, n, stride, panels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < blocks * groups; task++) {
@@ -164,7 +170,9 @@ void gradient(const bf16 *grad, long n, long stride, const bf16 *x, long k, long
             const __mmask16 mask = first_lanes(k - column);
             if (!mask) break;
             for (long r = 0; r < count; r++) {
-                float *to = sums + (first + r) * k + column;
+                long part_of = 0;
+                while (first + r >= ends[part_of]) part_of++;
+                float *to = sums[part_of] + (first + r - (part_of ? ends[part_of - 1] : 0)) * k + column;
                 const __m512 x = _mm512_loadu_ps(part + r * GROUP + c * LANES);
                 _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
             }

@@ -16,7 +16,8 @@ from meshift.kernels.cpu import products_for
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W' + b` of rows [T, in]."""
     kernels = products_for(weight)
-    if kernels is None or not has_even_sizes(weight):
+    fits = has_even_sizes(weight) and weight.is_contiguous() and x.dim() == 2 and x.dtype == weight.dtype
+    if kernels is None or not fits:
         return F.linear(x, weight, bias)
     return functions.linear(kernels, x, weight, bias)
 

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size] in the same dtype."""
         kernels = kernels_for(x)
-        if kernels is not None:
+        if kernels is not None and self.weight.dtype == x.dtype:
             return functions.rms_norm(kernels, x, self.weight, self.eps)
         if x.is_cuda:  # one fused kernel; elsewhere it is a chain of them that keeps fp32 copies of x
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -39,7 +39,7 @@ class PlusOneRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size] in the same dtype."""
         kernels = kernels_for(x)
-        if kernels is not None:
+        if kernels is not None and self.weight.dtype == x.dtype:
             return functions.rms_norm(kernels, x, self.weight, self.eps, plus_one=True)
         weight = 1.0 + self.weight.float()
         if x.is_cuda:
@@ -53,7 +53,8 @@ def norm_rows(norm: nn.Module, x: Tensor) -> Tensor:
     The last bits may differ from the module's.
     """
     kernels = kernels_for(x)
-    if kernels is not None and isinstance(norm, RMSNorm) and type(norm) in (RMSNorm, PlusOneRMSNorm):
+    if kernels is not None and type(norm) in (RMSNorm, PlusOneRMSNorm):
+        assert isinstance(norm, RMSNorm)
         plus_one = isinstance(norm, PlusOneRMSNorm)
         return kernels.rms_norm(x.contiguous(), norm.weight, norm.eps, plus_one=plus_one)
     if type(norm) is RMSNorm:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meshift.kernels.cpu import Kernels, products_for
-from meshift.kernels.functions import weight_sums
+from meshift.kernels.functions import sums_of
 from meshift.models.heads import LanguageModelHead
 from meshift.models.linear import has_even_sizes
 from meshift.models.vocabulary import WholeVocabulary
@@ -37,6 +37,8 @@ def apply(
     hidden: Tensor, projection: Tensor, targets: Tensor, chunk: int, wanted: Wanted, keep_slopes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropies, and whether targets are the likeliest tokens, fp32 [N] each (see `TokenTable`)."""
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(projection):
+        raise IndexError(f"a target is not among the {len(projection)} tokens of the head")
     found: tuple[Tensor, Tensor, Tensor] = _Fused.apply(hidden, projection, targets, chunk, wanted, keep_slopes)
     return found
 
@@ -56,7 +58,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = products_for(hidden)
         assert kernels is not None
-        hidden = hidden.contiguous()
+        hidden, targets = hidden.contiguous(), targets.contiguous()
         logprobs, entropy, correct, normalisers = (torch.zeros(len(targets)) for _ in range(4))
         slopes = torch.empty_like(hidden) if keep_slopes else hidden.new_empty(0)
         back = kernels.pack_transposed(projection, room="head back") if keep_slopes else None
@@ -82,31 +84,40 @@ class _Fused(torch.autograd.Function):
                     out=None if kept is None else _part(kept, rows, len(projection)),
                 )
                 kernels.product(to_logits, back, out=slopes[rows])
-        ctx.save_for_backward(hidden, projection, targets, slopes, normalisers, kept)
-        ctx.chunk, ctx.wanted, ctx.kernels = chunk, wanted, kernels
+        ctx.save_for_backward(hidden, projection, targets, slopes, normalisers)
+        ctx.chunk, ctx.wanted, ctx.kernels, ctx.sums, ctx.kept = chunk, wanted, kernels, sums_of(projection), kept
         ctx.mark_non_differentiable(entropy, correct)
         return logprobs, entropy, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, projection, targets, slopes, normalisers, kept = ctx.saved_tensors
+        hidden, projection, _, slopes, _ = ctx.saved_tensors
         to_hidden = (slopes * incoming[0][:, None]).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_hidden, None, None, None, None, None
-        sums, to_projection = weight_sums(projection)
         scales = incoming[0].float().contiguous()
-        if kept is not None:
-            gradients = _part(kept, slice(0, len(hidden)), len(projection))
-            ctx.kernels.add_weight_gradient(gradients, (hidden * scales[:, None]).to(hidden.dtype), sums)
-            ctx.kernels.give_back(KEPT, kept)
-            return to_hidden, to_projection(sums), None, None, None, None
-        for rows, logits in _blocks(ctx.kernels, projection, hidden, ctx.chunk, ctx.wanted):
-            to_logits = ctx.kernels.logprob_gradients(
-                logits, targets[rows], normalisers[rows], scales[rows], ctx.wanted.temperature
-            )
-            ctx.kernels.add_weight_gradient(to_logits, hidden[rows], sums)
-        return to_hidden, to_projection(sums), None, None, None, None
+        sums = torch.zeros(projection.shape) if ctx.sums is None else ctx.sums()
+        if ctx.kept is not None:
+            gradients = _part(ctx.kept, slice(0, len(hidden)), len(projection))
+            scaled = (hidden * scales[:, None]).to(hidden.dtype)
+            ctx.kernels.add_weight_gradients(gradients, scaled, [sums])
+            ctx.kernels.give_back(KEPT, ctx.kept)
+            ctx.kept = None  # a second backward pass makes the logits again
+        else:
+            _add_from_logits(ctx, scales, sums)
+        to_projection = sums.to(projection.dtype) if ctx.sums is None else None
+        return to_hidden, to_projection, None, None, None, None
+
+
+def _add_from_logits(ctx: Any, scales: Tensor, sums: Tensor) -> None:
+    """Add the projection's gradient to `sums`, from logits that are made once more."""
+    hidden, projection, targets, _, normalisers = ctx.saved_tensors
+    for rows, logits in _blocks(ctx.kernels, projection, hidden, ctx.chunk, ctx.wanted):
+        to_logits = ctx.kernels.logprob_gradients(
+            logits, targets[rows], normalisers[rows], scales[rows], ctx.wanted.temperature
+        )
+        ctx.kernels.add_weight_gradients(to_logits, hidden[rows], [sums])
 
 
 def _part(kept: Tensor, rows: slice, width: int) -> Tensor:
@@ -120,7 +131,7 @@ def _blocks(
     """All rows, block by block, with their fp32 logits in one buffer, -inf outside the support."""
     vocab = len(projection)
     size = max(1, min(chunk, BLOCK_BYTES // (4 * vocab), len(hidden)))
-    weight = kernels.pack(projection, kept=False, room="head")
+    weight = kernels.pack_here(projection, room="head")
     buffer = kernels.scratch("logits", size * vocab, torch.float32).view(size, vocab)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))

@@ -5,7 +5,9 @@ import torch
 from tiny_rl import tiny_model, watch_logits
 from torch import nn
 
+from meshift.kernels.cpu import Kernels, built, products_for
 from meshift.models.heads import LanguageModelHead
+from meshift.training import fused_logprobs
 from meshift.training import token_logprobs as subject
 from meshift.training.token_logprobs import TokenTable, Wanted, plain_token_logprobs, token_logprobs
 
@@ -18,10 +20,10 @@ def forbid_some(start, stop, logits):
     return (rows + torch.arange(logits.shape[1])) % 3 == 0
 
 
-def problem(*, softcap=None, dtype=torch.float32, trained=True, seed=0):
+def problem(*, softcap=None, dtype=torch.float32, trained=True, seed=0, vocab=VOCAB):
     """A head, hidden rows and targets that no row forbids."""
     torch.manual_seed(seed)
-    model = tiny_model(vocab_size=VOCAB, hidden_size=HIDDEN, dtype=dtype)
+    model = tiny_model(vocab_size=vocab, hidden_size=HIDDEN, dtype=dtype)
     head = model.head
     head.softcap = softcap
     head.projection.requires_grad_(trained)
@@ -29,7 +31,7 @@ def problem(*, softcap=None, dtype=torch.float32, trained=True, seed=0):
     rows = torch.arange(NUM_ROWS)
     targets = torch.where(rows % 3 == 0, (rows + 1) % VOCAB, rows % VOCAB)
     targets = torch.where((rows + targets) % 3 == 0, (targets + 1) % VOCAB, targets)
-    assert not forbid_some(0, NUM_ROWS, torch.zeros(NUM_ROWS, VOCAB))[rows, targets].any()
+    assert not forbid_some(0, NUM_ROWS, torch.zeros(NUM_ROWS, vocab))[rows, targets].any()
     return head, hidden, targets
 
 
@@ -146,3 +148,150 @@ def test_another_head_is_read_as_it_is():
     _, hidden, targets = problem()
     ours = token_logprobs(linear, hidden, targets, 5, Wanted()).logprobs
     torch.testing.assert_close(ours, torch.log_softmax(linear(hidden), -1)[torch.arange(NUM_ROWS), targets])
+
+
+EVEN_VOCAB = 32
+fused_only = pytest.mark.skipif(
+    products_for(torch.zeros(1, dtype=torch.bfloat16)) is None,
+    reason=built().fault or "this processor multiplies faster by torch's kernels",
+)
+
+
+def fused_problem(monkeypatch, *, trained=True):
+    """A bfloat16 head, rows and targets, an fp32 copy of both, and how often the fused form was used."""
+    head, hidden, targets = problem(dtype=torch.bfloat16, trained=trained, vocab=EVEN_VOCAB)
+    model = tiny_model(vocab_size=EVEN_VOCAB, hidden_size=HIDDEN)
+    with torch.no_grad():
+        model.head.projection.copy_(head.projection)
+    model.head.projection.requires_grad_(trained)
+    used, apply = [], fused_logprobs.apply
+    monkeypatch.setattr(fused_logprobs, "apply", lambda *given: used.append(1) or apply(*given))
+    return head, hidden, targets, model.head, hidden.detach().float().requires_grad_(), used
+
+
+@fused_only
+@pytest.mark.parametrize("trained", [True, False], ids=["trained-projection", "frozen-projection"])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("name", WANTED)
+def test_fused_log_probs_would_differ_from_the_plain_ones(monkeypatch, name, chunk, trained):
+    head, hidden, targets, wide_head, wide_hidden, used = fused_problem(monkeypatch, trained=trained)
+    weights, wanted = torch.linspace(-1, 2, NUM_ROWS), WANTED[name]
+    ours = token_logprobs(head, hidden, targets, chunk, wanted)
+    assert used
+    assert not ours.entropy.requires_grad
+    truth = plain_token_logprobs(wide_head, wide_hidden, targets, NUM_ROWS, wanted)
+    torch.testing.assert_close(ours, truth, atol=2e-5, rtol=2e-5)  # its logits are not rounded
+    if wanted.likeliest:
+        assert 0 < ours.correct.sum() < NUM_ROWS
+    rounded = plain_token_logprobs(head, hidden, targets, NUM_ROWS, wanted)
+    found = gradients(ours, head, hidden, weights)
+    for one, other, true in zip(
+        found,
+        gradients(rounded, head, hidden, weights),
+        gradients(truth, wide_head, wide_hidden, weights),
+        strict=True,
+    ):
+        assert one.dtype == torch.bfloat16
+        assert (one - true).norm() <= 1.2 * (other - true).norm()
+        assert (one - true).norm() <= 1e-2 * true.norm()
+
+
+@fused_only
+@pytest.mark.parametrize("block_bytes", [4 * EVEN_VOCAB, 4 * EVEN_VOCAB * 6, 1])
+def test_fused_logits_would_exist_for_more_rows_than_a_block_holds(monkeypatch, block_bytes):
+    head, hidden, targets, *_, used = fused_problem(monkeypatch)
+    whole = token_logprobs(head, hidden, targets, 100, Wanted()).logprobs
+    sizes, make = [], Kernels.logprobs
+    monkeypatch.setattr(fused_logprobs, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(
+        Kernels,
+        "logprobs",
+        lambda self, logits, *a, **b: sizes.append(len(logits)) or make(self, logits, *a, **b),
+    )
+    blocks = token_logprobs(head, hidden, targets, 5, Wanted()).logprobs
+    assert max(sizes) == max(1, min(5, block_bytes // (4 * EVEN_VOCAB)))
+    assert sum(sizes) == NUM_ROWS
+    assert blocks.equal(whole), "a row's bits do not depend on its block"
+    assert used
+
+
+@fused_only
+def test_fused_gradients_of_a_projection_would_be_rounded_before_they_are_added(monkeypatch):
+    head, hidden, targets, wide_head, wide_hidden, _ = fused_problem(monkeypatch)
+    sums = torch.zeros(EVEN_VOCAB, HIDDEN)
+    head.projection.gradient_sum = lambda: sums
+    for _ in range(2):
+        token_logprobs(head, hidden, targets, 5, Wanted()).logprobs.sum().backward()
+    plain_token_logprobs(wide_head, wide_hidden, targets, NUM_ROWS, Wanted()).logprobs.sum().backward()
+    true = 2 * wide_head.projection.grad
+    assert head.projection.grad is None
+    assert (sums - true).norm() <= 1e-2 * true.norm()
+    assert not sums.bfloat16().float().equal(sums)
+
+
+@fused_only
+def test_fused_log_probs_would_misread_targets_that_lie_apart(monkeypatch):
+    head, hidden, targets, *_ = fused_problem(monkeypatch)
+    apart = torch.stack([targets, torch.zeros_like(targets)], dim=1)[:, 0]
+    expected = token_logprobs(head, hidden, targets, 5, Wanted()).logprobs
+    assert token_logprobs(head, hidden, apart, 5, Wanted()).logprobs.equal(expected)
+
+
+@fused_only
+def test_fused_log_probs_in_inference_mode_would_spoil_those_with_gradients(monkeypatch):
+    head, hidden, targets, *_ = fused_problem(monkeypatch)
+    fresh = Kernels(built().library)  # with no memory yet that is used again
+    monkeypatch.setattr(fused_logprobs, "products_for", lambda tensor: fresh)
+    with torch.inference_mode():
+        expected = token_logprobs(head, hidden, targets, 5, WANTED["support"]).logprobs
+    found = token_logprobs(head, hidden, targets, 5, WANTED["support"]).logprobs
+    assert found.detach().equal(expected)
+
+
+@fused_only
+@pytest.mark.parametrize("kept_bytes", [0, fused_logprobs.KEPT_BYTES])
+def test_another_pass_would_spoil_gradients_that_are_taken_twice(monkeypatch, kept_bytes):
+    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", kept_bytes)
+    head, hidden, targets, *_ = fused_problem(monkeypatch)
+    first, second = (token_logprobs(head, hidden, targets.roll(n), 5, Wanted()).logprobs.sum() for n in (0, 3))
+    wanted = [hidden, head.projection]
+    seconds = torch.autograd.grad(second, wanted)
+    firsts = torch.autograd.grad(first, wanted, retain_graph=True)
+    token_logprobs(head, hidden, targets.roll(5), 5, Wanted())
+    assert not seconds[1].equal(firsts[1])
+    again = torch.autograd.grad(first, wanted)
+    assert all(one.equal(other) for one, other in zip(firsts, again, strict=True))
+
+
+@fused_only
+@pytest.mark.parametrize("kept_bytes", [0, fused_logprobs.KEPT_BYTES])
+def test_what_is_kept_would_change_more_than_the_rounding(monkeypatch, kept_bytes):
+    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", kept_bytes)
+    head, hidden, targets, wide_head, wide_hidden, _ = fused_problem(monkeypatch)
+    weights = torch.linspace(-1, 2, NUM_ROWS)
+    ours = token_logprobs(head, hidden, targets, 5, WANTED["all"])
+    truth = plain_token_logprobs(wide_head, wide_hidden, targets, NUM_ROWS, WANTED["all"])
+    for one, true in zip(
+        gradients(ours, head, hidden, weights), gradients(truth, wide_head, wide_hidden, weights), strict=True
+    ):
+        assert (one - true).norm() <= 1e-2 * true.norm()
+
+
+@fused_only
+def test_no_rows_would_not_be_no_fused_log_probs(monkeypatch):
+    head, hidden, targets, *_, used = fused_problem(monkeypatch)
+    table = token_logprobs(head, hidden[:0], targets[:0], 5, Wanted(entropy=True))
+    assert used
+    assert table.logprobs.shape == (0,)
+    table.logprobs.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(head.projection.grad, torch.zeros_like(head.projection))
+
+
+@fused_only
+@pytest.mark.parametrize(("vocab", "softcap"), [(VOCAB, None), (EVEN_VOCAB, 2.0)])
+def test_a_head_that_kernels_do_not_serve_would_be_given_to_them(monkeypatch, vocab, softcap):
+    head, hidden, targets = problem(dtype=torch.bfloat16, vocab=vocab, softcap=softcap)
+    monkeypatch.setattr(fused_logprobs, "apply", lambda *given: pytest.fail("fused"))
+    found = token_logprobs(head, hidden, targets, 5, Wanted()).logprobs
+    torch.testing.assert_close(found, plain_token_logprobs(head, hidden, targets, 5, Wanted()).logprobs)

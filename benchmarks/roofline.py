@@ -1,7 +1,7 @@
 """Measures the machine: matrix products at the model's shapes, a streaming read, a copy.
 
-`python -m benchmarks.roofline`, asked over stdin. It knows nothing of Meshift: plain torch, the best of several
-memory layouts, since a limit should be hard to beat.
+`python -m benchmarks.roofline`, asked over stdin. The best of torch's memory layouts and of Meshift's own kernels,
+since a limit should be hard to beat.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.limits import Shape
 from benchmarks.serve import Reply, serve
+from meshift.kernels.cpu import Kernels, products_for
 
 MIN_SECONDS = 0.25
 """Each figure is a median over repetitions that fill this time, three at least."""
@@ -75,7 +76,7 @@ class Products:
         return [*self.layers[: 4 * kept], self.head[: self.shape.vocab_size * kept // num_layers]]
 
     def training_rate(self, num_rows: int) -> float:
-        """FLOP/s of a layer's products forward, to the inputs' and to the weights' gradients."""
+        """FLOP/s of a layer's products forward, to the inputs' and to the weights' gradients: the best way's."""
         layer = self.layers[:4]
         inputs = [torch.randn(num_rows, w.shape[1], dtype=self.dtype, device=self.device) for w in layer]
         grads = [torch.randn(num_rows, w.shape[0], dtype=self.dtype, device=self.device) for w in layer]
@@ -88,14 +89,31 @@ class Products:
                 torch.mm(g, w, out=dx)
                 torch.mm(g.t(), x, out=dw)
 
-        return 6.0 * sum(w.numel() for w in layer) * num_rows / timed(sweep, self.device)
+        found = products_for(layer[0])
+        sums = [torch.zeros(w.shape, device=self.device) for w in layer]
+
+        def sweep_by_meshift() -> None:
+            assert found is not None
+            for w, x, g, (y, dx, _), total in zip(layer, inputs, grads, outs, sums, strict=True):
+                found.product(x, found.pack_here(w), out=y)
+                found.product(g, found.pack_transposed(w), out=dx)
+                found.add_weight_gradients(g, x, [total])
+
+        ways = [sweep] if found is None else [sweep, sweep_by_meshift]
+        return 6.0 * sum(w.numel() for w in layer) * num_rows / min(timed(way, self.device) for way in ways)
 
     def _layouts(self, weights: Sequence[Tensor], num_rows: int) -> list[list[Product]]:
         """Ways to multiply: each is one function per matrix."""
         stored = [_product(w.t()) for w in weights]
         transposed = [_product(w.t().contiguous()) for w in weights]
         packed = self._packed(weights, num_rows)
-        return [stored, transposed, *([packed] if packed else [])]
+        ours = self._by_meshift(weights)
+        return [stored, transposed, *([packed] if packed else []), *([ours] if ours else [])]
+
+    def _by_meshift(self, weights: Sequence[Tensor]) -> list[Product] | None:
+        """Meshift's own kernels, where there are any: a limit that they pass would be none."""
+        found = products_for(weights[0])
+        return None if found is None else [_kernel_product(found, w) for w in weights]
 
     def _packed(self, weights: Sequence[Tensor], num_rows: int) -> list[Product] | None:
         """oneDNN's own order of the weights, where torch offers it."""
@@ -122,6 +140,18 @@ def _product(weight: Tensor) -> Product:
         if x.shape[0] not in kept:
             kept[x.shape[0]] = x.new_empty(x.shape[0], weight.shape[1])
         return torch.mm(x, weight, out=kept[x.shape[0]])
+
+    return multiply
+
+
+def _kernel_product(found: Kernels, weight: Tensor) -> Product:
+    packed = found.pack(weight)
+    kept: dict[int, Tensor] = {}
+
+    def multiply(x: Tensor) -> Tensor:
+        if x.shape[0] not in kept:
+            kept[x.shape[0]] = x.new_empty(x.shape[0], weight.shape[0])
+        return found.product(x, packed, out=kept[x.shape[0]])
 
     return multiply
 

@@ -41,6 +41,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--quick", action="store_true", help="about five minutes on two processors")
     made.add_argument("--only", default=",".join(works.GROUPS), metavar="GROUPS", help="of %(default)s")
+    made.add_argument(
+        "--settings",
+        choices=("all", "first"),
+        default="all",
+        help="of each peer: all that a user could choose, or the first, usually the best (default: all)",
+    )
     made.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="timed rounds of each side (default: 3)")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side (default: all)")
     made.add_argument("--environments", type=Path, default=default_root(), help="default: %(default)s")
@@ -86,7 +92,10 @@ def choose(given: argparse.Namespace) -> list[Work]:
         raise ConfigError("--device is cuda, but nvidia-smi finds no GPU here; use --device cpu")
     if given.json is not None and not given.json.resolve().parent.is_dir():
         raise ConfigError(f"--json: there is no folder {given.json.resolve().parent}; make it first")
-    return works.chosen(works.quick_works() if given.quick else works.all_works(), groups, peers, given.device)
+    listed = works.quick_works() if given.quick else works.all_works()
+    if given.settings == "first":
+        listed = [works.with_first_settings(work) for work in listed]
+    return works.chosen(listed, groups, peers, given.device)
 
 
 def _named(option: str, text: str, known: Sequence[str]) -> list[str]:

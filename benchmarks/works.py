@@ -109,7 +109,12 @@ def quick_works() -> list[Work]:
         replace(by_name["grpo step"], batch=8, max_new_tokens=16),
         replace(by_name["ppo step"], batch=8, max_new_tokens=16),
     ]
-    return [replace(work, peers=tuple(first_setting(p) for p in work.peers)) for work in kept]
+    return [with_first_settings(work) for work in kept]
+
+
+def with_first_settings(work: Work) -> Work:
+    """The work with one setting of each peer."""
+    return replace(work, peers=tuple(first_setting(peer) for peer in work.peers))
 
 
 def first_setting(peer: Peer) -> Peer:

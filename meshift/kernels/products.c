@@ -129,23 +129,41 @@ void gated_product(const bf16 *a, long rows, long k, const bf16 *gate, const bf1
     }
 }
 
-/* Columns of [rows][n] as panels of 8: [n / 8][rows / 2][8] pairs. A line of 32 columns is read once for four panels. */
-static void pack_panels(const bf16 *grad, long rows, long n, long stride, uint32_t *panels, int threads) {
+#define PANEL_COLUMNS 3072 /* columns of a gradient whose panels exist at the same time */
+
+/* Columns [start, stop) of [rows][n] as panels of 8: [(stop - start) / 8][rows / 2][8] pairs. A line of 32 columns is read
+   once for four panels. */
+static void pack_panels(const bf16 *grad, long rows, long start, long stop, long stride, uint32_t *panels, int threads) {
     const long pairs = pairs_of(rows);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long start = 0; start < n; start += 4 * TILE)
+    for (long first = start; first < stop; first += 4 * TILE)
         for (long p = 0; p < pairs; p++) {
             uint32_t line[4 * TILE];
-            interleave(grad + 2 * p * stride, rows - 2 * p < 2 ? 1 : 2, n, stride, start, 4 * TILE, line, 0);
-            for (long t = start / TILE; t < start / TILE + 4 && t * TILE < n; t++)
-                _mm256_storeu_si256((__m256i *)(panels + (t * pairs + p) * TILE),
-                                    _mm256_loadu_si256((const __m256i *)(line + t * TILE - start)));
+            interleave(grad + 2 * p * stride, rows - 2 * p < 2 ? 1 : 2, stop, stride, first, 4 * TILE, line, 0);
+            for (long t = first; t < first + 4 * TILE && t < stop; t += TILE)
+                _mm256_storeu_si256((__m256i *)(panels + ((t - start) / TILE * pairs + p) * TILE),
+                                    _mm256_loadu_si256((const __m256i *)(line + t - first)));
         }
 }
 
 /* Numbers of scratch memory that `gradient` needs. */
 long gradient_scratch(long rows, long n, long k) {
-    return packed_size(k, rows) + (n + TILE - 1) / TILE * TILE * pairs_of(rows) * 2;
+    const long columns = n < PANEL_COLUMNS ? n : PANEL_COLUMNS;
+    return packed_size(k, rows) + (columns + TILE - 1) / TILE * TILE * pairs_of(rows) * 2;
+}
+
+/* Add sums[count][48], group g of the rows of a gradient from `first` on, to where they belong: see `gradient`. */
+static void add_sums(const float *part, long first, long count, long g, long k, float *const *sums, const int64_t *ends) {
+    long layer = 0;
+    for (long r = 0; r < count; r++) {
+        while (first + r >= ends[layer]) layer++;
+        float *row = sums[layer] + (first + r - (layer ? ends[layer - 1] : 0)) * k;
+        for (long column = g * GROUP; column < (g + 1) * GROUP && column < k; column += LANES) {
+            const __mmask16 mask = first_lanes(k - column);
+            const __m512 x = _mm512_loadu_ps(part + r * GROUP + column - g * GROUP);
+            _mm512_mask_storeu_ps(row + column, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, row + column), x));
+        }
+    }
 }
 
 /* The gradients of the weights of linear layers with one input, in fp32 and in place: [n][k] += grad[rows][n]' x[rows][k].
@@ -153,29 +171,22 @@ long gradient_scratch(long rows, long n, long k) {
    layer's, whose gradient is at sums[0], those before ends[1] the second one's, and so on. */
 void gradient(const bf16 *grad, long n, long stride, const bf16 *x, long k, long rows, bf16 *scratch, float *const *sums,
               const int64_t *ends, int threads) {
-    const long groups = groups_of(k), pairs = pairs_of(rows), blocks = (n + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const long groups = groups_of(k), pairs = pairs_of(rows);
     uint32_t *panels = (uint32_t *)scratch + packed_size(k, rows) / 2;
     if (rows == 0) return;
     pack_columns(x, k, rows, 0, pairs, scratch, threads);
-    pack_panels(grad, rows, n, stride, panels, threads);
+    for (long start = 0; start < n; start += PANEL_COLUMNS) {
+        const long stop = start + PANEL_COLUMNS < n ? start + PANEL_COLUMNS : n;
+        const long blocks = (stop - start + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        pack_panels(grad, rows, start, stop, stride, panels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long task = 0; task < blocks * groups; task++) {
-        float part[BLOCK_ROWS * GROUP];
-        const long block = task / groups, g = task % groups, first = block * BLOCK_ROWS;
-        const long count = n - first < BLOCK_ROWS ? n - first : BLOCK_ROWS;
-        const Rows a = {panels + first * pairs, 1, TILE, TILE * pairs};
-        group_sums(a, count, pairs, (const uint32_t *)scratch + g * pairs * GROUP, part);
-        for (int c = 0; c < PARTS; c++) {
-            const long column = g * GROUP + c * LANES;
-            const __mmask16 mask = first_lanes(k - column);
-            if (!mask) break;
-            for (long r = 0; r < count; r++) {
-                long part_of = 0;
-                while (first + r >= ends[part_of]) part_of++;
-                float *to = sums[part_of] + (first + r - (part_of ? ends[part_of - 1] : 0)) * k + column;
-                const __m512 x = _mm512_loadu_ps(part + r * GROUP + c * LANES);
-                _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
-            }
+        for (long task = 0; task < blocks * groups; task++) {
+            float part[BLOCK_ROWS * GROUP];
+            const long g = task % groups, first = start + task / groups * BLOCK_ROWS;
+            const long count = stop - first < BLOCK_ROWS ? stop - first : BLOCK_ROWS;
+            const Rows a = {panels + (first - start) * pairs, 1, TILE, TILE * pairs};
+            group_sums(a, count, pairs, (const uint32_t *)scratch + g * pairs * GROUP, part);
+            add_sums(part, first, count, g, k, sums, ends);
         }
     }
 }

@@ -1,14 +1,19 @@
 """Proof that the fast paths compute what their plain twins do: log-probs of packed rows, and of sampled tokens.
 
-`python -m benchmarks.agreement`, asked over stdin. The twin runs sequences one by one, attention written out.
+`python -m benchmarks.agreement`, asked over stdin. The twin runs in another process, without Meshift's kernels,
+sequences one by one, attention written out: `python -m benchmarks.agreement FILE`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from benchmarks.ours import text_batch
 from benchmarks.serve import Reply, serve
 from meshift.config.sections import TrainableConfig
 from meshift.generation.params import SamplingParams
+from meshift.kernels.build import SWITCH
 from meshift.models.attention import PlainAttention, packed_positions
 from meshift.models.decoder import Decoder
 from meshift.runtime.models import compute_dtype, open_model, open_tokenizer
@@ -54,7 +60,6 @@ class Agreement:
 def compare(model: str, dtype: str, rows: list[list[int]], prompts: list[list[int]]) -> dict[str, Gaps]:
     """Of a reading, and of what a sampler says it drew from: see `gaps`."""
     role = LocalRole("actor", open_model(model, "lm", compute_dtype(dtype)), TrainableConfig())
-    truth = deepcopy(role.model).float()
     reading = role.infer(TokenLogprobs(), text_batch(rows)).batch["new_logprobs"].values
     role.can_generate(NUM_TEXTS, open_tokenizer(model).decode)
     assert role.generator is not None
@@ -62,27 +67,42 @@ def compare(model: str, dtype: str, rows: list[list[int]], prompts: list[list[in
     said = torch.tensor([value for completion in drawn for value in completion.logprobs])
     texts = [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, drawn, strict=True)]
     return {
-        "read log-probs": gaps(reading, role.model, truth, rows, [1] * len(rows)),
-        "sampled log-probs": gaps(said, role.model, truth, texts, [len(prompt) for prompt in prompts]),
+        "read log-probs": gaps(reading, plain_process(model, dtype, rows, [1] * len(rows))),
+        "sampled log-probs": gaps(said, plain_process(model, dtype, texts, [len(p) for p in prompts])),
     }
 
 
-def gaps(ours: Tensor, model: Decoder, truth: Decoder, rows: list[list[int]], firsts: list[int]) -> Gaps:
-    """Differences in nats of the log-probs of each row from its token `first` on.
-
-    `twin_mean` and `twin_max` to the twin; `error` and `twin_error`: ours and the twin's mean to the truth.
-    """
-    twin, true = (
-        torch.cat([plain_logprobs(one, row)[first - 1 :] for row, first in zip(rows, firsts, strict=True)])
-        for one in (model, truth)
-    )
-    apart = (ours.cpu().float() - twin).abs()
+def gaps(ours: Tensor, plain: tuple[Tensor, Tensor]) -> Gaps:
+    """Differences in nats. `twin_mean` and `twin_max` to the twin; `error`, `twin_error`: of both to the truth."""
+    twin, true = plain
+    ours = ours.cpu().float()
     return {
-        "twin_mean": float(apart.mean()),
-        "twin_max": float(apart.max()),
-        "error": float((ours.cpu().float() - true).abs().mean()),
+        "twin_mean": float((ours - twin).abs().mean()),
+        "twin_max": float((ours - twin).abs().max()),
+        "error": float((ours - true).abs().mean()),
         "twin_error": float((twin - true).abs().mean()),
     }
+
+
+def plain_process(model: str, dtype: str, rows: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probs of each row from its token `first` on, by the twin and in truth: without Meshift's kernels."""
+    with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:
+        json.dump({"model": model, "dtype": dtype, "rows": rows, "firsts": firsts}, file)
+        file.flush()
+        command = [sys.executable, "-m", "benchmarks.agreement", file.name]
+        done = subprocess.run(command, env={**os.environ, SWITCH: "0"}, stdout=subprocess.PIPE, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return torch.tensor(answer["twin"]), torch.tensor(answer["truth"])
+
+
+def plain(given: dict[str, Any]) -> dict[str, list[float]]:
+    """What `plain_process` asks for: by the model as it is given, and by its weights in float32."""
+    model = open_model(given["model"], "lm", compute_dtype(given["dtype"]))
+    found = {}
+    for name, one in (("twin", model), ("truth", deepcopy(model).float())):
+        parts = [plain_logprobs(one, row)[n - 1 :] for row, n in zip(given["rows"], given["firsts"], strict=True)]
+        found[name] = torch.cat(parts).float().tolist()
+    return found
 
 
 @torch.inference_mode()
@@ -96,8 +116,11 @@ def plain_logprobs(model: Decoder, row: list[int]) -> Tensor:
 
 
 def main() -> None:
-    """Serve."""
+    """Serve, or be the twin."""
     torch.set_num_threads(int(os.environ.get("BENCHMARK_THREADS", torch.get_num_threads())))
+    if len(sys.argv) > 1:
+        print(json.dumps(plain(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+        return
     serve(Agreement(), packages=("torch", "transformers"))
 
 

@@ -27,6 +27,7 @@ from benchmarks.suite import Settings, Suite
 from benchmarks.works import Work
 from meshift import __version__
 from meshift.errors import ConfigError, MeshiftError
+from meshift.kernels.cpu import who_multiplies
 
 MIN_ROUNDS = 3
 
@@ -136,8 +137,11 @@ def report(suite: Suite, given: argparse.Namespace, found: Iterable[Row]) -> dic
         "device": given.device,
         "num_threads": given.threads,
         "quick": given.quick,
+        "settings": given.settings,
+        "rounds": given.rounds,
         "versions": {"meshift": __version__}
         | {name: metadata.version(name) for name in ("torch", "transformers")},
+        "cpu_kernels": who_multiplies(),
         "limits": dict(suite.measured),
         "agreement": dict(suite.agreement),
         "rows": [row.as_json() for row in found],

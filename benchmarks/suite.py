@@ -125,7 +125,8 @@ class Suite:
             with self._ours(work) as ours, self._side(f"{peer.name}", command) as other:
                 other.start(**self._given(work, peer), **peer.variants[variant])
                 options = {"same_tokens": not work.natural}
-                rounds = duel({"ours": ours, "peer": other}, self.settings.num_rounds, self._warm_ups, options)
+                both = {"ours": ours, "peer": other}
+                rounds = duel(both, self.settings.num_rounds, self._warm_ups(work), options)
                 played = {
                     name: Played(about=side.about, rounds=rounds[name], memory_gb=side.peak_memory_gb())
                     for name, side in (("ours", ours), ("peer", other))
@@ -138,15 +139,15 @@ class Suite:
         self.say(work.name)
         try:
             with self._ours(work) as ours:
-                rounds = duel({"ours": ours}, self.settings.num_rounds, self._warm_ups, {})["ours"]
+                rounds = duel({"ours": ours}, self.settings.num_rounds, self._warm_ups(work), {})["ours"]
                 played = Played(about=ours.about, rounds=rounds, memory_gb=ours.peak_memory_gb())
         except ContestantError as error:
             return missing(work, "", str(error))
         return alone(work, played, self._ideal(work, played))
 
-    @property
-    def _warm_ups(self) -> int:
-        return self.settings.num_warm_ups
+    def _warm_ups(self, work: Work) -> int:
+        """Rounds that are dropped; none of PPO's, which take minutes and make 16 updates of each model."""
+        return 0 if work.method == "ppo" else self.settings.num_warm_ups
 
     def _ideal(self, work: Work, ours: Played) -> float:
         """Seconds that the limits allow for the round in the middle."""

@@ -33,6 +33,7 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "MESHIFT_CACHE",
+    "MESHIFT_KERNELS",
     "HF_HOME",
     "HF_HUB_OFFLINE",
 )
@@ -45,7 +46,7 @@ def collect() -> dict[str, Any]:
         "run": _run_facts(),
         "packages": {name: _version(name) for name in PACKAGES},
         "system": {"distribution": _distribution(), "python": platform.python_implementation()},
-        "cpu": {"usable": _usable_cores(), "flags": _flags()},
+        "cpu": {"usable": _usable_cores(), "flags": _flags(), "kernels": _kernels()},
         "memory": _memory(),
         "gpus": _gpus(),
         "cache": _cache(),
@@ -97,6 +98,15 @@ def _flags() -> list[str]:
 
 def _usable_cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _kernels() -> str:
+    """Whether Meshift's own CPU kernels can be used, else why not."""
+    try:
+        from meshift.kernels.library import built
+    except (ImportError, OSError):  # torch again
+        return "not known"
+    return _without_home(built().fault) or "built"
 
 
 def _memory() -> dict[str, float]:

@@ -50,7 +50,7 @@ class CacheBuffer:
         """Size of the kept memory; 0 while a cache uses it."""
         return sum(buffer.nbytes for buffer in self._buffers or ())
 
-    def take(self, shape: Sequence[int], like: Tensor) -> "KVCache":
+    def take(self, shape: Sequence[int], like: Tensor, *, for_kernels: bool = False) -> "KVCache":
         """A cache of `shape`, with the device and dtype of `like`, in the old memory if that is large enough.
 
         The buffer is empty until the cache is given back with `put`: after a failed run it is not, since
@@ -61,7 +61,7 @@ class CacheBuffer:
         if not buffers or not _serves(buffers[0], size, like):
             del buffers  # before the new ones exist
             buffers = (like.new_zeros(size), like.new_zeros(size))
-        return KVCache(buffers, shape)
+        return KVCache(buffers, shape, for_kernels=for_kernels)
 
     def put(self, cache: "KVCache") -> None:
         """Keep the memory of a cache whose run went well."""
@@ -81,11 +81,11 @@ class KVCache:
     is `max_len` from the start.
     """
 
-    def __init__(self, buffers: tuple[Tensor, Tensor], shape: Sequence[int]):
+    def __init__(self, buffers: tuple[Tensor, Tensor], shape: Sequence[int], *, for_kernels: bool = False):
         self.buffers = buffers
         self._shape = torch.Size(shape)
         self._kernels = kernels_for(buffers[0])
-        grows = buffers[0].device.type == "cpu" and self._kernels is None
+        grows = buffers[0].device.type == "cpu" and not (for_kernels and self._kernels is not None)
         self.reach = LENGTH_STEP if grows else shape[3]
         self.keys, self.values = self._views()
 

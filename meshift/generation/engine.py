@@ -18,6 +18,7 @@ from meshift.generation.params import Completion, Decode, Request, SamplingParam
 from meshift.generation.requests import check_requests, make_requests
 from meshift.generation.sampler import Draw, Sampler
 from meshift.generation.scheduler import Entry, Scheduler, Step
+from meshift.kernels.cpu import release_scratch
 from meshift.models.attention import packed_positions
 from meshift.models.decoder import Decoder
 
@@ -145,6 +146,7 @@ class GenerationEngine:
     def release(self) -> None:
         """Free all memory that is kept between calls."""
         self._buffer = CacheBuffer()
+        release_scratch()
         self.release_weights()
 
     def release_weights(self) -> None:
@@ -155,7 +157,8 @@ class GenerationEngine:
         longest = max(len(request.tokens) for request in requests) + params.max_new_tokens
         num_slots = self._bucket(min(self.num_slots, len(requests)))
         shape = KVCache.shape(self.model.config, num_slots, longest, self.model.num_kv_heads)
-        return self._buffer.take(shape, like=self.model.embedding.weight)
+        for_kernels = self._decoder.takes_any_rows
+        return self._buffer.take(shape, like=self.model.embedding.weight, for_kernels=for_kernels)
 
     def _bucket(self, num_rows: int) -> int:
         """Rows to pad to; none are added where that changes no bit."""

@@ -99,7 +99,7 @@ class FusedDecoder:
     @property
     def takes_any_rows(self) -> bool:
         """Whether a row's bits are the same at every number of rows, so that none need be added."""
-        return isinstance(self._head, KernelMatrix)
+        return self._whole is not None
 
     @property
     def num_bytes(self) -> int:

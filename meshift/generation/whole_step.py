@@ -70,7 +70,8 @@ class WholeStep:
     def __init__(self, kernels: Kernels, model: Decoder, matrices: Sequence[Matrices]) -> None:
         self._kernels = kernels
         self._model = model
-        self._matrices = matrices  # keeps what is pointed at
+        self._matrices = matrices  # these two keep what is pointed at
+        self._vectors = [parameter.data for parameter in model.parameters() if parameter.dim() == 1]
         layers = [layer for layer in model.layers if isinstance(layer, Layer)]
         described = [_describe(layer, own) for layer, own in zip(layers, matrices, strict=True)]
         self._layers = (WholeLayer * len(layers))(*described)

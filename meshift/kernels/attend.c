@@ -120,7 +120,7 @@ static void attend_group(const bf16 *query, const bf16 *keys, const bf16 *values
    `dim` is a multiple of 32 up to 256, `group` at most 16. */
 void attend(const bf16 *query, long rows, long stride, long kv_heads, long group, long dim, const bf16 *keys,
             const bf16 *values, long reach, const int64_t *positions, long window, float scale, bf16 *out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < rows * kv_heads; task++) {
         const long r = task / kv_heads, h = task % kv_heads, last = positions[r];
         const long first = window && last + 1 > window ? last + 1 - window : 0, place = task * reach * dim;

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -34,9 +35,10 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A library that was loaded, or one sentence why there is none."""
+    """A library that was loaded, with a digest of its code, or one sentence why there is none."""
 
     library: ctypes.CDLL | None = None
+    digest: str = ""
     fault: str = ""
 
 
@@ -45,9 +47,8 @@ def build() -> Built:
     fault = unsupported()
     if fault:
         return Built(fault=fault)
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     try:
-        return Built(library=_load(_library(compiler)))
+        return _obtain(_cached())
     except (OSError, subprocess.SubprocessError, CompileError) as error:
         return Built(fault=f"the CPU kernels could not be built: {' '.join(str(error).split())[:300]}")
 
@@ -75,22 +76,48 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flags.split())
 
 
-def _library(compiler: str | None) -> Path:
-    """The compiled library. Its name is a digest of sources and options, so that neither changes unseen."""
-    files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
+def _cached() -> Path:
+    """Where the library is kept. Its name is a digest of sources and options, so that neither changes unseen."""
     digest = hashlib.sha256(" ".join(OPTIONS).encode())
-    for file in files:
+    for file in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    folder = cache_root() / "kernels"
-    path = folder / f"{digest.hexdigest()[:16]}.so"
-    if not path.is_file():
-        if compiler is None:
-            raise CompileError(f"there is no C compiler ({' or '.join(COMPILERS)}); install gcc")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-            made = _compile(compiler, [file for file in files if file.suffix == ".c"], Path(scratch))
+    return cache_root() / "kernels" / f"{digest.hexdigest()[:16]}.so"
+
+
+def _obtain(path: Path) -> Built:
+    """The kept library, or one that is made now: also where the kept one is damaged, or somebody else's."""
+    if path.is_file() and _is_ours(path.parent) and _is_ours(path):
+        try:
+            return _load(path)
+        except OSError:
+            pass  # damaged
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise CompileError(f"there is no C compiler ({' or '.join(COMPILERS)}); install gcc")
+    folder = _own_folder(path.parent)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        made = _compile(compiler, sorted(SOURCES.glob("*.c")), Path(scratch))
+        loaded = _load(made)  # before it gets its name: what cannot be loaded is not kept
+        if folder is not None:
+            made.chmod(0o700)
             made.replace(path)
-    return path
+    return loaded
+
+
+def _own_folder(folder: Path) -> Path | None:
+    """The folder, made where it is missing; None where others could write what is kept there, or we could not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable = _is_ours(folder) and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return None
+    return folder if usable else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this user owns it and nobody else may write to it; code of others is not loaded."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 
 
 def _compile(compiler: str, files: Sequence[Path], scratch: Path) -> Path:
@@ -118,16 +145,13 @@ def _compile(compiler: str, files: Sequence[Path], scratch: Path) -> Path:
     return target
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path) -> Built:
     openmp = openmp_of_torch()
     if openmp is None:
         raise CompileError("torch brings no OpenMP here")
     ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-    try:
-        return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
-    except OSError:
-        path.unlink(missing_ok=True)  # damaged, perhaps: the next process builds it anew
-        raise
+    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    return Built(library=library, digest=hashlib.sha256(path.read_bytes()).hexdigest()[:8])
 
 
 def openmp_of_torch() -> Path | None:

@@ -34,6 +34,21 @@ def kernels() -> "Kernels | None":
     return Kernels(library)
 
 
+def release_scratch() -> None:
+    """Free the memory that kernels would use again, of this thread."""
+    found = kernels()
+    if found is not None:
+        found.release()
+
+
+def who_multiplies() -> str:
+    """Whose kernels bfloat16 goes through on this machine's CPU, with a digest of their code."""
+    if kernels() is None:
+        return "torch's"
+    own = f"Meshift's ({built().digest})"
+    return own if products_for(torch.zeros(1, dtype=torch.bfloat16)) else f"{own}, products by torch"
+
+
 def keep_freed_pages() -> None:
     """Let this process keep memory that was freed: the next activations lie there, and not in fresh pages.
 
@@ -122,6 +137,7 @@ class Kernels(ProductKernels):
         assert values.is_contiguous()
         assert decode_attention_serves(dim, num_heads // kv_heads)
         assert positions.dtype == torch.int64
+        assert positions.is_contiguous()
         assert len(positions) == num_rows <= len(keys)
         found = query.new_empty(num_rows, num_heads, dim)
         self._library.attend(
@@ -152,6 +168,7 @@ class Kernels(ProductKernels):
         num_rows, vocab = logits.shape
         assert logits.is_contiguous()
         assert logits.dtype == torch.float32
+        assert all(0 <= token < vocab for token in forbidden.tolist())
         tokens = torch.empty(num_rows, dtype=torch.int64)
         logprobs = torch.empty(num_rows)
         sums = torch.empty(num_rows * math.ceil(vocab / 256), dtype=torch.float64)

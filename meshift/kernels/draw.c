@@ -58,6 +58,8 @@ long draw(float *logits, long rows, long vocab, float temperature, const uint8_t
         }
         if (!isfinite(total)) { /* a logit over a small temperature is no number any more */
             faulty = r < faulty ? r : faulty;
+            if (short_rows[r])
+                for (long i = num_forbidden; i-- > 0;) row[forbidden[i]] = kept[i];
             continue;
         }
         const double target = numbers[r] * total;

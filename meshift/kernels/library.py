@@ -37,6 +37,11 @@ def built() -> Built:
     """The library of this process, or why there is none."""
     found = build()
     if found.library is not None:
+        missing = [name for name in _SIGNATURES if not hasattr(found.library, name)]
+        if missing:
+            return Built(
+                fault=f"the CPU kernels lack {', '.join(missing)}: is a C file of meshift/kernels missing?"
+            )
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(found.library, name)
             function.argtypes, function.restype = [_TYPES[kind] for kind in arguments], result

@@ -59,6 +59,10 @@ class ProductKernels:
         """What `take` gave, for the next who asks."""
         self._kept.__dict__[room] = memory
 
+    def release(self) -> None:
+        """Free the memory that this thread would have used again."""
+        self._kept.__dict__.clear()
+
     def pack(self, weight: Tensor) -> Packed:
         """A weight [out, in] with an even number of inputs, to be kept."""
         columns, inputs = weight.shape
@@ -109,6 +113,9 @@ class ProductKernels:
         assert rows.shape[1] == weight.num_inputs
         assert other is None or (other.is_contiguous() and other.shape == (num_rows, weight.num_columns))
         found = rows.new_empty(num_rows, weight.num_columns) if out is None else out
+        assert found.is_contiguous()
+        assert found.shape == (num_rows, weight.num_columns)
+        assert bias is None or bias.dtype == torch.bfloat16
         self._library.product(
             *(rows.data_ptr(), num_rows, weight.num_inputs, weight.values.data_ptr(), weight.num_columns),
             *(address(bias), ACTIVATIONS[activation], address(other)),

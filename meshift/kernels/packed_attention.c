@@ -5,6 +5,7 @@
    Rows of q, k, v lie `stride` numbers apart (they may be parts of one matrix); sequence s has rows starts[s] to
    starts[s + 1]. A row sees the last `window` rows up to itself (0: all). `dim` is a multiple of 32. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,7 +26,10 @@ typedef struct {
 
 static void *allocate(size_t size) {
     void *found = malloc(size);
-    if (!found) abort(); /* no memory: there is nobody to tell from within a parallel region */
+    if (!found) { /* within a parallel region nobody can be told otherwise */
+        fputs("meshift: there is no memory left for attention's keys and values; use shorter sequences\n", stderr);
+        abort();
+    }
     return found;
 }
 

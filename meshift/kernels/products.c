@@ -21,6 +21,34 @@ static long pairs_of(long k) { return (k + 1) / 2; }
 /* Numbers of a packed matrix. */
 long packed_size(long n, long k) { return groups_of(n) * GROUP * pairs_of(k) * 2; }
 
+/* Sixteen rows of sixteen become sixteen columns. */
+INLINE void transpose(__m512i rows[LANES]) {
+    __m512i pairs[LANES], fours[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) { /* fours[i + c], quarter q: column 4 q + c of rows i to i + 3 */
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+        const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+        const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xDD);
+        const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xDD);
+        rows[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        rows[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        rows[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+        rows[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+    }
+}
+
 /* Pack weights as they are stored, [n][k], k even. */
 void pack(const bf16 *weight, long n, long k, bf16 *packed, int threads) {
     const long pairs = pairs_of(k);
@@ -28,10 +56,16 @@ void pack(const bf16 *weight, long n, long k, bf16 *packed, int threads) {
     for (long g = 0; g < groups_of(n); g++) {
         uint32_t *to = (uint32_t *)packed + g * pairs * GROUP;
         for (long first = 0; first < pairs; first += LANES) /* a line of each row at a time */
-            for (long column = 0; column < GROUP; column++) {
-                const long row = g * GROUP + column, last = first + LANES < pairs ? first + LANES : pairs;
-                const uint32_t *from = (const uint32_t *)(weight + row * k);
-                for (long p = first; p < last; p++) to[p * GROUP + column] = row < n ? from[p] : 0;
+            for (long column = 0; column < GROUP; column += LANES) {
+                __m512i rows[LANES];
+                for (int i = 0; i < LANES; i++) {
+                    const long row = g * GROUP + column + i;
+                    const uint32_t *from = (const uint32_t *)(weight + (row < n ? row : 0) * k) + first;
+                    rows[i] = _mm512_maskz_loadu_epi32(row < n ? first_lanes(pairs - first) : 0, from);
+                }
+                transpose(rows);
+                for (int i = 0; i < LANES && first + i < pairs; i++)
+                    _mm512_storeu_si512(to + (first + i) * GROUP + column, rows[i]);
             }
     }
 }

@@ -18,7 +18,7 @@ INLINE __m512 load_bf16(const bf16 *from) { return widen(_mm256_loadu_si256((con
 
 INLINE __m512 load_bf16_part(const bf16 *from, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, from)); }
 
-/* To the nearest bfloat16, ties to even, as torch rounds. */
+/* To the nearest bfloat16, ties to even, as torch rounds; numbers below 1.2e-38 become 0. */
 INLINE __m256i narrow(__m512 wide) { return (__m256i)_mm512_cvtneps_pbh(wide); }
 
 INLINE void store_bf16(bf16 *to, __m512 wide) { _mm256_storeu_si256((__m256i *)to, narrow(wide)); }

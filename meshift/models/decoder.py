@@ -15,7 +15,7 @@ from meshift.models.attention import Attention, AttentionLayer
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
-from meshift.models.linear import Linear, SummedLinear, has_even_sizes
+from meshift.models.linear import Linear, SummedLinear, fits_kernels
 from meshift.models.mlp import MLP
 from meshift.models.norm import make_norm
 from meshift.models.rotary import Angles, Rotary, rotate
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
     def _kernels(self, x: Tensor, angles: Angles | None) -> Kernels | None:
         """What does all of it at once, where nothing is normed between product and turn."""
         turns = angles is None or angles[0].shape[-1] % LANES == 0
-        even = self.head_dim % 2 == 0 and has_even_sizes(self.query.weight)
+        even = all(fits_kernels(part.weight) for part in (self.query, self.key, self.value))
         return products_for(x) if turns and even and self.query_norm is None else None
 
     def heads(self, rows: Tensor, norm: nn.Module | None) -> Tensor:

@@ -16,15 +16,15 @@ from meshift.kernels.cpu import products_for
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W' + b` of rows [T, in]."""
     kernels = products_for(weight)
-    fits = has_even_sizes(weight) and weight.is_contiguous() and x.dim() == 2 and x.dtype == weight.dtype
+    fits = fits_kernels(weight) and x.dim() == 2 and x.dtype == weight.dtype
     if kernels is None or not fits:
         return F.linear(x, weight, bias)
     return functions.linear(kernels, x, weight, bias)
 
 
-def has_even_sizes(weight: Tensor) -> bool:
-    """What the kernels need of a weight: they multiply numbers by pairs."""
-    return weight.shape[0] % 2 == 0 and weight.shape[1] % 2 == 0
+def fits_kernels(weight: Tensor) -> bool:
+    """What the kernels need of a weight: they multiply numbers by pairs, row by row."""
+    return weight.shape[0] % 2 == 0 and weight.shape[1] % 2 == 0 and weight.is_contiguous()
 
 
 class Linear(nn.Linear):

@@ -12,7 +12,7 @@ from meshift.kernels import functions
 from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
 from meshift.kernels.cpu import Kernels, products_for
 from meshift.models.config import DecoderConfig
-from meshift.models.linear import Linear, SummedLinear, has_even_sizes
+from meshift.models.linear import Linear, SummedLinear, fits_kernels
 
 # The keys are the names that Hugging Face configs use.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -59,4 +59,5 @@ class MLP(nn.Module):
     def _kernels(self, x: Tensor) -> Kernels | None:
         """What does all of it at once, unless `down` has some of its columns only."""
         served = self.down.total is None and self.activation_name in KERNEL_ACTIVATIONS
-        return products_for(x) if served and has_even_sizes(self.up.weight) else None
+        weights = [part.weight for part in (self.gate, self.up, self.down) if part is not None]
+        return products_for(x) if served and all(map(fits_kernels, weights)) else None

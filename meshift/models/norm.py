@@ -55,6 +55,8 @@ def norm_rows(norm: nn.Module, x: Tensor) -> Tensor:
     kernels = kernels_for(x)
     if kernels is not None and type(norm) in (RMSNorm, PlusOneRMSNorm):
         assert isinstance(norm, RMSNorm)
+        if norm.weight.dtype != x.dtype:
+            return norm(x)
         plus_one = isinstance(norm, PlusOneRMSNorm)
         return kernels.rms_norm(x.contiguous(), norm.weight, norm.eps, plus_one=plus_one)
     if type(norm) is RMSNorm:

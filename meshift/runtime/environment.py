@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from meshift import __version__
+from meshift.kernels.cpu import who_multiplies
 from meshift.runtime.durable import write_bytes
 
 ENVIRONMENT = "environment.json"
@@ -37,6 +38,7 @@ def run_environment() -> dict[str, Fact]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": _device(),
+        "cpu_kernels": who_multiplies(),
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from meshift import __version__
 from meshift.batch import Batch, column_key
 from meshift.errors import CheckpointError, DataError, ModelError
+from meshift.kernels.cpu import who_multiplies
 from meshift.step import Role
 from meshift.training.checkpoint import Remembers, State, fingerprint, read_state, write_state
 from meshift.training.flops import Work
@@ -157,4 +158,5 @@ def environment() -> dict[str, str]:
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if cuda else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
         "num_threads": str(torch.get_num_threads()),
+        "cpu_kernels": who_multiplies(),
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from meshift.batch import WHERE, Batch, Ragged, micro_batches
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
+from meshift.kernels.cpu import release_scratch
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
 from meshift.parallel.data import Ranks, Statistics
@@ -139,6 +140,7 @@ class TrainingEngine:
             if not math.isfinite(stats["grad_norm"]):
                 raise NonFiniteError(f"in {update} the gradient's norm is {stats['grad_norm']}; {advice}")
             self.version += 1
+        release_scratch()
         self.work.seconds += time.perf_counter() - started
         return updates
 

@@ -16,21 +16,23 @@ from torch.autograd.function import once_differentiable
 from meshift.kernels.cpu import Kernels, products_for
 from meshift.kernels.functions import sums_of
 from meshift.models.heads import LanguageModelHead
-from meshift.models.linear import has_even_sizes
+from meshift.models.linear import fits_kernels
 from meshift.models.vocabulary import WholeVocabulary
 from meshift.training.wanted import Wanted
 
 BLOCK_BYTES = 100_000_000
 """fp32 logits of a block: with fewer rows, more of the time goes into the sums of the projection's gradient."""
+MIN_ROWS = 256
+"""Of a block, however large the vocabulary: fewer rows would be nothing but passes over the projection."""
 KEPT = "kept logit gradients"
-KEPT_BYTES = 256_000_000
+KEPT_BYTES = 420_000_000
 """Gradients of logits (bfloat16) that may be kept for the projection's: beyond that logits are made twice."""
 
 
 def serves(head: LanguageModelHead, hidden: Tensor) -> bool:
     """Whether the kernels do all that this head asks for."""
     whole = isinstance(head.vocabulary, WholeVocabulary) and head.softcap is None
-    return whole and products_for(hidden) is not None and has_even_sizes(head.projection)
+    return whole and products_for(hidden) is not None and fits_kernels(head.projection)
 
 
 def apply(
@@ -130,7 +132,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """All rows, block by block, with their fp32 logits in one buffer, -inf outside the support."""
     vocab = len(projection)
-    size = max(1, min(chunk, BLOCK_BYTES // (4 * vocab), len(hidden)))
+    size = max(1, min(chunk, max(MIN_ROWS, BLOCK_BYTES // (4 * vocab)), len(hidden)))
     weight = kernels.pack_here(projection, room="head")
     buffer = kernels.scratch("logits", size * vocab, torch.float32).view(size, vocab)
     for start in range(0, len(hidden), size):

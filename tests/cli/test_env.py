@@ -11,20 +11,23 @@ import transformers
 from meshift import __version__
 from meshift.cli import env
 from meshift.cli.main import main
+from meshift.kernels.cpu import who_multiplies
 
 
-def test_the_json_holds_what_a_report_needs(capsys, monkeypatch):
-    monkeypatch.setenv("MESHIFT_CACHE", "/absent/cache")
+def test_the_json_holds_what_a_report_needs(capsys, monkeypatch, tmp_path):
+    cache = str(tmp_path / "absent")
+    monkeypatch.setenv("MESHIFT_CACHE", cache)
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     run = found["run"]
     assert (run["meshift"], run["torch"]) == (__version__, torch.__version__)
     assert run["transformers"] == transformers.__version__
     assert (run["threads"], run["cuda_usable"]) == (torch.get_num_threads(), torch.cuda.is_available())
+    assert run["cpu_kernels"] == who_multiplies()
     assert found["packages"]["rich"] == metadata.version("rich")
     assert "gguf" in found["packages"]
-    assert found["cache"] == {"folder": "/absent/cache", "gb": 0.0}
-    assert found["variables"]["MESHIFT_CACHE"] == "/absent/cache"
+    assert found["cache"] == {"folder": cache, "gb": 0.0}
+    assert found["variables"]["MESHIFT_CACHE"] == cache
     assert 0 < found["memory"]["free_gb"] <= found["memory"]["total_gb"]
 
 

@@ -1,11 +1,13 @@
 """The kernels, where this machine has them, and the program without them."""
 
+import shutil
 import sys
 
 import pytest
 import torch
 
 from meshift.kernels import cpu as module
+from meshift.kernels.build import COMPILERS, unsupported
 from meshift.kernels.cpu import Kernels, built, kernels, products_for
 from meshift.kernels.matrix_products import ProductKernels
 
@@ -17,8 +19,15 @@ def cpu() -> Kernels:
     """Skips the test where there are none, and says why."""
     found = kernels()
     if found is None:
-        pytest.skip(built().fault)
+        skip_or_fail()
     return found
+
+
+def skip_or_fail() -> None:
+    """Skip where kernels cannot be; kernels that should be there and could not be built are an error."""
+    if unsupported() or not any(map(shutil.which, COMPILERS)):
+        pytest.skip(built().fault)
+    pytest.fail(built().fault)
 
 
 @pytest.fixture(scope="session")

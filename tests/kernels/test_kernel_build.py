@@ -65,7 +65,7 @@ def fault_of(tmp_path):
 @pytest.mark.parametrize("value", ["0", "off", "False", " no "])
 def test_the_switch_would_not_leave_everything_to_torch(sources, monkeypatch, tmp_path, value):
     monkeypatch.setenv(SWITCH, value)
-    monkeypatch.setattr(subject, "_library", lambda compiler: pytest.fail("it was built all the same"))
+    monkeypatch.setattr(subject, "_obtain", lambda path: pytest.fail("it was built all the same"))
     assert SWITCH in fault_of(tmp_path)
 
 
@@ -164,8 +164,35 @@ def test_a_damaged_library_would_stop_the_program(needs_compiler, tmp_path):
     (path,) = (tmp_path / "cache" / "kernels").iterdir()
     path.unlink()  # never written to in place: it is mapped
     path.write_bytes(b"no library")
-    built = build()
-    assert (built.library is None) == bool(built.fault)
+    assert build().library.answer() == 42
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_a_library_that_others_can_write_to_would_be_loaded(needs_compiler, tmp_path, mode):
+    build()
+    (path,) = (tmp_path / "cache" / "kernels").iterdir()
+    path.write_bytes(b"no library, and so no answer")
+    path.chmod(mode)
+    path.parent.chmod(mode)
+    assert build().library.answer() == 42
+    assert path.read_bytes() == b"no library, and so no answer"  # nothing is kept in such a folder
+
+
+def test_a_library_that_is_a_link_would_be_loaded(needs_compiler, tmp_path):
+    build()
+    (path,) = (tmp_path / "cache" / "kernels").iterdir()
+    path.rename(tmp_path / "elsewhere.so")
+    path.symlink_to(tmp_path / "elsewhere.so")
+    assert build().library.answer() == 42
+    assert not path.is_symlink()
+
+
+def test_a_cache_that_cannot_be_written_would_leave_the_program_without_kernels(
+    needs_compiler, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MESHIFT_CACHE", str(tmp_path / "file"))
+    assert build().library.answer() == 42
 
 
 def test_openmp_of_torch_would_not_be_found(needs_compiler):

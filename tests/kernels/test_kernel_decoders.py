@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_twins import num_threads
 
 from meshift.config.sections import TrainableConfig
 from meshift.generation.engine import GenerationEngine
@@ -212,10 +213,13 @@ def test_all_layers_in_one_call_would_give_other_bits_than_layer_by_layer(
         assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
 
 
-def test_a_completion_would_depend_on_the_threads_or_on_its_company(cpu):
-    model = tiny("llama")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen2", "mistral"])
+def test_a_completion_would_depend_on_the_threads_or_on_its_company(multiplies, name, threads):
+    model = tiny(name)
     together = generate(model)
-    alone = GenerationEngine(model, num_slots=1).generate([PROMPT], PARAMS, seed=0, first_index=2)
+    with num_threads(threads):
+        alone = GenerationEngine(model, num_slots=1).generate([PROMPT], PARAMS, seed=0, first_index=2)
     assert alone[0].tokens == together[2].tokens
     assert alone[0].logprobs == together[2].logprobs
 

@@ -203,6 +203,7 @@ def test_fused_logits_would_exist_for_more_rows_than_a_block_holds(monkeypatch, 
     whole = token_logprobs(head, hidden, targets, 100, Wanted()).logprobs
     sizes, make = [], Kernels.logprobs
     monkeypatch.setattr(fused_logprobs, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(fused_logprobs, "MIN_ROWS", 1)
     monkeypatch.setattr(
         Kernels,
         "logprobs",

@@ -23,6 +23,7 @@ from typing import Any
 
 from meshift import errors
 from meshift.errors import MeshiftError, WorkerError
+from meshift.kernels.library import built
 from meshift.runtime.observer import Observer
 
 PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_ppo"]
@@ -40,6 +41,7 @@ def run_gang(num_processes: int, entry: str, argument: str, observer: Observer) 
     heard for their messages only. An error of Meshift's in one process is raised here, as its own class; any
     other, whose traceback that process has printed, or a death, as a `WorkerError`. No process is left behind.
     """
+    built()  # compiled once, not by every process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     threads = max(1, (os.cpu_count() or 1) // num_processes)

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--quick", action="store_true", help="about five minutes on two processors")
     made.add_argument("--only", default=",".join(works.GROUPS), metavar="GROUPS", help="of %(default)s")
+    made.add_argument("--works", default="", metavar="TEXT", help="only works whose name contains this")
     made.add_argument(
         "--settings",
         choices=("all", "first"),
@@ -94,6 +95,9 @@ def choose(given: argparse.Namespace) -> list[Work]:
     if given.json is not None and not given.json.resolve().parent.is_dir():
         raise ConfigError(f"--json: there is no folder {given.json.resolve().parent}; make it first")
     listed = works.quick_works() if given.quick else works.all_works()
+    listed = [work for work in listed if given.works in work.name]
+    if not listed:
+        raise ConfigError(f"--works: no work's name contains {given.works!r}; leave it out to see them all")
     if given.settings == "first":
         listed = [works.with_first_settings(work) for work in listed]
     return works.chosen(listed, groups, peers, given.device)
@@ -137,6 +141,7 @@ def report(suite: Suite, given: argparse.Namespace, found: Iterable[Row]) -> dic
         "device": given.device,
         "num_threads": given.threads,
         "quick": given.quick,
+        "works": given.works,
         "settings": given.settings,
         "rounds": given.rounds,
         "versions": {"meshift": __version__}

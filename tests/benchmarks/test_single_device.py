@@ -19,6 +19,7 @@ def said(capsys):
         (["--only", "everything"], "--only: there is no 'everything'"),
         (["--rounds", "2"], "--rounds is 2, and medians need at least 3"),
         (["--threads", "0"], "--threads is 0"),
+        (["--works", "chess"], "--works: no work's name contains 'chess'"),
         (["--json", "no/such/folder/out.json"], "--json: there is no folder"),
     ],
 )
@@ -37,6 +38,17 @@ def test_against_nobody_times_us_alone():
     works = choose(parser().parse_args(["--against", ""]))
     assert works
     assert all(not work.peers for work in works)
+
+
+def test_a_part_of_a_name_would_not_pick_its_works():
+    (work,) = choose(parser().parse_args(["--works", "natural"]))
+    assert work.natural
+
+
+def test_the_first_setting_alone_would_not_be_timed():
+    for settings, most in (("first", 1), ("all", 2)):
+        works = choose(parser().parse_args(["--settings", settings]))
+        assert max(len(peer.variants) for work in works for peer in work.peers) == most
 
 
 def test_the_file_is_replaced_whole(tmp_path):

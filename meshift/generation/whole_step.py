@@ -14,7 +14,8 @@ from torch import Tensor
 
 from meshift.generation.cache import DecodeAttention
 from meshift.generation.matrices import KernelMatrix, Matrix
-from meshift.kernels.cpu import ACTIVATIONS, LANES, Kernels, decode_attention_serves, kernels_for
+from meshift.kernels.cpu import LANES, Kernels, decode_attention_serves, kernels_for
+from meshift.kernels.matrix_products import ACTIVATIONS, threads
 from meshift.models.decoder import Decoder, Layer
 from meshift.models.norm import PlusOneRMSNorm, RMSNorm
 from meshift.models.rotary import Angles, Rotary
@@ -82,6 +83,7 @@ class WholeStep:
         cache = attention.cache
         step = WholeRows(
             rows=len(x),
+            threads=threads(),
             reach=cache.reach,
             layer_stride=cache.keys.stride(0),
             keys=cache.keys.data_ptr(),

@@ -150,7 +150,6 @@ class Kernels(ProductKernels):
     def decode(self, x: Tensor, layers: ctypes.Array, shape: ctypes.Structure, step: ctypes.Structure) -> None:
         """All layers of a decode step, in place on `x` [rows, hidden]: see `generation.whole_step`."""
         assert x.is_contiguous()
-        setattr(step, "threads", threads())  # noqa: B010
         room = self.scratch("decode", len(x) * self._library.decode_room(ctypes.addressof(shape)))
         self._library.decode(
             *(x.data_ptr(), ctypes.addressof(layers), len(layers), ctypes.addressof(shape)),
@@ -279,8 +278,7 @@ def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Ten
     """Strides of rows, and the sizes that the kernel asks for."""
     assert all(_dense(part) for part in heads)
     query, key = heads[:2]
-    assert query.shape[2] % (2 * LANES) == 0
-    assert query.shape[2] <= MAX_HEAD_DIM
+    assert packed_attention_serves(query.shape[2])
     assert query.shape[1] % key.shape[1] == 0
     sizes = [len(sequences.starts) - 1, query.shape[1], key.shape[1], query.shape[2], sequences.window]
     return torch.tensor([part.stride(0) for part in heads]), torch.tensor(sizes)
@@ -288,7 +286,12 @@ def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Ten
 
 def decode_attention_serves(head_dim: int, group: int) -> bool:
     """Whether `attend` has heads of this size and groups of so many query heads."""
-    return head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP
+    return packed_attention_serves(head_dim) and group <= MAX_GROUP
+
+
+def packed_attention_serves(head_dim: int) -> bool:
+    """Whether `packed_attention` has heads of this size."""
+    return head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def _dense(heads: Tensor) -> bool:

@@ -164,7 +164,6 @@ class _QueryKeyValue(torch.autograd.Function):
         parts = rows.split([len(weight) for weight in weights], dim=1)
         found = [part.unflatten(1, (-1, turn.head_dim)) for part in parts]
         turn.forward(kernels, found)
-        ctx.set_materialize_grads(True)
         return tuple(found)
 
     @staticmethod

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from meshift.kernels import functions
-from meshift.kernels.cpu import LANES, MAX_HEAD_DIM, Sequences, kernels_for
+from meshift.kernels.cpu import Sequences, kernels_for, packed_attention_serves
 
 # A bucket of sequences is padded to its longest; it is closed before padding exceeds this part of its rows.
 MAX_PADDING = 0.25
@@ -86,7 +86,7 @@ class PackedAttention:
         if self.num_rows == 0:
             return query
         kernels = kernels_for(query)
-        if kernels is not None and _kernel_serves(layer, query):
+        if kernels is not None and layer.softcap is None and packed_attention_serves(query.shape[2]):
             sequences = Sequences(starts=self._starts, scale=layer.scale, window=layer.window or 0)
             return functions.packed_attention(kernels, query, key, value, sequences)
         parts = [self._pad(x) for x in (query, key, value)]
@@ -117,11 +117,6 @@ class PackedAttention:
             padded, packed = next(iter(self._rows.values()))
             self._rows[device] = (padded.to(device), packed.to(device))
         return self._rows[device]
-
-
-def _kernel_serves(layer: AttentionLayer, query: Tensor) -> bool:
-    """Whether the CPU kernel has this head's size, and no cap is to be put on scores."""
-    return layer.softcap is None and query.shape[2] % (2 * LANES) == 0 and query.shape[2] <= MAX_HEAD_DIM
 
 
 def _attend_bucket(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer) -> Tensor:

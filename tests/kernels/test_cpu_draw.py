@@ -113,8 +113,8 @@ def test_large_logits_would_overflow(cpu, size):
 
 def test_a_row_whose_scaled_logits_overflow_would_read_outside_it(cpu):
     logits = torch.full((1, 32), 3e38)
-    tokens, _, faulty = draw(cpu, logits, torch.tensor([0.5], dtype=torch.float64), temperature=0.1)
-    assert faulty == 0 or 0 <= tokens.item() < 32
+    _, _, faulty = draw(cpu, logits, torch.tensor([0.5], dtype=torch.float64), temperature=0.1)
+    assert faulty == 0
 
 
 def test_a_rows_token_would_depend_on_company_or_threads(cpu):

@@ -2,9 +2,11 @@
 
 N body parameters (all matrices of the layers), V x H the head, L layers, A = heads x head_dim, T tokens, `len` a
 sequence's length. A forward pass costs 2 N T + 2 V H (rows through the head) + 2 L A sum(len^2) FLOPs; the last
-term is causal attention (two products of len^2 / 2 x A, 2 FLOPs each). Training costs three times that. A decode
-step reads all weights and the live keys and values once; it takes the larger of that over the bandwidth and its
-FLOPs over the GEMM rate. Norms, rotary, softmax, sampling and optimizer are not counted: they are overhead.
+term is causal attention (two products of len^2 / 2 x A, 2 FLOPs each). Rows that nobody reads need not go through
+what follows the last layer's attention, and a beginning that sequences share need run only once. Training costs
+three times that. A decode step reads all weights and the live keys and values once; it takes the larger of that
+over the bandwidth and its FLOPs over the GEMM rate. Norms, rotary, softmax, sampling and optimizer are not
+counted: they are overhead.
 """
 
 from __future__ import annotations
@@ -60,6 +62,11 @@ class Shape:
         return self.num_layers * sum(a * b for a, b in self.matrices)
 
     @property
+    def num_last(self) -> int:
+        """Parameters of what follows the last layer's attention."""
+        return sum(a * b for a, b in self.matrices[1:])
+
+    @property
     def num_head(self) -> int:
         """Parameters of the head."""
         return self.vocab_size * self.hidden_size
@@ -91,19 +98,31 @@ def attention_flops(shape: Shape, lengths: Sequence[int]) -> float:
     return 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * sum(n * n for n in lengths)
 
 
-def forward_flops(shape: Shape, lengths: Sequence[int], num_read: int) -> float:
+Shared = Sequence[tuple[int, int]]
+"""Beginnings in common: how many tokens, and how many times they need not run again."""
+
+
+def forward_flops(shape: Shape, lengths: Sequence[int], num_read: int, shared: Shared = ()) -> float:
     """A forward pass over whole sequences with `num_read` rows through the head."""
-    return 2.0 * shape.num_body * sum(lengths) + 2.0 * shape.num_head * num_read + attention_flops(shape, lengths)
+    num_rows = sum(lengths) - sum(length * times for length, times in shared)
+    attention = attention_flops(shape, lengths)
+    attention -= sum(times * attention_flops(shape, [length]) for length, times in shared)
+    products = shape.num_body * num_rows - shape.num_last * (num_rows - num_read) + shape.num_head * num_read
+    return 2.0 * products + attention
 
 
-def forward_seconds(shape: Shape, limits: Limits, lengths: Sequence[int], num_read: int) -> float:
+def forward_seconds(
+    shape: Shape, limits: Limits, lengths: Sequence[int], num_read: int, shared: Shared = ()
+) -> float:
     """The forward pass at the GEMM rate of so many rows."""
-    return forward_flops(shape, lengths, num_read) / limits.gemm_rate(sum(lengths))
+    return forward_flops(shape, lengths, num_read, shared) / limits.gemm_rate(sum(lengths))
 
 
-def training_seconds(shape: Shape, limits: Limits, lengths: Sequence[int], num_read: int) -> float:
+def training_seconds(
+    shape: Shape, limits: Limits, lengths: Sequence[int], num_read: int, shared: Shared = ()
+) -> float:
     """Forward and backward: three times the forward's FLOPs, at the GEMM rate of training."""
-    return 3.0 * forward_flops(shape, lengths, num_read) / limits.train_gemm
+    return 3.0 * forward_flops(shape, lengths, num_read, shared) / limits.train_gemm
 
 
 def decode_seconds(shape: Shape, limits: Limits, cached: Sequence[int]) -> float:

@@ -78,6 +78,7 @@ class TrainableConfig(Section):
     max_tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one forward and backward")
     logits_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    share_prefixes: bool = Field(True, description="run a prompt once for all texts that begin with it")
     num_frozen_layers: int = Field(
         0, ge=0, description="the embedding and this many lowest layers are not trained (0: train everything)"
     )

@@ -73,9 +73,14 @@ def products_for(weight: Tensor) -> "Kernels | None":
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """What packed attention has to know beside its rows: `starts` int64 [sequences + 1], `window` 0 for none."""
+    """What packed attention has to know beside its rows: `starts` int64 [pieces + 1], `window` 0 for none.
+
+    A piece is a whole sequence, or the rest of one after rows that it shares with others: `before` int64 [pieces]
+    names the piece of those, or itself. Pieces that continue another stand right behind it.
+    """
 
     starts: Tensor
+    before: Tensor
     scale: float
     window: int = 0
 
@@ -206,6 +211,7 @@ class Kernels(ProductKernels):
     def packed_attention(self, heads: Sequence[Tensor], sequences: Sequences, *, keep: bool) -> tuple[Tensor, ...]:
         """Causal attention of query, key and value [T, heads, dim] within each sequence: [T, heads, dim].
 
+        A sequence's row gets the same bits whether or not it shares rows with others, unless it has a window.
         Beside it, where they are to be kept for the backward pass, the logarithms of the softmax's sums, fp32
         [T, heads].
         """
@@ -215,7 +221,8 @@ class Kernels(ProductKernels):
         strides, sizes = _attention_sizes(heads, sequences)
         self._library.packed_attention(
             *(part.data_ptr() for part in heads),
-            *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
+            *(strides.data_ptr(), sequences.starts.data_ptr(), sequences.before.data_ptr()),
+            *(sizes.data_ptr(), sequences.scale),
             *(out.data_ptr(), address(lse), threads()),
         )
         return (out,) if lse is None else (out, lse)
@@ -228,7 +235,8 @@ class Kernels(ProductKernels):
         strides, sizes = _attention_sizes([*heads, *found], sequences)
         self._library.packed_attention_backward(
             *(part.data_ptr() for part in heads),
-            *(strides.data_ptr(), sequences.starts.data_ptr(), sizes.data_ptr(), sequences.scale),
+            *(strides.data_ptr(), sequences.starts.data_ptr(), sequences.before.data_ptr()),
+            *(sizes.data_ptr(), sequences.scale),
             *(out.data_ptr(), lse.data_ptr(), grad.data_ptr()),
             *(part.data_ptr() for part in found),
             threads(),
@@ -280,6 +288,7 @@ def _attention_sizes(heads: Sequence[Tensor], sequences: Sequences) -> tuple[Ten
     query, key = heads[:2]
     assert packed_attention_serves(query.shape[2])
     assert query.shape[1] % key.shape[1] == 0
+    assert len(sequences.before) == len(sequences.starts) - 1
     sizes = [len(sequences.starts) - 1, query.shape[1], key.shape[1], query.shape[2], sequences.window]
     return torch.tensor([part.stride(0) for part in heads]), torch.tensor(sizes)
 

@@ -2,8 +2,10 @@
    weights and their gradients are rounded to bfloat16 before they are multiplied, as in flash attention
    (arXiv:2205.14135), and nothing of the size length x length is kept.
 
-   Rows of q, k, v lie `stride` numbers apart (they may be parts of one matrix); sequence s has rows starts[s] to
-   starts[s + 1]. A row sees the last `window` rows up to itself (0: all). `dim` is a multiple of 32. */
+   Rows of q, k, v lie `stride` numbers apart (they may be parts of one matrix); piece s has rows starts[s] to
+   starts[s + 1]. A piece is a sequence, or what is left of one after the rows that it has in common with others:
+   those are piece before[s] (itself: none), which continues no other. A row sees the last `window` rows up to
+   itself (0: all). `dim` is a multiple of 32. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,10 +21,21 @@
 typedef struct {
     const bf16 *q, *k, *v;
     long stride_q, stride_k, stride_v;
-    const int64_t *starts;
-    long num_sequences, heads, kv_heads, dim, window;
+    const int64_t *starts, *before;
+    long num_pieces, heads, kv_heads, dim, window;
     float scale;
 } Call;
+
+/* Of a piece: its rows `start` to `start + own`, and `shared` rows from `first` on that come before them. */
+typedef struct {
+    long start, own, first, shared;
+} Piece;
+
+static Piece piece_of(const Call *c, long s) {
+    const long b = c->before[s], start = c->starts[s], own = c->starts[s + 1] - start;
+    if (b == s) return (Piece){start, own, start, 0};
+    return (Piece){start, own, c->starts[b], c->starts[b + 1] - c->starts[b]};
+}
 
 static void *allocate(size_t size) {
     void *found = malloc(size);
@@ -52,6 +65,17 @@ static void pack_pairs(const bf16 *x, long length, long stride, long dim, uint32
         const long done = (length + 1) / 2;
         memset(group + done * WIDTH, 0, (size_t)(rounded(length) / 2 - done) * WIDTH * 4);
     }
+}
+
+/* All rows of a piece one after another, which are copied to `room` where they are not so already. */
+static const bf16 *whole_rows(const bf16 *x, long *stride, long dim, const Piece *piece, bf16 *room) {
+    if (piece->shared == 0) return x + piece->start * *stride;
+    for (long r = 0; r < piece->shared + piece->own; r++) {
+        const long row = r < piece->shared ? piece->first + r : piece->start + r - piece->shared;
+        memcpy(room + r * dim, x + row * *stride, (size_t)dim * sizeof(bf16));
+    }
+    *stride = dim;
+    return room;
 }
 
 /* to[key group][rows][32] = the rows times packed keys [first, first + count). */
@@ -85,7 +109,7 @@ INLINE __mmask16 visible(long row, long key, long window) {
 
 static long first_key(const Call *c, long row) { return c->window && row + 1 > c->window ? row + 1 - c->window : 0; }
 
-/* One block of queries of one head. */
+/* One block of queries of one head: rows from `first` on of `length` whose row 0 would be row `start` of q. */
 static void forward_block(const Call *c, long start, long length, long head, long first, const uint32_t *keys,
                           const uint32_t *values, bf16 *out, float *lse) {
     float scores[KEY_GROUPS * QUERIES * WIDTH], sums[8 * QUERIES * WIDTH], highest[QUERIES], total[QUERIES];
@@ -141,19 +165,28 @@ static void forward_block(const Call *c, long start, long length, long head, lon
 
 /* out [rows][heads][dim]; lse [rows][heads], the logarithm of each softmax's sum, where wanted. */
 void packed_attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const int64_t *starts,
-                      const int64_t *sizes, float scale, bf16 *out, float *lse, int threads) {
-    const Call c = {q, k, v, strides[0], strides[1], strides[2], starts, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale};
+                      const int64_t *before, const int64_t *sizes, float scale, bf16 *out, float *lse, int threads) {
+    const Call c = {q, k, v, strides[0], strides[1], strides[2], starts, before, sizes[0], sizes[1], sizes[2], sizes[3],
+                    sizes[4], scale};
     const long group = c.heads / c.kv_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < c.num_sequences * c.kv_heads; task++) {
-        const long s = task / c.kv_heads, h = task % c.kv_heads, start = starts[s], length = starts[s + 1] - start;
-        if (length == 0) continue;
-        uint32_t *keys = allocate((size_t)(rounded(length) * c.dim * 2) * 2), *values = keys + rounded(length) * c.dim / 2;
-        pack_rows(k + start * c.stride_k + h * c.dim, length, c.stride_k, c.dim, keys);
-        pack_pairs(v + start * c.stride_v + h * c.dim, length, c.stride_v, c.dim, values);
+    for (long task = 0; task < c.num_pieces * c.kv_heads; task++) {
+        const long h = task % c.kv_heads;
+        const Piece piece = piece_of(&c, task / c.kv_heads);
+        const long length = piece.shared + piece.own;
+        if (piece.own == 0) continue;
+        const size_t packed = (size_t)(rounded(length) * c.dim) / 2;
+        uint32_t *keys = allocate((2 * packed + (size_t)(length * c.dim) / 2) * 4), *values = keys + packed;
+        bf16 *room = (bf16 *)(values + packed);
+        long stride = c.stride_k;
+        const bf16 *rows = whole_rows(k + h * c.dim, &stride, c.dim, &piece, room);
+        pack_rows(rows, length, stride, c.dim, keys);
+        stride = c.stride_v;
+        rows = whole_rows(v + h * c.dim, &stride, c.dim, &piece, room);
+        pack_pairs(rows, length, stride, c.dim, values);
         for (long g = 0; g < group; g++)
-            for (long first = 0; first < length; first += QUERIES)
-                forward_block(&c, start, length, h * group + g, first, keys, values, out, lse);
+            for (long first = piece.shared; first < length; first += QUERIES)
+                forward_block(&c, piece.start - piece.shared, length, h * group + g, first, keys, values, out, lse);
         free(keys);
     }
 }
@@ -164,7 +197,7 @@ typedef struct {
     float *to_keys, *to_values;
 } Side;
 
-/* dq [dim group][rows][32] of a block of queries; adds to the gradients of keys and values. */
+/* dq [dim group][rows][32] of a block of queries (as in forward_block); adds to the gradients of keys and values. */
 static void backward_block(const Call *c, long start, long length, long head, long first, const Side *side,
                            const bf16 *out, const bf16 *grad, const float *lse, float *to_query) {
     float scores[KEY_GROUPS * QUERIES * WIDTH], slopes[KEY_GROUPS * QUERIES * WIDTH], delta[QUERIES];
@@ -225,33 +258,75 @@ static void unpack(const float *sums, long rows, long height, long dim, bf16 *to
             store_bf16(to + r * stride + i, _mm512_loadu_ps(sums + (i / WIDTH * height + r) * WIDTH + i % WIDTH));
 }
 
+/* Gradients of a backward pass and their strides, and for each piece and key head what it gives the rows before it. */
+typedef struct {
+    const bf16 *out, *grad;
+    const float *lse;
+    bf16 *q, *k, *v;
+    long stride_q, stride_k, stride_v;
+    float **given;
+} Gradients;
+
+/* One piece and key head: writes its own rows' gradients. What it gives to the rows before it is kept; a piece that
+   others continue takes in theirs. */
+static void backward_piece(const Call *c, const Gradients *g, long s, long h) {
+    const Piece piece = piece_of(c, s);
+    const long length = piece.shared + piece.own, group = c->heads / c->kv_heads, dim = c->dim;
+    const size_t packed = (size_t)(rounded(length) * dim) / 2, sums = (size_t)(length * dim);
+    float to_query[8 * QUERIES * WIDTH];
+    uint32_t *memory = allocate((3 * packed + 2 * sums + sums / 2) * 4);
+    const Side side = {memory, memory + packed, memory + 2 * packed, (float *)(memory + 3 * packed),
+                       (float *)(memory + 3 * packed) + sums};
+    bf16 *room = (bf16 *)(side.to_values + sums);
+    long stride = c->stride_k;
+    const bf16 *rows = whole_rows(c->k + h * dim, &stride, dim, &piece, room);
+    pack_rows(rows, length, stride, dim, side.keys);
+    pack_pairs(rows, length, stride, dim, side.key_pairs);
+    stride = c->stride_v;
+    rows = whole_rows(c->v + h * dim, &stride, dim, &piece, room);
+    pack_rows(rows, length, stride, dim, side.values);
+    memset(side.to_keys, 0, 2 * sums * sizeof(float));
+    for (long next = s + 1; next < c->num_pieces && c->before[next] == s; next++) {
+        const float *theirs = g->given[next * c->kv_heads + h];
+        for (size_t i = 0; theirs && i < 2 * sums; i++) side.to_keys[i] += theirs[i];
+    }
+    for (long own = 0; own < group; own++)
+        for (long first = piece.shared; first < length; first += QUERIES) {
+            const long head = h * group + own, count = length - first < QUERIES ? length - first : QUERIES;
+            const long row = piece.start - piece.shared;
+            backward_block(c, row, length, head, first, &side, g->out, g->grad, g->lse, to_query);
+            unpack(to_query, count, QUERIES, dim, g->q + (row + first) * g->stride_q + head * dim, g->stride_q);
+        }
+    const long skipped = piece.shared * WIDTH;
+    unpack(side.to_keys + skipped, piece.own, length, dim, g->k + piece.start * g->stride_k + h * dim, g->stride_k);
+    unpack(side.to_values + skipped, piece.own, length, dim, g->v + piece.start * g->stride_v + h * dim, g->stride_v);
+    if (piece.shared) {
+        const size_t width = (size_t)skipped;
+        float *kept = allocate(2 * (size_t)(piece.shared * dim) * sizeof(float));
+        for (long part = 0; part < 2 * dim / WIDTH; part++)
+            memcpy(kept + (size_t)part * width, side.to_keys + part * length * WIDTH, width * sizeof(float));
+        g->given[s * c->kv_heads + h] = kept;
+    }
+    free(memory);
+}
+
 /* The gradients of q, k, v, with the strides of `strides`[3..5], from that of `out`. */
 void packed_attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const int64_t *starts,
-                               const int64_t *sizes, float scale, const bf16 *out, const float *lse, const bf16 *grad,
-                               bf16 *to_q, bf16 *to_k, bf16 *to_v, int threads) {
-    const Call c = {q, k, v, strides[0], strides[1], strides[2], starts, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale};
-    const long group = c.heads / c.kv_heads, dim = c.dim;
+                               const int64_t *before, const int64_t *sizes, float scale, const bf16 *out,
+                               const float *lse, const bf16 *grad, bf16 *to_q, bf16 *to_k, bf16 *to_v, int threads) {
+    const Call c = {q, k, v, strides[0], strides[1], strides[2], starts, before, sizes[0], sizes[1], sizes[2], sizes[3],
+                    sizes[4], scale};
+    const size_t num_tasks = (size_t)(c.num_pieces * c.kv_heads);
+    float **given = allocate((num_tasks + 1) * sizeof(float *));
+    memset(given, 0, (num_tasks + 1) * sizeof(float *));
+    const Gradients g = {out, grad, lse, to_q, to_k, to_v, strides[3], strides[4], strides[5], given};
+    /* First the pieces that come after others, then those that take in what these give. */
+    for (int first = 0; first < 2; first++)
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < c.num_sequences * c.kv_heads; task++) {
-        const long s = task / c.kv_heads, h = task % c.kv_heads, start = starts[s], length = starts[s + 1] - start;
-        if (length == 0) continue;
-        const long packed = rounded(length) * dim / 2;
-        float to_query[8 * QUERIES * WIDTH];
-        uint32_t *room = allocate((size_t)(3 * packed + 2 * length * dim) * 4);
-        const Side side = {room, room + packed, room + 2 * packed, (float *)(room + 3 * packed),
-                           (float *)(room + 3 * packed) + length * dim};
-        pack_rows(k + start * c.stride_k + h * dim, length, c.stride_k, dim, side.keys);
-        pack_rows(v + start * c.stride_v + h * dim, length, c.stride_v, dim, side.values);
-        pack_pairs(k + start * c.stride_k + h * dim, length, c.stride_k, dim, side.key_pairs);
-        memset(side.to_keys, 0, (size_t)(2 * length * dim) * sizeof(float));
-        for (long g = 0; g < group; g++)
-            for (long first = 0; first < length; first += QUERIES) {
-                const long head = h * group + g, rows = length - first < QUERIES ? length - first : QUERIES;
-                backward_block(&c, start, length, head, first, &side, out, grad, lse, to_query);
-                unpack(to_query, rows, QUERIES, dim, to_q + (start + first) * strides[3] + head * dim, strides[3]);
-            }
-        unpack(side.to_keys, length, length, dim, to_k + start * strides[4] + h * dim, strides[4]);
-        unpack(side.to_values, length, length, dim, to_v + start * strides[5] + h * dim, strides[5]);
-        free(room);
-    }
+        for (long task = 0; task < (long)num_tasks; task++) {
+            const long s = task / c.kv_heads;
+            if ((c.before[s] == s) == first && c.starts[s + 1] > c.starts[s]) backward_piece(&c, &g, s, task % c.kv_heads);
+        }
+    for (size_t i = 0; i < num_tasks; i++) free(given[i]);
+    free(given);
 }

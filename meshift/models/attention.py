@@ -69,15 +69,23 @@ class PackedAttention:
     shorter than the bucket, or scores are capped, the bucket is taken in blocks of rows.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        """`lengths`: rows of each sequence, in the order they are packed. A length of zero is allowed."""
+    def __init__(self, lengths: Sequence[int], before: Sequence[int] | None = None) -> None:
+        """`lengths`: rows of each piece, in the order they are packed. A length of zero is allowed.
+
+        A piece is a sequence, unless `before` says otherwise: then piece i continues piece `before[i]`, whose rows
+        several may have in common (itself: it continues none). Such pieces stand right behind the one before.
+        """
         if any(length < 0 for length in lengths):
             raise ValueError(f"A sequence cannot have a negative length; got {min(lengths)}.")
         self.num_rows = sum(lengths)
-        self.buckets = _buckets(lengths)
         self._starts = torch.tensor([0, *accumulate(lengths)])
+        self._before = torch.arange(len(lengths)) if before is None else torch.tensor(before, dtype=torch.int64)
+        self._whole = _whole_sequences(self._starts, self._before)
+        if self._whole is not None:
+            lengths = self._whole.lengths
+        self.buckets = _buckets(lengths)
         padded, packed = _row_indices(lengths, self.buckets)
-        in_order = torch.equal(padded, torch.arange(self.num_rows))
+        in_order = torch.equal(padded, torch.arange(sum(lengths)))
         self._rows = None if in_order else {padded.device: (padded, packed)}
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,8 +95,17 @@ class PackedAttention:
             return query
         kernels = kernels_for(query)
         if kernels is not None and layer.softcap is None and packed_attention_serves(query.shape[2]):
-            sequences = Sequences(starts=self._starts, scale=layer.scale, window=layer.window or 0)
+            sequences = Sequences(
+                starts=self._starts, before=self._before, scale=layer.scale, window=layer.window or 0
+            )
             return functions.packed_attention(kernels, query, key, value, sequences)
+        if self._whole is None:
+            return self._attend(layer, query, key, value)
+        rows, own = self._whole.rows.to(query.device), self._whole.own.to(query.device)
+        return self._attend(layer, query[rows], key[rows], value[rows])[own]
+
+    def _attend(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same over whole sequences."""
         parts = [self._pad(x) for x in (query, key, value)]
         attended = [_attend_bucket(q, k, v, layer) for q, k, v in zip(*parts, strict=True)]
         return self._unpad(torch.cat(attended) if len(attended) > 1 else attended[0])
@@ -181,6 +198,33 @@ def capped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
     scores = scores.unflatten(2, (-1, num_rows)).masked_fill(~visible, float("-inf"))
     attended = scores.softmax(dim=-1).flatten(2, 3) @ value.float()
     return attended.unflatten(2, (-1, num_rows)).flatten(1, 2).to(query.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """Sequences put together from pieces: their lengths, the packed row of each of their rows, int64, and where in
+    them each packed row stands as its piece's own, int64 [T]."""
+
+    lengths: list[int]
+    rows: Tensor
+    own: Tensor
+
+
+def _whole_sequences(starts: Tensor, before: Tensor) -> _Whole | None:
+    """None where no piece continues another."""
+    pieces = torch.arange(len(before))
+    if torch.equal(before, pieces):
+        return None
+    counts = starts.diff()
+    shared = torch.where(before == pieces, 0, counts[before])
+    spans = torch.stack([starts[before], shared, starts[:-1], counts], dim=1).tolist()
+    rows = torch.cat(
+        [torch.cat([torch.arange(n) + start for start, n in ((a, b), (c, d))]) for a, b, c, d in spans]
+    )
+    lengths = shared + counts
+    firsts = lengths.cumsum(0) - counts  # of a piece's own rows
+    own = torch.cat([torch.arange(n) + first for first, n in zip(firsts.tolist(), counts.tolist(), strict=True)])
+    return _Whole(lengths=lengths.tolist(), rows=rows, own=own)
 
 
 class _Rearrange(torch.autograd.Function):

@@ -5,8 +5,10 @@ how parameters are cut is `shards.py`'s, and where weights come from is `hf/`'s.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
+from torch.autograd.function import Function, once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 from meshift.kernels import functions
@@ -46,10 +48,12 @@ class SelfAttention(nn.Module):
             self.key_norm = make_norm(config, config.head_dim if self.norm_by_head else num_keys)
         self.output = SummedLinear(num_queries, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
+    def forward(
+        self, x: Tensor, angles: Sequence[Angles], attention: Attention, rows: Tensor | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or only those `rows` (int64, none twice) of it."""
         query, key, value = self._query_key_value(x, None if self.rotary is None else angles[self.rotary])
-        return self.output(attention(self.layer, query, key, value).flatten(1))
+        return self.output(pick(attention(self.layer, query, key, value).flatten(1), rows))
 
     def _query_key_value(self, x: Tensor, angles: Angles | None) -> Sequence[Tensor]:
         """Heads [T, heads, head_dim], queries and keys normed and turned."""
@@ -90,10 +94,12 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_post_norm = make_norm(config, config.hidden_size) if after else None
 
-    def forward(self, x: Tensor, angles: Sequence[Angles], attention: Attention) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        added = self.attention(_norm(self.attention_norm, x), angles, attention)
-        x = x + _norm(self.attention_post_norm, added)
+    def forward(
+        self, x: Tensor, angles: Sequence[Angles], attention: Attention, rows: Tensor | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or only those `rows` (int64, none twice) of it."""
+        added = self.attention(_norm(self.attention_norm, x), angles, attention, rows)
+        x = pick(x, rows) + _norm(self.attention_post_norm, added)
         added = self.mlp(_norm(self.mlp_norm, x))
         return x + _norm(self.mlp_post_norm, added)
 
@@ -127,19 +133,52 @@ class Decoder(nn.Module):
         return attention.key.out_features // attention.head_dim
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, *, checkpoint: bool = False
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        *,
+        rows: Tensor | None = None,
+        checkpoint: bool = False,
     ) -> Tensor:
         """Hidden rows [T, hidden] after the final norm, in the weights' dtype.
 
-        `tokens` and `positions` are int64 [T]. With `checkpoint`, each layer runs again in the backward pass and
-        keeps only its input: about a third more work for a fraction of the memory.
+        `tokens` and `positions` are int64 [T]. With `rows` (int64 [N], none twice) only those come out, as
+        [N, hidden]: what nobody reads need not go through the last layer's products. With `checkpoint`, each layer
+        runs again in the backward pass and keeps only its input: about a third more work for a fraction of the
+        memory.
         """
         x = self.embedding(tokens, positions)
         angles = [rotary(positions, x.dtype) for rotary in self.rotaries]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, start=1):
+            given = (x, angles, attention, rows if index == len(self.layers) else None)
             if checkpoint and is_grad_enabled():
                 # There is no dropout, hence no random state to restore.
-                x = recompute(layer, x, angles, attention, use_reentrant=False, preserve_rng_state=False)
+                x = recompute(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, angles, attention)
+                x = layer(*given)
         return self.norm(x)
+
+
+def pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Those rows of `x`, of which none is named twice (None: all, in order)."""
+    if rows is None:
+        return x
+    picked: Tensor = _Pick.apply(x, rows)
+    return picked
+
+
+class _Pick(Function):
+    """`x[rows]`. No row is named twice, so that the gradient is a copy, where autograd's own adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None

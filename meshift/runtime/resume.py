@@ -34,7 +34,14 @@ FREE = frozenset(
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 """How long the run is; `check_length` says when that may change."""
 LAST_BITS = frozenset(
-    {"num_threads", "max_tokens_per_micro_batch", "logits_chunk", "gradient_checkpointing", "num_slots"}
+    {
+        "num_threads",
+        "max_tokens_per_micro_batch",
+        "logits_chunk",
+        "gradient_checkpointing",
+        "share_prefixes",
+        "num_slots",
+    }
 )
 """Memory and speed: they change the order of sums, and with it the last bits of the result."""
 

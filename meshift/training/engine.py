@@ -16,17 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from meshift.batch import WHERE, Batch, Ragged, micro_batches
+from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.kernels.cpu import release_scratch
-from meshift.models.attention import PackedAttention, packed_positions
+from meshift.models.attention import PackedAttention
 from meshift.models.decoder import Decoder
 from meshift.parallel.data import Ranks, Statistics
 from meshift.parallel.groups import Place
 from meshift.training.checkpoint import State
 from meshift.training.flops import Work, training_flops
 from meshift.training.optimizer import MasterAdamW, freeze_layers
+from meshift.training.prefixes import arrange, share_in_micro_batches
 from meshift.training.readings import Reading, detach
 
 
@@ -108,7 +109,7 @@ class TrainingEngine:
         return self.ranks.whole(own, sizes)
 
     def _infer(self, reading: Reading, batch: Batch) -> Batch:
-        parts = micro_batches(reading.sizes(batch), self.config.max_tokens_per_micro_batch)
+        parts = self._micro_batches(reading, batch)
         with torch.no_grad():
             pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
         order = torch.tensor([row for part in parts for row in part])
@@ -167,7 +168,7 @@ class TrainingEngine:
 
     def _accumulate(self, loss: Loss, batch: Batch, count: int) -> Statistics:
         stats = Statistics()
-        parts = micro_batches(loss.reading.sizes(batch), self.config.max_tokens_per_micro_batch)
+        parts = self._micro_batches(loss.reading, batch)
         for piece in batch.split(parts):
             result = loss(self.forward(loss.reading, piece), piece)
             mean = result.total / count
@@ -176,8 +177,6 @@ class TrainingEngine:
                     self.optimizer.discard()
                 raise NonFiniteError(f"the loss is {mean.item()} {self._blamed(loss, piece)}")
             mean.backward()
-            lengths = loss.reading.sequences(piece).lengths.tolist()
-            self.work.flops += training_flops(self.model, lengths, len(loss.reading.rows(piece)))
             sums = {key: float(value) / count for key, value in result.sums.items()}
             stats.add({"loss": mean.item(), **sums}, {key: float(value) for key, value in result.maxima.items()})
         return stats
@@ -198,17 +197,29 @@ class TrainingEngine:
 
     def forward(self, reading: Reading, batch: Batch) -> dict[str, Ragged]:
         """One packed pass: the decoder over all rows, the head over those that are read."""
-        packed = reading.sequences(batch)
         device = next(self.model.parameters()).device
-        lengths = packed.lengths.tolist()
+        packed, read = reading.sequences(batch), reading.rows(batch)
+        arranged = arrange(packed, share=self.config.share_prefixes)
+        rows, back = torch.unique(arranged.place[read], return_inverse=True)
         hidden = self.model(
-            packed.values.to(device),
-            packed_positions(lengths, device=device),
-            PackedAttention(lengths),
+            packed.values[arranged.take].to(device),
+            arranged.positions.to(device),
+            PackedAttention(arranged.lengths, arranged.before),
+            rows=rows.to(device) if len(rows) < len(arranged.take) else None,
             checkpoint=self.config.gradient_checkpointing and torch.is_grad_enabled(),
         )
-        rows = reading.rows(batch).to(device)
-        return reading.read(self.model.head, hidden[rows], batch, self.config.logits_chunk)
+        if torch.is_grad_enabled():
+            self.work.flops += training_flops(self.model, arranged.spans, len(read), len(rows))
+        if not torch.equal(back, torch.arange(len(rows))):  # rows that several sequences read, or in another order
+            hidden = hidden[back.to(device)]
+        return reading.read(self.model.head, hidden, batch, self.config.logits_chunk)
+
+    def _micro_batches(self, reading: Reading, batch: Batch) -> list[list[int]]:
+        config = self.config
+        return share_in_micro_batches(
+            *(reading.sequences(batch), reading.sizes(batch), config.max_tokens_per_micro_batch),
+            share=config.share_prefixes,
+        )
 
     def master_weights(self) -> dict[str, Tensor]:
         """Every parameter by name, the trained ones from their fp32 masters."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from meshift.models.config import DecoderConfig
-from meshift.models.decoder import Decoder
+from meshift.models.decoder import Decoder, Layer
 
 
 @dataclass(kw_only=True)
@@ -27,19 +27,27 @@ class Work:
     seconds: float = 0.0
 
 
-def training_flops(model: Decoder, lengths: Sequence[int], num_read: int) -> float:
-    """Forward and backward over whole sequences, with `num_read` rows through the head.
+Spans = Sequence[tuple[int, int]]
+"""Of pieces of sequences: how many rows come before, and how many are its own."""
+
+
+def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -> float:
+    """Forward and backward, with `num_read` rows through the head, and `num_last` rows that leave the last layer.
 
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
     Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
     """
-    num_rows, total = sum(lengths), 0.0
+    num_rows, total = sum(own for _, own in spans), 0.0
     learned_below = any(p.requires_grad for p in model.embedding.parameters())
     for index, layer in enumerate(model.layers):
         learned = any(p.requires_grad for p in layer.parameters())
         passes = 1 + (learned or learned_below) + learned
-        total += 2.0 * num_rows * _num_weights(layer) * passes
-        attention = _attention_flops(model.config, lengths, model.config.window(index))
+        num_weights = _num_weights(layer)
+        if index == len(model.layers) - 1:  # what leaves: the products after attention see no other row
+            after = num_weights - _num_before_attention(layer)
+            total -= 2.0 * (num_rows - num_last) * after * passes
+        total += 2.0 * num_rows * num_weights * passes
+        attention = _attention_flops(model.config, spans, model.config.window(index))
         total += attention * (3 if learned or learned_below else 1)
         learned_below = learned_below or learned
     return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model))
@@ -49,9 +57,15 @@ def _num_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 
-def _attention_flops(config: DecoderConfig, lengths: Sequence[int], window: int | None) -> float:
+def _num_before_attention(layer: nn.Module) -> int:
+    assert isinstance(layer, Layer)
+    own = layer.attention
+    return sum(_num_weights(part) for part in (own.query, own.key, own.value))
+
+
+def _attention_flops(config: DecoderConfig, spans: Spans, window: int | None) -> float:
     """Two products, each a multiplication and an addition for every pair of a token and one that it sees."""
-    num_seen = sum(_num_pairs(n, window) for n in lengths)
+    num_seen = sum(_num_pairs(shared + own, window) - _num_pairs(shared, window) for shared, own in spans)
     return 4.0 * config.num_heads * config.head_dim * num_seen
 
 

@@ -52,7 +52,16 @@ def test_forward_flops_are_a_naive_count():
             naive += 2 * sum(a * b for a, b in SHAPE.matrices) * SHAPE.num_layers
             naive += 2 * 2 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim * (position + 0.5)
     naive += 2 * num_read * SHAPE.vocab_size * SHAPE.hidden_size
+    naive -= 2 * (sum(lengths) - num_read) * sum(a * b for a, b in SHAPE.matrices[1:])  # of the last layer
     assert forward_flops(SHAPE, lengths, num_read) == pytest.approx(naive)
+
+
+def test_a_beginning_in_common_runs_once():
+    """Four sequences of 5 that begin with the same 3: as one of 3, and 2 more of each that see the 3 as well."""
+    shared = forward_flops(SHAPE, [5] * 4, 8, [(3, 3)])
+    heads = 2 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim
+    naive = forward_flops(SHAPE, [3], 0) + 4 * (forward_flops(SHAPE, [2], 2) + heads * (5**2 - 3**2 - 2**2))
+    assert shared == pytest.approx(naive)
 
 
 def test_training_costs_three_forwards_at_its_own_rate():

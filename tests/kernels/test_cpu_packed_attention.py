@@ -11,7 +11,9 @@ RAGGED = [5, 0, 64, 1, 33, 65, 0]
 
 
 def sequences_of(lengths, window=0):
-    return Sequences(starts=torch.tensor([0, *lengths]).cumsum(0), scale=SCALE, window=window)
+    return Sequences(
+        starts=torch.tensor([0, *lengths]).cumsum(0), before=torch.arange(len(lengths)), scale=SCALE, window=window
+    )
 
 
 def heads_of(num_rows, heads=4, kv_heads=2, dim=32, *, scale=1.0):
@@ -123,3 +125,61 @@ def test_no_rows_would_not_be_served(cpu):
     parts = heads_of(0)
     found = all_of(cpu, parts, sequences_of([0, 0]), random_numbers(0, 4, 32))
     assert [len(part) for part in found] == [0, 0, 0, 0]
+
+
+# Pieces: how many rows each has, and which it continues. Groups of three, one and none that continue the first.
+PIECES = [(40, 0), (7, 0), (0, 0), (65, 0), (9, 4), (0, 5), (5, 5), (130, 7), (1, 7)]
+
+
+def pieces_of(window):
+    lengths, before = zip(*PIECES, strict=True)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return Sequences(starts=starts, before=torch.tensor(before), scale=SCALE, window=window)
+
+
+def whole_rows():
+    """For every piece the rows of what it continues and its own, one after another; and where its own lie."""
+    starts = pieces_of(0).starts.tolist()
+    rows, own, lengths = [], [], []
+    for piece, (length, before) in enumerate(PIECES):
+        shared = list(range(starts[before], starts[before + 1])) if before != piece else []
+        own += range(len(rows) + len(shared), len(rows) + len(shared) + length)
+        rows += [*shared, *range(starts[piece], starts[piece + 1])]
+        lengths.append(len(shared) + length)
+    return torch.tensor(rows), torch.tensor(own), lengths
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("window", [0, 1, 50])
+def test_what_sequences_share_would_be_other_rows(cpu, window, threads):
+    rows, own, lengths = whole_rows()
+    parts = heads_of(sum(length for length, _ in PIECES), 6, 2, 64)
+    grad = random_numbers(*parts[0].shape, seed=3)
+    with num_threads(threads):
+        found = all_of(cpu, parts, pieces_of(window), grad)
+    wide = [part.float().requires_grad_() for part in parts]
+    out = causal_attention([part[rows] for part in wide], lengths, scale=SCALE, window=window)[own]
+    expected = [out.detach(), *torch.autograd.grad(out, wide, grad.float())]
+    near(found[0], expected[0], within=2**-7)
+    for one, true in zip(found[1:], expected[1:], strict=True):
+        near(one, true, within=2**-6)
+
+
+def test_a_shared_row_would_have_other_bits(cpu):
+    rows, own, lengths = whole_rows()
+    parts = heads_of(sum(length for length, _ in PIECES), 6, 2, 64)
+    shared = cpu.packed_attention(parts, pieces_of(0), keep=True)
+    whole = cpu.packed_attention([part[rows] for part in parts], sequences_of(lengths), keep=True)
+    for one, other in zip(shared, whole, strict=True):
+        assert one.equal(other[own])
+
+
+def test_threads_would_change_the_gradients_of_shared_rows(cpu):
+    parts = heads_of(sum(length for length, _ in PIECES), 6, 2, 64)
+    grad = random_numbers(*parts[0].shape, seed=3)
+    found = []
+    for threads in (1, 2):
+        with num_threads(threads):
+            found.append(all_of(cpu, parts, pieces_of(0), grad))
+    for one, other in zip(*found, strict=True):
+        assert one.equal(other)

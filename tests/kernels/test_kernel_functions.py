@@ -130,7 +130,9 @@ def test_a_frozen_weight_would_spoil_the_gradients_of_the_others(cpu, frozen):
 @pytest.mark.parametrize("window", [0, 4])
 def test_attention_and_its_gradients_would_differ_from_torchs(cpu, window):
     lengths = [9, 0, 1, 11]
-    sequences = Sequences(starts=torch.tensor([0, *lengths]).cumsum(0), scale=0.2, window=window)
+    sequences = Sequences(
+        starts=torch.tensor([0, *lengths]).cumsum(0), before=torch.arange(len(lengths)), scale=0.2, window=window
+    )
     hold(
         lambda *heads: functions.packed_attention(cpu, *heads, sequences),
         lambda *heads: causal_attention(heads, lengths, scale=0.2, window=window),

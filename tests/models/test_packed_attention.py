@@ -98,3 +98,32 @@ def test_rows_that_do_not_add_up_are_refused(kind):
 def test_a_negative_length_is_refused():
     with pytest.raises(ValueError, match="negative length"):
         PackedAttention([3, -1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(0, 9), st.lists(st.integers(0, 12), max_size=3)), min_size=1, max_size=4
+    ),
+    window=st.sampled_from([None, 1, 4]),
+    softcap=st.sampled_from([None, 0.6]),
+)
+def test_pieces_are_as_the_whole_sequences_of_the_plain_twin(groups, window, softcap):
+    layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
+    lengths, before, whole, own, start = [], [], [], [], 0
+    sequences = []
+    for shared, rests in groups:
+        first = start
+        for number, length in enumerate([shared, *rests]):
+            common = list(range(first, first + shared)) if number else []
+            before.append(len(lengths) - number)
+            lengths.append(length)
+            own += range(len(whole) + len(common), len(whole) + len(common) + length)
+            whole += [*common, *range(start, start + length)]
+            sequences.append(len(common) + length)
+            start += length
+    rows = inputs(start)
+    packed = PackedAttention(lengths, before)(layer, *rows)
+    picked = [row[torch.tensor(whole, dtype=torch.int64)] for row in rows]
+    plain = PlainAttention(sequences)(layer, *picked)[torch.tensor(own, dtype=torch.int64)]
+    _compare(packed, plain, rows)

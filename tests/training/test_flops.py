@@ -13,11 +13,11 @@ LENGTHS = [5, 9, 1]
 PRODUCTS = ("aten.mm", "aten.addmm")
 
 
-def products_that_ran(model, num_read):
+def products_that_ran(model, num_read, rows=None):
     """What torch counts in linear layers, forward and backward; attention's own products are not among them."""
     tokens = torch.randint(0, model.config.vocab_size, (sum(LENGTHS),))
     with FlopCounterMode(display=False) as counter:
-        hidden = model(tokens, packed_positions(LENGTHS), PackedAttention(LENGTHS))
+        hidden = model(tokens, packed_positions(LENGTHS), PackedAttention(LENGTHS), rows=rows)
         model.head(hidden[:num_read]).float().sum().backward()
     counts = counter.get_flop_counts()["Global"]
     return sum(count for op, count in counts.items() if str(op) in PRODUCTS)
@@ -29,13 +29,32 @@ def attention_by_hand(model, num_trained):
     return 4 * config.num_heads * config.head_dim * pairs * (config.num_layers - num_trained + 3 * num_trained)
 
 
+@pytest.mark.parametrize("rows", [None, [2, 5, 11, 14]])
 @pytest.mark.parametrize("head", ["lm", "value"])
 @pytest.mark.parametrize("num_frozen", [0, 1, 2])
-def test_equals_what_torch_counts(head, num_frozen):
+def test_equals_what_torch_counts(head, num_frozen, rows):
     model = tiny_model(head)
     freeze_layers(model, num_frozen, model.config.num_layers)
-    expected = products_that_ran(model, 4) + attention_by_hand(model, model.config.num_layers - num_frozen)
-    assert training_flops(model, LENGTHS, 4) == expected
+    picked = None if rows is None else torch.tensor(rows)
+    expected = products_that_ran(model, 4, picked)
+    expected += attention_by_hand(model, model.config.num_layers - num_frozen)
+    spans = [(0, n) for n in LENGTHS]
+    assert training_flops(model, spans, 4, sum(LENGTHS) if rows is None else len(rows)) == expected
+
+
+def test_rows_that_come_before_would_count_twice():
+    model = tiny_model()
+    apart, together = (
+        training_flops(model, spans, 4, 4) for spans in ([(0, 9), (0, 9)], [(0, 5), (5, 4), (5, 4)])
+    )
+    weights = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
+    first, last = (sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in model.layers)
+    assert weights == first + last
+    own = model.layers[1].attention
+    before = sum(part.weight.numel() for part in (own.query, own.key, own.value))
+    rows = 3 * 2 * 5 * (first + before)  # five rows less through all but what follows the last attention
+    pairs = 3 * 4 * model.config.num_heads * model.config.head_dim * len(model.layers) * 15  # 5 rows see 15
+    assert apart - together == rows + pairs
 
 
 def test_a_window_leaves_out_what_it_hides():

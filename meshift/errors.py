@@ -58,6 +58,14 @@ class WorkerError(MeshiftError):
     """A process of a run failed or died, and the others were ended."""
 
 
+class LostWorkerError(WorkerError):
+    """A process of a run was killed, or hangs. `report` says of a hang where each process was, with its stack."""
+
+    def __init__(self, text: str, *, report: str | None = None) -> None:
+        super().__init__(text)
+        self.report = report
+
+
 class StaleWeightsError(MeshiftError):
     """Two parties to one step hold different versions of the same weights."""
 

@@ -80,6 +80,8 @@ class RichObserver:
         self._total, self._started, self.num_done = total_steps, self._clock(), 0
         self._last_line, self._first = float("-inf"), None
         if self._console.is_terminal:
+            if self._task is not None:  # of a run that begins again after it lost a process
+                self._bar.remove_task(self._task)
             self._task = self._bar.add_task(title, total=total_steps, reading="", call="")
             self._bar.start()
         else:

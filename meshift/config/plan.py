@@ -37,3 +37,14 @@ class PlanConfig(Section):
     def is_given(self) -> bool:
         """Whether anything is planned; without a plan a run is one process."""
         return any(getattr(self, role) is not None for role in type(self).model_fields)
+
+
+class LaunchConfig(Section):
+    """The processes of a run by plan: what they pass on early, when one is taken to hang, and restarts."""
+
+    stream: bool = Field(True, description="let other devices read completions while generation goes on")
+    stream_size: int = Field(16, ge=1, description="completions that are passed on together, at least")
+
+    max_restarts: int = Field(3, ge=0, description="times the run goes on by itself after it lost a process")
+    heartbeat_timeout_s: float = Field(60.0, gt=1, description="silence after which a process is taken to hang")
+    hang_timeout_s: float = Field(1800.0, gt=0, description="time without any call begun or ended: all hang")

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meshift.config.plan import PlanConfig
+from meshift.config.plan import LaunchConfig, PlanConfig
 from meshift.config.section import Section
 from meshift.config.sections import (
     CriticConfig,
@@ -109,6 +109,7 @@ class PPORunConfig(RolloutRunConfig):
     critic: CriticConfig = CriticConfig()
     ppo: PPOConfig = PPOConfig()
     plan: PlanConfig = PlanConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @property
     def num_passes(self) -> int:

@@ -30,6 +30,8 @@ PREFILL_BUDGET = 4096
 
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished sequences and the number of tokens generated so far."""
+Finished = Callable[[list[Completion]], None]
+"""Called after each step in which sequences ended, with their completions."""
 Growth = Iterator[Completion]
 """A completion that has one token more each time it is given."""
 
@@ -91,8 +93,12 @@ class GenerationEngine:
         *,
         seed: int,
         on_progress: Progress | None = None,
+        on_finished: Finished | None = None,
     ) -> list[Completion]:
-        """As `generate`, with every index given; neighbours with the same prompt share its prefill."""
+        """As `generate`, with every index given; neighbours with the same prompt share its prefill.
+
+        `on_finished` gets completions as they end, those of one step together.
+        """
         check_requests(self.model, requests, params, self._decode)
         if not requests:
             return []
@@ -101,6 +107,8 @@ class GenerationEngine:
         for num_drawn, ended, _ in self._steps(requests, params, seed):
             finished.update((completion.index, completion) for completion in ended)
             num_tokens += num_drawn
+            if on_finished and ended:
+                on_finished(ended)
             if on_progress:
                 on_progress(len(finished), num_tokens)
         return [finished[request.index] for request in requests]

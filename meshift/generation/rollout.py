@@ -6,7 +6,7 @@ and the algorithms read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ import torch
 from meshift.batch import Batch, Ragged
 from meshift.generation.engine import GenerationEngine, Progress
 from meshift.generation.params import Completion, Request, SamplingParams
+
+OnPart = Callable[[list[int], Batch], None]
+"""Gets the numbers of some rows, and those rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +40,40 @@ def rollout(
     batch: Batch,
     version: int,
     on_progress: Progress | None = None,
+    on_part: OnPart | None = None,
 ) -> Batch:
     """Complete every prompt of the batch with weights of the given version.
 
     Reads `prompts` and `index` (the sequence's number in the run, [1]); neighbouring rows with the same prompt
     share its prefill. Writes `tokens` (prompt and completion), `completion_lengths` [1], `logprobs`
-    [completion], `truncated` [1] bool, `version` [1], and the task's support keys.
+    [completion], `truncated` [1] bool, `version` [1], and the task's support keys. `on_part` gets rows of that as
+    their completions end, each once, with their numbers in the batch.
     """
     prompts = [row.tolist() for row in batch["prompts"].rows()]
     requests = [
         Request(tokens=tokens, index=index)
         for tokens, index in zip(prompts, batch["index"].values.tolist(), strict=True)
     ]
-    completions = engine.generate_requests(requests, task.params, seed=task.seed, on_progress=on_progress)
+    rows = {request.index: row for row, request in enumerate(requests)}
+
+    def pass_on(ended: list[Completion]) -> None:
+        assert on_part is not None
+        numbers = [rows[completion.index] for completion in ended]
+        on_part(numbers, _packed([prompts[row] for row in numbers], ended, task, version))
+
+    completions = engine.generate_requests(
+        requests,
+        task.params,
+        seed=task.seed,
+        on_progress=on_progress,
+        on_finished=None if on_part is None else pass_on,
+    )
+    return _packed(prompts, completions, task, version)
+
+
+def _packed(
+    prompts: Sequence[list[int]], completions: Sequence[Completion], task: SamplingTask, version: int
+) -> Batch:
     sequences = [[*prompt, *c.tokens] for prompt, c in zip(prompts, completions, strict=True)]
     fields = {
         "tokens": Ragged.from_rows(sequences, torch.int64),

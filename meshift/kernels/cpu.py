@@ -243,6 +243,19 @@ class Kernels(ProductKernels):
         )
         return found
 
+    def bit_sums(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of each row and column of int16 or int32 [rows, columns], in int64. Raises `MemoryError`."""
+        assert bits.is_contiguous()
+        num_rows, num_columns = bits.shape
+        of_rows, of_columns = torch.empty(num_rows, dtype=torch.int64), torch.zeros(num_columns, dtype=torch.int64)
+        done = self._library.bit_sums(
+            *(bits.data_ptr(), num_rows, num_columns, bits.element_size()),
+            *(of_rows.data_ptr(), of_columns.data_ptr(), threads()),
+        )
+        if not done:
+            raise MemoryError(f"there is no memory for the sums of {num_columns} columns")
+        return of_rows, of_columns
+
     def logprobs(
         self, logits: Tensor, targets: Tensor, *, temperature: float, entropy: bool, likeliest: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

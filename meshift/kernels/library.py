@@ -27,6 +27,7 @@ _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "draw": ("pllfpplppppi", _LONG),
     "logprobs": ("pllfpppppi", None),
     "logprob_gradients": ("pllfppppi", None),
+    "bit_sums": ("pllippi", _INT),
 }
 """Arguments of each kernel: p a pointer, l a long, i an int, f a float."""
 _TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}

@@ -20,6 +20,7 @@ from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.layout.shard import Shard
 from meshift.realloc.fingerprint import fingerprint
+from meshift.realloc.near import Form
 from meshift.realloc.rounds import Round, rounds_of
 from meshift.realloc.transfers import Plan, Transfer
 
@@ -53,7 +54,13 @@ class Arrived:
 
 
 class Reallocation:
-    """One plan at one site, read once and carried out as often as the parameters move."""
+    """One plan at one site, read once and carried out as often as the parameters move.
+
+    Where all processes are on one machine and the source's shards lie in memory that they have mapped (`near.py`),
+    `near` has them by the source's rank: then receivers copy from there, and nothing is sent.
+    """
+
+    near: Mapping[int, Shards] | None = None
 
     def __init__(self, plan: Plan, shards: Mapping[str, Shard], site: Site) -> None:
         self.plan, self.site = plan, site
@@ -87,15 +94,13 @@ class Reallocation:
         self._check(held, into, rate)
         started = time.perf_counter()
         new = self._memory(held, into)
-        for copy in self._share.copies:
-            # By way of what is sent, lest replicas that mix differ by how their numbers came.
-            data = held[copy.name][copy.source_slices].to(self._wire)
-            _write(new[copy.name][copy.target_slices], data, rate)
-        sent = received = 0
-        for part in self._rounds:
+        self._copy([(copy, held) for copy in self._share.copies], new, rate)
+        if self.near is not None:
+            self._read_near(self.near, new, rate)
+        for part in self._rounds if self.near is None else ():
             self._exchange(part, held, new, rate)
-            sent += sum(transfer.num_bytes for transfer in part.sends)
-            received += sum(transfer.num_bytes for transfer in part.receives)
+        sent = sum(transfer.num_bytes for transfer in self._share.sends)
+        received = sum(transfer.num_bytes for transfer in self._share.receives)
         seconds = time.perf_counter() - started
         return Arrived(shards=new, sent_bytes=sent, received_bytes=received, seconds=seconds)
 
@@ -122,6 +127,35 @@ class Reallocation:
                     f"After {self._path()} the parameter {name} is not what was sent (devices "
                     f"{self.plan.target.mesh}): the step was stopped; resume from the last checkpoint."
                 )
+
+    def senders(self) -> dict[int, Form]:
+        """The ranks of the source that this device receives from, each with the form of what it holds."""
+        dtype = getattr(torch, self.plan.dtypes.source)
+        return {
+            rank: {
+                n: (shape_of(b), dtype) for n, b in boxes_of(self.plan.source.layout, self._table, rank).items()
+            }
+            for rank in sorted({transfer.source for transfer in self._share.receives})
+        }
+
+    def _read_near(self, near: Mapping[int, Shards], new: Shards, rate: float | None) -> None:
+        """Copy what would be received from where it lies, while nobody changes it."""
+        dist.barrier(group=self.site.group)
+        self._copy([(transfer, near[transfer.source]) for transfer in self._share.receives], new, rate)
+        dist.barrier(group=self.site.group)
+
+    def _copy(self, transfers: Sequence[tuple[Transfer, Shards]], new: Shards, rate: float | None) -> None:
+        """Write boxes from memory that is here, each with the shards it comes from.
+
+        By way of the type that is sent, lest replicas that mix differ by how their numbers came.
+        """
+        data = [held[transfer.name][transfer.source_slices].to(self._wire) for transfer, held in transfers]
+        views = [new[transfer.name][transfer.target_slices] for transfer, _ in transfers]
+        if rate is None and views:
+            torch._foreach_copy_(views, data)  # one call for hundreds of small copies
+            return
+        for view, numbers in zip(views, data, strict=True):
+            _write(view, numbers, rate)
 
     def _boxes(self, placement: Placement) -> dict[str, Box]:
         """This device's boxes of the parameters that move."""

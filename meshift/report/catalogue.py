@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-HIDDEN = ("timing_s/", "training/global_step")
+HIDDEN = ("timing_s/", "start_s/", "training/global_step")
 """Shown by the timeline, or the axis itself."""
 BY_SOURCE = "Reward by source"
 EXACT = frozenset(("lr", "actor/lr", "critic/lr", "objective/kl_coef", "sync/version", "num_tokens"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from meshift.report.series import Series
 from meshift.yaml_values import read_yaml
 
 CONFIG, METRICS, SAMPLES, ENVIRONMENT = "config.yaml", "metrics.jsonl", "samples.jsonl", "environment.json"
+PLACEMENTS = "placements.json"
 STEP = "training/global_step"
 EMPTY = Series([], [])
 ROLLOUT_METHODS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "remax")
@@ -37,7 +38,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run. `num_unreadable` counts lines of its files that are no JSON objects, a torn last one among them."""
+    """A run. `num_unreadable` counts lines of its files that are no JSON objects, a torn last one among them.
+
+    `placements` are the processes of each call, in a run by plan.
+    """
 
     path: Path
     name: str
@@ -48,6 +52,7 @@ class RunData:
     num_steps: int
     has_model: bool
     num_unreadable: int
+    placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def series(self, key: str) -> Series:
         """A metric; an empty series where the run has none."""
@@ -105,7 +110,8 @@ def read_run(folder: Path) -> RunData:
         path=folder,
         name=folder.resolve().name,
         config=_read_config(folder / CONFIG),
-        environment=_read_environment(folder / ENVIRONMENT),
+        environment=_read_object(folder / ENVIRONMENT),
+        placements=_placements(_read_object(folder / PLACEMENTS)),
         metrics=metrics,
         samples=[_sample(row) for row in samples],
         num_steps=num_steps,
@@ -197,9 +203,19 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _read_environment(path: Path) -> Mapping[str, Any]:
+def _read_object(path: Path) -> Mapping[str, Any]:
     lines = list(_lines(path))
     return _object("".join(lines)) or {}
+
+
+def _placements(content: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    return {
+        name: processes
+        for name, processes in content.items()
+        if isinstance(processes, list)
+        and processes
+        and all(isinstance(p, int) and 0 <= p < 10**4 for p in processes)
+    }
 
 
 def name_runs(runs: Sequence[RunData]) -> list[str]:

@@ -11,6 +11,7 @@ import yaml
 
 from meshift.report.catalogue import EXACT, Chart, Group, charts_for
 from meshift.report.completion_tables import fixed_table, logged_table
+from meshift.report.device_chart import bars_of, device_chart
 from meshift.report.diagnosis import Diagnosis
 from meshift.report.document import document, key_values, number_table, section
 from meshift.report.line_chart import Caption, Line, line_chart
@@ -178,7 +179,8 @@ def _time(run: RunData) -> Markup | None:
         return None
     table = element("div", time_table(timeline), class_="scroll", tabindex=0)
     body = element("div", timeline_chart(timeline), table, class_="beside")
-    return section("Where the time goes", body, anchor="time")
+    bars = bars_of(run)
+    return section("Where the time goes", body, device_chart(bars) if bars else None, anchor="time")
 
 
 def _completions(run: RunData) -> Markup | None:

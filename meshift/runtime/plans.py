@@ -46,14 +46,6 @@ def num_processes(placements: Placements) -> int:
     return max(used) + 1
 
 
-def check_plan(config: PPORunConfig) -> None:
-    """Raise `ConfigError` for what a run over several processes cannot do yet."""
-    if config.save_steps is not None or config.resume:
-        raise ConfigError("a run with a `plan` writes no checkpoints yet: take out `save_steps` and --resume")
-    if config.reference.sync_ref_model:
-        raise ConfigError("a run with a `plan` cannot move its reference yet: set reference.sync_ref_model=false")
-
-
 def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kind, Placement]:
     if plan is None:
         return dict.fromkeys(used, Placement(mesh=Mesh(devices=(Device(index=0),)), layout=Layout()))

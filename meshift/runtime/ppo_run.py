@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +15,11 @@ from meshift.algorithms.ppo import PPO
 from meshift.config.runs import PPORunConfig
 from meshift.models.hf.save import save_model
 from meshift.runtime.launch.local import run_gang
+from meshift.runtime.launch.restarts import run_with_restarts
+from meshift.runtime.launch.watch import Limits
 from meshift.runtime.models import compute_dtype, open_model
 from meshift.runtime.observer import Observer
-from meshift.runtime.plans import check_plan, num_processes, placements_of
+from meshift.runtime.plans import num_processes, placements_of
 from meshift.runtime.role import LocalRole
 from meshift.runtime.rollout_prompts import PromptSource
 from meshift.runtime.rollout_run import (
@@ -29,10 +31,13 @@ from meshift.runtime.rollout_run import (
     rollout_job,
     run_sampling,
 )
-from meshift.runtime.run import Job, RunResult, run_job
+from meshift.runtime.run import Job, RunResult, finished_run, run_job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+SHARE = "meshift.runtime.spread_ppo:run_share"
 
 
 def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
@@ -42,9 +47,16 @@ def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
     """
     if not config.plan.is_given:
         return run_job(config, build_ppo_job, observer)
-    check_plan(config)
     count = num_processes(placements_of(config, role_models(config)))
-    found = run_gang(count, "meshift.runtime.spread_ppo:run_share", config.model_dump_json(), observer)
+    finished = finished_run(config, observer)
+    if finished is not None:
+        return finished
+    limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
+
+    def run(config: PPORunConfig, observer: Observer) -> Any:
+        return run_gang(count, SHARE, config.model_dump_json(), observer, limits)
+
+    found = run_with_restarts(config, config.launch.max_restarts, run, observer)
     folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
     return RunResult(**folders, metrics=found["metrics"])
 
@@ -92,7 +104,6 @@ def build_ppo_job(config: PPORunConfig) -> Job:
 
 def _plan_text(config: PPORunConfig) -> str:
     """Every call's placement, and how many processes that makes."""
-    check_plan(config)
     placements = placements_of(config, role_models(config))
     calls = [f"{role}.{kind} {p}" for role, kinds in placements.items() for kind, p in kinds.items()]
     return f"{num_processes(placements)} processes: {', '.join(calls)}"

@@ -27,10 +27,12 @@ FREE = frozenset(
     {
         *("output_dir", "overwrite_output_dir", "resume", "report_to", "num_logged_samples"),
         *("save_steps", "save_total_limit", "eval_steps", "num_report_prompts", "report_samples_every"),
+        *("max_restarts", "heartbeat_timeout_s", "hang_timeout_s"),
         *("timeout_s", "on_error"),  # of a reward function: what happens where the run would have ended before
     }
 )
 """Last parts of keys that change nothing about the trained model."""
+OTHER_BITS = "may differ in its last bits from one that was never broken off"
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 """How long the run is; `check_length` says when that may change."""
 LAST_BITS = frozenset(
@@ -40,6 +42,7 @@ LAST_BITS = frozenset(
         "logits_chunk",
         "gradient_checkpointing",
         "share_prefixes",
+        *("stream", "stream_size"),
         "num_slots",
     }
 )
@@ -158,14 +161,16 @@ def check_same_run(begun: RunConfig, config: RunConfig, where: str) -> tuple[str
     """Notes on what has changed since; raises `ConfigError`, naming key and values, where that may not change."""
     before, now = dict(_flat(begun.model_dump(mode="json"))), dict(_flat(config.model_dump(mode="json")))
     notes = []
+    if getattr(begun, "plan", None) != getattr(config, "plan", None):
+        notes.append(f"`plan` is another than in {where}: the run {OTHER_BITS}")
     for key in sorted(before.keys() | now.keys()):
         leaf = key.rsplit(".", 1)[-1]
-        if before.get(key) == now.get(key) or leaf in FREE | LENGTH:
+        if before.get(key) == now.get(key) or leaf in FREE | LENGTH or key.startswith("plan."):
             continue
         change = f"`{key}` was {json.dumps(before.get(key))} in {where} and is {json.dumps(now.get(key))} now"
         if leaf not in LAST_BITS:
             raise ConfigError(f"{change}: a resumed run must be the same run; set it back, or start a new run")
-        notes.append(f"{change}: the run may differ in its last bits from one that was never broken off")
+        notes.append(f"{change}: the run {OTHER_BITS}")
     return tuple(notes)
 
 
@@ -210,8 +215,8 @@ def check_environment(checkpoint: Checkpoint, now: Mapping[str, str]) -> tuple[s
     """One note for each thing outside the config that the last bits depend on and that is another now."""
     before = checkpoint.facts["environment"]
     return tuple(
-        f"{key} was {before.get(key)} when {checkpoint.folder.name} was written and is {value} now: the run may "
-        "differ in its last bits from one that was never broken off"
+        f"{key} was {before.get(key)} when {checkpoint.folder.name} was written and is {value} now: the run "
+        f"{OTHER_BITS}"
         for key, value in now.items()
         if before.get(key) != value
     )

@@ -6,7 +6,7 @@ of algorithms; `step.py` calls its verbs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
 from meshift.errors import CheckpointError, NonFiniteError, StaleWeightsError
 from meshift.generation.engine import GenerationEngine
-from meshift.generation.rollout import SamplingTask, rollout
+from meshift.generation.rollout import OnPart, SamplingTask, rollout
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.parallel.groups import Place
@@ -88,10 +88,13 @@ class LocalRole:
         self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode)
         return self
 
-    def generate(self, task: SamplingTask, batch: Batch) -> Outcome:
-        """Sample completions; `perf/generated_tokens` counts them."""
+    def generate(self, task: SamplingTask, batch: Batch, on_part: OnPart | None = None) -> Outcome:
+        """Sample completions; `perf/generated_tokens` counts them.
+
+        `on_part` gets this process's rows as they end, by their numbers in the batch.
+        """
         assert self.generator is not None, f"role {self.name} has no generation engine"
-        completed = self._rollout(self.generator, task, batch)
+        completed = self._rollout(self.generator, task, batch, on_part)
         if self.trainer.optimizer is not None:
             self.generator.release_weights()  # an update will change them
             if self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
@@ -99,12 +102,20 @@ class LocalRole:
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
 
-    def _rollout(self, generator: GenerationEngine, task: SamplingTask, batch: Batch) -> Batch:
+    def _rollout(
+        self, generator: GenerationEngine, task: SamplingTask, batch: Batch, on_part: OnPart | None
+    ) -> Batch:
         ranks = self.trainer.ranks
         if ranks is None:
-            return rollout(generator, task, batch, self.version)
+            return rollout(generator, task, batch, self.version, on_part=on_part)
         rows = ranks.neighbours(len(batch))
-        own = rollout(generator, task, batch.index(rows), self.version) if rows else Batch({})
+
+        def pass_on(numbers: list[int], part: Batch) -> None:
+            assert on_part is not None
+            on_part([rows[number] for number in numbers], part)
+
+        given = None if on_part is None else pass_on
+        own = rollout(generator, task, batch.index(rows), self.version, on_part=given) if rows else Batch({})
         return ranks.joined(own)
 
     def infer(self, task: Reading, batch: Batch) -> Outcome:
@@ -144,21 +155,29 @@ class LocalRole:
 
     @torch.no_grad()
     def mix(self, source: Role, rate: float) -> None:
-        """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once.
+        """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once."""
+        weights = source.master_weights()
+        for name, average in self.averages(weights).items():
+            average.lerp_(weights[name].to(average), rate)
+        self.settle_averages()
 
-        A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution. An fp32 copy of
-        the average is kept for such parameters only; those in fp32 are mixed in place.
+    def averages(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Of these parameters what is mixed into, in fp32: in place where the model is in fp32, else a copy.
+
+        A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution.
         """
-        own = dict(self.model.named_parameters())
-        for name, weight in source.master_weights().items():
+        own = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name in names:
             self._moved.add(name)
-            if own[name].dtype == torch.float32:
-                own[name].lerp_(weight.to(own[name]), rate)
-                continue
-            if name not in self._mixed:
-                self._mixed[name] = own[name].detach().float().clone()
-            average = self._mixed[name]
-            average.lerp_(weight.to(average), rate)
+            if own[name].dtype != torch.float32 and name not in self._mixed:
+                self._mixed[name] = own[name].float()
+        return {name: self._mixed.get(name, own[name]) for name in names}
+
+    @torch.no_grad()
+    def settle_averages(self) -> None:
+        """Round what was mixed into the model."""
+        own = dict(self.model.named_parameters())
+        for name, average in self._mixed.items():
             own[name].copy_(average)
 
     def state(self) -> State:

@@ -30,7 +30,7 @@ from meshift.runtime.interrupts import StopRequest
 from meshift.runtime.observer import Observer
 from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics
 from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
-from meshift.runtime.run_state import KeptRole, RunState, environment
+from meshift.runtime.run_state import KeptRole, LocalRunState, RunState, environment
 from meshift.step import run_step
 from meshift.training.checkpoint import Remembers
 from meshift.training.flops import Work
@@ -57,7 +57,8 @@ class Job:
     counts what a finished step has trained on. `samples` are rows of the log made from a step's batch, `fixed`
     those made after so many steps without it; `advance` runs a step, if not `run_step`. `memories` are what an
     algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
-    resumed run knows that they are the same.
+    resumed run knows that they are the same; `make_state` makes what writes and reads checkpoints of all that.
+    `placements` says in which processes each call runs, where they are several.
     """
 
     title: str
@@ -73,6 +74,8 @@ class Job:
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
     memories: Mapping[str, Remembers] = field(default_factory=dict)
     rows: Sequence[Any] = ()
+    make_state: Callable[..., RunState] = LocalRunState
+    placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
     messages: tuple[str, ...] = field(default=())
 
 
@@ -96,19 +99,21 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     for note in start.notes:
         observer.on_message(note)
     if start.finished:
-        return RunResult(output_dir=path, final_dir=path / FINAL, metrics=last_metrics(path))
+        return _finished_before(path)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     job = build(config)
-    state = RunState(job.roles, job.memories, job.next_batch, job.rows)
+    state = job.make_state(job.roles, job.memories, job.next_batch, job.rows)
     if start.checkpoint is not None:
         check_length(config, start.checkpoint, job.max_steps)
-        state.restore(start.checkpoint.folder)
+    state.begin(None if start.checkpoint is None else start.checkpoint.folder, start.num_done)
+    if start.checkpoint is not None:
         for note in check_environment(start.checkpoint, environment()):
             observer.on_message(note)
     with RunFolder(path, config.report_to, overwrite=overwrite, num_done=start.num_done) as folder:
         folder.write_config(config.model_copy(update={"resume": False}))
         write_environment(folder.path)
+        folder.write_placements(job.placements)
         for text in (*job.messages, *_space(config, job), *_long_warmups(config, job.max_steps)):
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
@@ -116,6 +121,20 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
         final = folder.save_models(job.save)
         observer.on_finish()
     return RunResult(output_dir=folder.path, final_dir=final, metrics=metrics)
+
+
+def finished_run(config: RunConfig, observer: Observer) -> RunResult | None:
+    """The result of a run that was to be resumed and is finished, else None: before processes are started."""
+    start = find_start(config) if config.resume else Start()
+    if not start.finished:
+        return None
+    for note in start.notes:
+        observer.on_message(note)
+    return _finished_before(Path(config.output_dir))
+
+
+def _finished_before(path: Path) -> RunResult:
+    return RunResult(output_dir=path, final_dir=path / FINAL, metrics=last_metrics(path))
 
 
 def _space(config: RunConfig, job: Job) -> tuple[str, ...]:
@@ -144,11 +163,11 @@ def _all_steps(
             metrics = _one_step(config, job, step, folder, observer)
             done = step + 1
             due = config.save_steps is not None and done % config.save_steps == 0
-            if done == job.max_steps or not (due or stop.asked):
-                continue
-            saved = _save_checkpoint(config, job, state, done, folder)
-            if stop.asked:
-                raise StoppedRunError(f"ended by SIGTERM after step {done}; --resume goes on from {saved}")
+            if done < job.max_steps and (due or stop.asked):
+                saved = _save_checkpoint(config, job, state, done, folder)
+                if stop.asked:
+                    raise StoppedRunError(f"ended by SIGTERM after step {done}; --resume goes on from {saved}")
+            state.end_step()
     return metrics
 
 

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG, METRICS, SAMPLES, CURVES = "config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard"
+PLACEMENTS, HANG = "placements.json", "hang_report.txt"
 FINAL = "final"
 MODELS = (FINAL, "final_critic")
 ENVIRONMENT, REPORT = "environment.json", "report.html"
-WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, ENVIRONMENT, REPORT, LATEST, *MODELS)
+WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, ENVIRONMENT, PLACEMENTS, HANG, REPORT, LATEST, *MODELS)
 STEP_KEYS = {METRICS: "training/global_step", SAMPLES: "step"}
 # The first line of a config.yaml that a run wrote; one without it is the user's own.
 CONFIG_HEADER = "# The resolved configuration of the run in this folder, written by meshift."
@@ -119,6 +120,15 @@ class RunFolder:
     def write_config(self, config: Section) -> None:
         """Write the resolved config; whoever reads it sees all of it or nothing."""
         write_bytes(self.path / CONFIG, f"{CONFIG_HEADER}\n{dump_config(config)}".encode())
+
+    def write_placements(self, placements: Mapping[str, Sequence[int]]) -> None:
+        """Write in which processes each call runs; nothing where all run in this one."""
+        if not placements:
+            (self.path / PLACEMENTS).unlink(missing_ok=True)
+            return
+        write_bytes(
+            self.path / PLACEMENTS, (json.dumps({k: list(v) for k, v in placements.items()}) + "\n").encode()
+        )
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics, with `training/global_step`. NaN and infinity become null."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +30,14 @@ RUN = "run"
 VALUES = ("num_done", "memories", "fixed_weights", "last_batch", "rows")
 
 
-class KeptRole(Role, Protocol):
+class FixedRole(Protocol):
+    """A role of which a run is told which weights no step changes."""
+
+    def fixed_weights(self) -> Mapping[str, Tensor]:
+        """The parameters that no step has changed."""
+
+
+class KeptRole(Role, FixedRole, Protocol):
     """A role that can be written into a checkpoint and read back, and that counts its work."""
 
     @property
@@ -46,16 +54,13 @@ class KeptRole(Role, Protocol):
     def load_state(self, state: State) -> None:
         """Continue from a checkpoint."""
 
-    def fixed_weights(self) -> Mapping[str, Tensor]:
-        """The parameters that no step has changed."""
 
-
-class RunState:
+class RunState(ABC):
     """The roles and memories of a run, to be written after a step and read back before one."""
 
     def __init__(
         self,
-        roles: Mapping[str, KeptRole],
+        roles: Mapping[str, FixedRole],
         memories: Mapping[str, Remembers],
         next_batch: Callable[[int], Batch],
         rows: Sequence[Any] = (),
@@ -77,8 +82,17 @@ class RunState:
             "rows": self._fingerprint_of_rows(),
         }
         write_state(folder / RUN, State(values=values))
-        for name, role in self._roles.items():
-            write_state(folder / name, role.state())
+        self._write_roles(folder)
+
+    def begin(self, folder: Path | None, num_done: int) -> None:
+        """Before this process's first step, after `num_done` of the run's: continue from a folder, if given."""
+        del num_done
+        if folder is not None:
+            self.restore(folder)
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """After each step, when its checkpoint, if it has one, is written."""
 
     def restore(self, folder: Path) -> None:
         """Continue from what `write` wrote.
@@ -90,8 +104,8 @@ class RunState:
         if not values.keys() >= set(VALUES):
             raise CheckpointError(f"{folder} is of another version of meshift; go on with the one that wrote it")
         self._check_data(folder, values)
-        for name, role in self._roles.items():
-            role.load_state(read_state(folder / name))
+        self._load_roles(folder)
+        for name in self._roles:
             if self._fixed(name) != values["fixed_weights"][name]:
                 raise ModelError(
                     f"the {name} model is not the one that {folder} was trained with (its weights have another "
@@ -99,6 +113,14 @@ class RunState:
                 )
         for name, memory in self._memories.items():
             memory.load_state_dict(values["memories"][name])
+
+    @abstractmethod
+    def _write_roles(self, folder: Path) -> None:
+        """Write each role's state into a folder of its name."""
+
+    @abstractmethod
+    def _load_roles(self, folder: Path) -> None:
+        """Let each role continue from there."""
 
     def _check_data(self, folder: Path, values: Mapping[str, Any]) -> None:
         num_done = values["num_done"]
@@ -125,6 +147,26 @@ class RunState:
         if key not in self._fingerprints:
             self._fingerprints[key] = fingerprint(weights)
         return self._fingerprints[key]
+
+
+class LocalRunState(RunState):
+    """`RunState` of roles in this process."""
+
+    def __init__(self, roles: Mapping[str, KeptRole], *given: Any) -> None:
+        """`given` is what `RunState` takes after its roles."""
+        super().__init__(roles, *given)
+        self._kept = roles
+
+    def end_step(self) -> None:
+        """Nobody waits for it."""
+
+    def _write_roles(self, folder: Path) -> None:
+        for name, role in self._kept.items():
+            write_state(folder / name, role.state())
+
+    def _load_roles(self, folder: Path) -> None:
+        for name, role in self._kept.items():
+            role.load_state(read_state(folder / name))
 
 
 def batch_fingerprint(batch: Batch) -> str:

@@ -7,7 +7,8 @@ processes are started.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from meshift.runtime.rollout_prompts import PromptSource
 from meshift.runtime.rollout_run import HEADS, Checked, rollout_job, run_sampling
 from meshift.runtime.run import Job, run_job
 from meshift.runtime.spread_role import Everywhere, SpreadRole
+from meshift.runtime.spread_state import SpreadRunState, follow
 from meshift.runtime.spread_step import HOST, SpreadStep
 from meshift.runtime.world import World
 
@@ -42,29 +44,35 @@ def run_share(argument: str, rank: int, num_ranks: int, observer: Observer) -> d
     ranks = {Device(index=i): i for i in range(num_ranks)}
     world = World(rank=rank, ranks=ranks, group=dist.new_group(list(range(num_ranks)), backend="gloo"))
     if rank == HOST:
-        result = run_job(config, lambda whole: build_share(whole, world), observer)
+        result = run_job(config, lambda whole: build_share(whole, world).job, observer)
         return {
             "output_dir": str(result.output_dir),
             "final_dir": str(result.final_dir),
             "metrics": dict(result.metrics),
         }
-    job = build_share(config, world)
-    for step in range(job.max_steps):
-        assert job.advance is not None
-        job.advance(job.next_batch(step), step, lambda name: None)
-        job.fixed(step + 1)
-    job.save(Path(config.output_dir))
+    share = build_share(config, world)
+    follow(share.job, share.roles, world, observer)
+    share.job.save(Path(config.output_dir))
     return {}
 
 
-def build_share(config: PPORunConfig, world: World) -> Job:
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One process's part of a run."""
+
+    job: Job
+    roles: Mapping[str, SpreadRole]
+
+
+def build_share(config: PPORunConfig, world: World) -> Share:
     """What `build_ppo_job` builds, with this process's part of each role."""
     checked = check_ppo_inputs(config)
     algorithm = PPO(config, run_sampling(config, checked))
     graph = algorithm.graph(checked.reward_functions(), checked.reward_keys)
     placements = placements_of(config, checked.names)
     roles = {name: _role(name, placements[name], config, checked, world) for name in checked.names}
-    step = SpreadStep(graph, roles, world)
+    part_size = config.launch.stream_size if config.launch.stream else None
+    step = SpreadStep(graph, roles, world, part_size)
     job = rollout_job(
         config,
         checked,
@@ -75,7 +83,15 @@ def build_share(config: PPORunConfig, world: World) -> Job:
         save=lambda folder: _save(roles, checked, folder),
         memories={"ppo": algorithm},
     )
-    return replace(job, roles={}, advance=step.run)
+    make_state = partial(_state, roles, world)
+    job = replace(job, roles={}, advance=step.run, make_state=make_state, placements=step.placements)
+    return Share(job=job, roles=roles)
+
+
+def _state(roles: Mapping[str, SpreadRole], world: World, none: Mapping[str, Any], *given: Any) -> SpreadRunState:
+    """The run's state over its spread roles, where the job has no roles of its own."""
+    assert not none
+    return SpreadRunState(roles, world, *given)
 
 
 def _role(name: str, placements: Any, config: PPORunConfig, checked: Checked, world: World) -> SpreadRole:
@@ -103,7 +119,7 @@ def _role(name: str, placements: Any, config: PPORunConfig, checked: Checked, wo
         slots = config.generation.num_slots
         return role.can_generate(slots, checked.texts.decode_all) if name == "actor" else role
 
-    return SpreadRole(name, placements, world, whole, make)
+    return SpreadRole(name, placements, world, whole, make, settings.num_frozen_layers)
 
 
 def _save(roles: Mapping[str, SpreadRole], checked: Checked, folder: Path) -> None:

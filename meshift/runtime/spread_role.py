@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from meshift.batch import Batch, Outcome
-from meshift.errors import ConfigError, ReallocationError
+from meshift.errors import ReallocationError
+from meshift.generation.rollout import OnPart
 from meshift.graph.calls import Kind
+from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_of
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
 from meshift.models.decoder import Decoder
@@ -24,10 +27,17 @@ from meshift.parallel.groups import Peers, Place, join
 from meshift.parallel.tensor import cut_model
 from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
+from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
 from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
+from meshift.step import Role
+from meshift.training.checkpoint import read_state, write_values
+from meshift.training.optimizer import is_frozen
+from meshift.training.stored_tensors import write_boxes
 
+EXACT = Dtypes(source="float32", target="float32")
+AVERAGE = "average/"
 MakeRole = Callable[[Decoder, Place, bool], LocalRole]
 """From a cut model, where it stands, and whether it is trained, to the role there."""
 
@@ -54,9 +64,16 @@ class SpreadRole:
         world: World,
         open_model: Callable[[], Decoder],
         make_role: MakeRole,
+        num_frozen_layers: int = 0,
     ) -> None:
-        """`open_model` gives the whole model, the same each time; a placement without training stands still."""
+        """`open_model` gives the whole model, the same each time; a placement without training stands still.
+
+        `num_frozen_layers` are those that `make_role` leaves out of training.
+        """
         self.name = name
+        self._num_frozen_layers = num_frozen_layers
+        self.is_mixed = False
+        self._mixes: dict[str, Move | None] = {}
         self.placements = placements
         self.world = world
         self._open_model = open_model
@@ -69,6 +86,8 @@ class SpreadRole:
                 is_home = placement == self.home and "train" in placements
                 self._locals[placement] = make_role(cut_model(open_model(), place.tensor), place, is_home)
         self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p))]
+        if "train" in placements and len(set(placements.values())) > 1:
+            self._share_home()
 
     def members(self, kind: Kind) -> tuple[int, ...]:
         """The processes that take part in a call of this kind, the moves that follow it left out."""
@@ -79,9 +98,12 @@ class SpreadRole:
         """Optimizer steps that the weights have seen."""
         return self._at(self.home).version
 
-    def generate(self, task: Any, batch: Batch) -> Outcome:
-        """See `LocalRole`."""
-        return self._at(self.placements["generate"]).generate(task, batch)
+    def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
+        """See `LocalRole`. Of tensor ranks, which draw the same, the first one passes parts on."""
+        role = self._at(self.placements["generate"])
+        ranks = role.trainer.ranks
+        is_first = ranks is None or ranks.place.tensor.index == 0
+        return role.generate(task, batch, on_part if is_first else None)
 
     def infer(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
@@ -132,9 +154,79 @@ class SpreadRole:
         """This rank's part of the parameters where they are trained."""
         return self._at(self.home).master_weights()
 
-    def mix(self, source: Any, rate: float) -> None:
-        """Raises `ConfigError`: not over several processes yet."""
-        raise ConfigError("a run with a `plan` cannot move its reference yet: set reference.sync_ref_model=false")
+    def prepare_mix(self, source: SpreadRole) -> None:
+        """Plan how the source's weights come to be mixed into these; every process calls this, once."""
+        self._mixes[source.name] = None
+        peers = self.world.peers(self.world.members(source.home, self.home))
+        if peers is None:
+            return
+        model = next(iter([*source._locals.values(), *self._locals.values()])).model
+        table = shard_table(model.config, model.head_kind)
+        moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
+        site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
+        reallocation = Reallocation(moving, table, site)
+        reallocation.agree()
+        self._mixes[source.name] = Move(reallocation=reallocation, target=self.home, peers=peers)
+
+    def mix(self, source: Role, rate: float) -> None:
+        """See `LocalRole`; every rank mixes its boxes. All processes of both roles call it, once prepared."""
+        assert isinstance(source, SpreadRole)
+        self.is_mixed = True
+        move = self._mixes[source.name]
+        if move is None:
+            return
+        trainer, own = source._locals.get(source.home), self._locals.get(self.home)
+        held = {} if trainer is None else {n: w.float() for n, w in trainer.master_weights().items()}
+        names = [name for name, _ in own.model.named_parameters()] if own is not None else []
+        move.reallocation.run(held, {} if own is None else own.averages(names), rate)
+        if own is not None:
+            own.settle_averages()
+
+    def write_share(self, folder: Path) -> None:
+        """Write the boxes of this role's state that no rank before this one writes. Raises `OSError`."""
+        local, rank = self._locals.get(self.home), self.home.mesh.rank_of(self.world.device)
+        if local is None or rank is None:
+            return
+        state = local.state()
+        if rank == 0:
+            write_values(folder, state.values)
+        table = shard_table(local.model.config, local.model.head_kind)
+        num_layers = count_layers(table)
+        boxes: dict[str, tuple[Box, tuple[int, ...]]] = {}
+        for number, key in enumerate(state.tensors):
+            shard, layout = table[_parameter_of(key)], self.home.layout
+            is_number = state.tensors[key].dim() == 0
+            for box, holders in cells_of(shard, layout, stages_of(shard, layout, num_layers)).items():
+                # Copies are the same; who writes which is shared out.
+                if rank == (0 if is_number else holders[number % len(holders)]):
+                    boxes[key] = ((), ()) if is_number else (box, shard.shape)
+        if boxes:
+            write_boxes(folder, rank, {key: state.tensors[key] for key in boxes}, boxes)
+
+    def load_share(self, folder: Path) -> None:
+        """Continue from a checkpoint, where weights live; `publish` brings them to the other placements.
+
+        Raises `CheckpointError` where it is of another model or cannot be read.
+        """
+        local, rank = self._locals.get(self.home), self.home.mesh.rank_of(self.world.device)
+        whole = read_state(folder)
+        self.is_mixed = any(key.startswith(AVERAGE) for key in whole.tensors)
+        if local is None or rank is None:
+            return
+        boxes = boxes_of(self.home.layout, shard_table(local.model.config, local.model.head_kind), rank)
+
+        def part(key: str, shape: tuple[int, ...]) -> Box:
+            return boxes[_parameter_of(key)] if shape else ()
+
+        local.load_state(read_state(folder, part))
+
+    def fixed_weights(self) -> dict[str, torch.Tensor]:
+        """As `LocalRole.fixed_weights`, of the whole model as it is opened: nothing is gathered."""
+        if self.is_mixed:
+            return {}
+        trained = "train" in self.placements
+        parameters = self._open_model().named_parameters()
+        return {n: p for n, p in parameters if not trained or is_frozen(n, self._num_frozen_layers)}
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:
@@ -158,6 +250,29 @@ class SpreadRole:
         reallocation = Reallocation(moving, table, site)
         reallocation.agree()
         return Move(reallocation=reallocation, target=target, peers=peers)
+
+    def _share_home(self) -> None:
+        """Put the parameters where they are trained into memory that all can map, if all are on one machine."""
+        everybody, own = self.world.everybody, self._locals.get(self.home)
+        where: list[Any] | None = None
+        memory = None
+        if own is not None and NearMemory.is_possible():
+            held = self._parameters(self.home)
+            memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
+            where = memory.where
+        told = gather_facts([machine(), where], everybody)
+        homes = [told[self.world.ranks[device]][1] for device in self.home.mesh.devices]
+        if len({name for name, _ in told}) == 1 and None not in homes:
+            if own is not None and memory is not None:
+                for name, parameter in own.model.named_parameters():
+                    memory.tensors[name].copy_(parameter.detach())
+                    parameter.data = memory.tensors[name]
+            for move in self._moves:
+                forms = move.reallocation.senders()
+                move.reallocation.near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
+        gather_facts(None, everybody)  # all have mapped what they need
+        if memory is not None:
+            memory.close()
 
     def _frozen(self) -> list[str] | None:
         """Parameters that training leaves as they are; None where this process does not train."""
@@ -183,6 +298,11 @@ def _bind(model: Decoder, shards: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in shards and shards[name].data_ptr() != parameter.data_ptr():
             parameter.data = shards[name]
+
+
+def _parameter_of(key: str) -> str:
+    """`exp_avg/layers.0.mlp.up.weight` is of `layers.0.mlp.up.weight`."""
+    return key.partition("/")[2]
 
 
 def _dtype_of(model: Decoder) -> str:

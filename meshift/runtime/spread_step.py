@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 
 from meshift.batch import Batch, Outcome
 from meshift.errors import ConfigError
-from meshift.graph.calls import Call, Graph, HostCall, ModelCall
+from meshift.graph.calls import Call, Graph, HostCall, ModelCall, SyncCall
 from meshift.runtime.spread_role import SpreadRole
+from meshift.runtime.streaming import Streams
 from meshift.runtime.world import World
 from meshift.step import run_call
 
@@ -25,11 +26,23 @@ HOST = 0
 class SpreadStep:
     """A graph's steps in this process. Raises `ConfigError` for calls that cannot be spread yet."""
 
-    def __init__(self, graph: Graph, roles: Mapping[str, SpreadRole], world: World) -> None:
+    def __init__(
+        self, graph: Graph, roles: Mapping[str, SpreadRole], world: World, part_size: int | None = None
+    ) -> None:
+        """With `part_size`, calls on other devices read completions as they end (`streaming.py`)."""
         self.graph, self.roles, self.world = graph, roles, world
+        for call in graph.order():
+            if isinstance(call, SyncCall):
+                roles[call.target].prepare_mix(roles[call.source])
         self._members = {call.name: self._members_of(call) for call in graph.order()}
         self._tags = {call.name: tag for tag, call in enumerate(graph.order(), start=1)}
         self._writers = {key: call.name for call in graph.order() for key in call.writes}
+        self._streams = Streams(graph, self._members, world, part_size)
+
+    @property
+    def placements(self) -> Mapping[str, tuple[int, ...]]:
+        """The processes of each call."""
+        return self._members
 
     def run(self, batch: Batch, step: int, on_call: Callable[[str], None] = lambda name: None) -> Outcome:
         """This process's part of a step on a batch that all have. In process 0, the whole outcome."""
@@ -38,8 +51,9 @@ class SpreadStep:
         lacking = {call.name for call in self.graph.order()}
         for call in self.graph.order():
             if self.world.rank in self._members[call.name]:
-                batch, found = self._fetch(batch, call.reads, lacking)
-                metrics.update(found)
+                if not self._streams.reads(call.name):
+                    batch, found = self._fetch(batch, call.reads, lacking)
+                    metrics.update(found)
                 on_call(call.name)
                 outcome = self._run(call, batch, step, began)
                 lacking.discard(call.name)
@@ -58,7 +72,12 @@ class SpreadStep:
     def _run(self, call: Call, batch: Batch, step: int, began: float) -> Outcome:
         """The call, with `timing_s/<call>` and how far into the step it began, `start_s/<call>`."""
         started = time.perf_counter()
-        outcome = run_call(call, self.roles, batch, step)
+        if isinstance(call, ModelCall) and self._streams.reads(call.name):
+            return self._streams.infer(call, self.roles[call.role], len(batch), began)
+        if isinstance(call, ModelCall) and self._streams.feeds(call.name):
+            outcome = self._streams.generate(call, self.roles[call.role], batch)
+        else:
+            outcome = run_call(call, self.roles, batch, step)
         times = {f"start_s/{call.name}": started - began, f"timing_s/{call.name}": time.perf_counter() - started}
         return Outcome(batch=outcome.batch, metrics={**outcome.metrics, **times})
 
@@ -83,7 +102,7 @@ class SpreadStep:
             return
         readers = {HOST}
         for later in self.graph.order():
-            if set(later.reads) & set(call.writes):
+            if set(later.reads) & set(call.writes) and not self._streams.reads(later.name):
                 readers.update(self._members[later.name])
         self.world.send(outcome, sorted(readers - set(members)), self._tags[call.name])
 
@@ -91,6 +110,8 @@ class SpreadStep:
         match call:
             case ModelCall():
                 return self.roles[call.role].members(call.kind)
+            case SyncCall():
+                return self.world.members(self.roles[call.source].home, self.roles[call.target].home)
             case HostCall():
                 return (HOST,)
         raise ConfigError(f"the call {call.name} cannot run over several processes yet; run without a plan")

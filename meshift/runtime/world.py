@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,12 @@ class World:
         """This process's."""
         return next(device for device, rank in self.ranks.items() if rank == self.rank)
 
+    @property
+    def everybody(self) -> Peers:
+        """All processes."""
+        ranks = tuple(range(len(self.ranks)))
+        return Peers(ranks=ranks, index=self.rank, group=self.group if len(ranks) > 1 else None)
+
     def members(self, *placements: Placement) -> tuple[int, ...]:
         """The processes that are in any of the placements, in order."""
         return tuple(sorted({self.ranks[d] for placement in placements for d in placement.mesh.devices}))
@@ -57,15 +64,29 @@ class World:
                 assert work is not None
                 self._sent.append((work, message))
 
-    def receive(self, sender: int, tag: int) -> Outcome:
-        """What the sender sends with this tag."""
+    def receive(self, sender: int | None, tag: int) -> Outcome:
+        """What the sender sends with this tag; None: whoever sends first."""
         sizes = torch.empty(2, dtype=torch.int64)
-        dist.recv(sizes, sender, group=self.group, tag=2 * tag)
+        sender = dist.recv(sizes, sender, group=self.group, tag=2 * tag)
         payload = torch.empty(int(sizes[1]), dtype=torch.uint8)
         dist.recv(payload, sender, group=self.group, tag=2 * tag + 1)
         data = payload.numpy().tobytes()
         split = int(sizes[0])
         return Outcome(batch=Batch.from_bytes(data[split:]), metrics=json.loads(data[:split]))
+
+    def tell(self, order: Any) -> None:
+        """Give a value of JSON to all other processes, which `hear` it; process 0 calls this."""
+        payload = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+        dist.broadcast(torch.tensor([len(payload)], dtype=torch.int64), 0, group=self.group)
+        dist.broadcast(payload, 0, group=self.group)
+
+    def hear(self) -> Any:
+        """What process 0 tells next."""
+        size = torch.empty(1, dtype=torch.int64)
+        dist.broadcast(size, 0, group=self.group)
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self.group)
+        return json.loads(payload.numpy().tobytes())
 
     def finish(self) -> None:
         """Wait until everything that was sent has been received."""

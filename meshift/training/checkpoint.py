@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from meshift.errors import CheckpointError
+from meshift.training.stored_tensors import WHOLE, Part, StoredTensors
 
-TENSORS, VALUES = "state.safetensors", "state.json"
+VALUES = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +44,30 @@ class Remembers(Protocol):
 def write_state(folder: Path, state: State) -> None:
     """Write a state into a new folder. Raises `OSError` where that cannot be done."""
     folder.mkdir()
-    (folder / VALUES).write_text(json.dumps(state.values, indent=2) + "\n", encoding="utf-8")
+    write_values(folder, state.values)
     if not state.tensors:
         return
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}, folder / TENSORS)
+        save_file({name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}, folder / WHOLE)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
-def read_state(folder: Path) -> State:
-    """The state that a folder holds, on the CPU. Raises `CheckpointError` where it cannot be read."""
-    file = folder / TENSORS
+def write_values(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write a state's values into its folder."""
+    (folder / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path, part: Part | None = None) -> State:
+    """The state that a folder holds, each tensor read when it is asked for, or that `part` of it.
+
+    Whoever wrote it, one process or several. Raises `CheckpointError` where it cannot be read.
+    """
     try:
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-        return State(tensors=load_file(file) if file.is_file() else {}, values=values)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({' '.join(str(error).split())})") from error
+    return State(tensors=StoredTensors(folder, part), values=values)
 
 
 @torch.no_grad()

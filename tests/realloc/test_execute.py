@@ -1,7 +1,11 @@
 """Parameters really move between processes: the right bits, the planned bytes, a proof that sees what is wrong."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from gang import run_gang
 from tiny_tables import family_table
 
@@ -9,8 +13,11 @@ from meshift.errors import ReallocationError
 from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
+from meshift.parallel.exchange import gather_facts
+from meshift.parallel.groups import Peers
 from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
+from meshift.realloc.near import NearMemory
 from meshift.realloc.plan import plan
 
 NUM_PROCESSES = 4
@@ -168,3 +175,56 @@ def leave_out_and_repeat(rank):
 
 def test_frozen_parameters_stay_and_memory_is_used_again(tmp_path):
     run_gang(NUM_PROCESSES, leave_out_and_repeat, tmp_path)
+
+
+def move_by_near_memory(rank, pair, table):
+    """The same bits through memory that is mapped, and those of the next time, when the source has changed."""
+    source, target = placements(pair)
+    site = site_of(rank)
+    there = Reallocation(plan(source, target, table), table, site)
+    everybody = Peers(ranks=tuple(range(NUM_PROCESSES)), index=rank, group=dist.group.WORLD)
+    held = shards_of(whole_model(table, torch.bfloat16, 0), source, table, site.device)
+    memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
+    where = gather_facts(memory.where, everybody)
+    ranks = [site.ranks[device] for device in source.mesh.devices]
+    there.near = {one: NearMemory.open(where[ranks[one]], form) for one, form in there.senders().items()}
+    gather_facts(None, everybody)
+    memory.close()
+    into = None
+    for seed in (1, 2):
+        whole = whole_model(table, torch.bfloat16, seed)
+        for name, shard in shards_of(whole, source, table, site.device).items():
+            memory.tensors[name].copy_(shard)
+        arrived = there.run(memory.tensors, into)
+        expected = shards_of(whole, target, table, site.device)
+        assert arrived.shards.keys() == expected.keys()
+        assert all(shard.equal(expected[name]) for name, shard in arrived.shards.items())
+        assert arrived.received_bytes == bytes_of(there.plan.received, target, site.device)
+        there.verify(memory.tensors, arrived.shards)
+        into = dict(arrived.shards)
+
+
+def check_near_memory(rank, table):
+    for pair in PAIRS:
+        move_by_near_memory(rank, pair, table)
+
+
+def test_near_memory_would_give_other_bits(tmp_path):
+    run_gang(NUM_PROCESSES, check_near_memory, tmp_path, tables()["tied"])
+
+
+def test_near_memory_would_be_left_behind():
+    memory = NearMemory.make(
+        {"a": ((3, 2), torch.bfloat16), "b": ((0,), torch.float32), "c": ((5,), torch.float32)}
+    )
+    memory.tensors["c"].copy_(torch.arange(5.0))
+    again = NearMemory.open(memory.where, {name: (tuple(t.shape), t.dtype) for name, t in memory.tensors.items()})
+    assert again["c"].tolist() == [0, 1, 2, 3, 4]
+    again["a"].fill_(2)
+    assert memory.tensors["a"].tolist() == [[2, 2]] * 3
+    file = memory.where[2]
+    memory.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
+    assert memory.tensors["c"].sum() == 10
+    assert not [path for path in Path("/dev/shm").iterdir() if "meshift" in path.name]

@@ -100,15 +100,6 @@ def test_what_a_plan_cannot_be_is_one_sentence(make_config, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [({"save_steps": 1}, "no checkpoints yet"), ({"reference": {"sync_ref_model": True}}, "sync_ref_model=false")],
-)
-def test_what_a_run_by_plan_cannot_do_yet_is_said(make_config, tmp_path, changes, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        run_ppo(make_config(tmp_path / "run", plan=PLAN, **changes), SilentObserver())
-
-
 def test_a_dry_run_shows_the_plan(make_config, tmp_path):
     rows = dict(check_ppo(make_config(tmp_path / "run", plan=PLAN)))
     assert rows["plan"].startswith("4 processes: actor.generate d4t1p1@0-3, actor.train d2t2p1@0-3, critic.infer")

@@ -94,19 +94,20 @@ def spread_roles(config, plan, world):
     }
 
 
-def check_ppo(rank, name):
-    config = ppo_config(**SECTIONS)
+def check_ppo(rank, name, sections=SECTIONS, part_size=None, num_streams=0):
+    config = ppo_config(**sections)
     alone = make_world(odd, config, max_steps=NUM_STEPS)
     devices = {Device(index=i): i for i in range(4)}
     world = World(rank=rank, ranks=devices, group=dist.new_group(list(range(4)), backend="gloo"))
     roles = spread_roles(config, PLANS[name], world)
     graph = make_world(odd, config).graph  # another one: graphs remember, as value normalisation does
-    spread = SpreadStep(graph, roles, world)
+    spread = SpreadStep(graph, roles, world, part_size)
     for step in range(NUM_STEPS):
         expected, found = alone.step(PROMPTS, step), spread.run(prompts_of(step), step)
         if rank == 0:
             check_outcome(found, expected, f"{name}, step {step}")
-    for role in ("actor", "critic"):
+            assert sum(key.startswith("stream_parts/") for key in found.metrics) == num_streams
+    for role in ("actor", "critic", *(["reference"] if "reference" in sections else [])):
         check_weights(roles[role], alone.roles[role], name)
 
 
@@ -142,3 +143,36 @@ def check_weights(role, whole, name):
 @pytest.mark.parametrize("name", PLANS)
 def test_a_spread_step_is_the_step_of_one_process(name, tmp_path):
     run_gang(4, check_ppo, tmp_path, name)
+
+
+MOVING = SECTIONS | {
+    "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["all-apart", "critic-moves"])
+def test_a_reference_would_move_otherwise_than_in_one_process(name, tmp_path):
+    run_gang(4, check_ppo, tmp_path, name, MOVING)
+
+
+# The plan, the least rows of a part, and how many calls stream.
+STREAMS = {
+    "a row at a time": ("all-apart", 1, 2),
+    "larger parts": ("all-apart", 4, 2),
+    "one part": ("all-apart", 100, 2),
+    "to tensor ranks, from data ranks": ("streaming", 2, 2),
+    "not on the same device": ("spread", 1, 0),
+    "one of two": ("one-streams", 1, 1),
+}
+PLANS["one-streams"] = PLANS["all-apart"] | {"reference": {"infer": ("0,3", "d1t2p1")}}
+PLANS["streaming"] = {
+    "actor": {"generate": ("1,0", "d2t1p1"), "train": ("0-3", "d2t2p1")},
+    "critic": {"infer": ("2-3", "d1t2p1"), "train": ("2-3", "d1t2p1")},
+    "reference": {"infer": ("3,2", "d2t1p1")},
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streaming_would_give_another_step(case, tmp_path):
+    name, part_size, num_streams = STREAMS[case]
+    run_gang(4, check_ppo, tmp_path, name, SECTIONS, part_size, num_streams)

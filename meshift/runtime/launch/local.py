@@ -6,56 +6,76 @@ other goes over loopback. It knows nothing of what they compute.
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from meshift import errors
-from meshift.errors import MeshiftError, WorkerError
+from meshift.errors import MeshiftError, StoppedRunError, WorkerError
 from meshift.kernels.library import built
+from meshift.runtime.launch.member import Post, run_member
+from meshift.runtime.launch.watch import Limits, Watch
 from meshift.runtime.observer import Observer
 
 PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_ppo"]
-TIMEOUT_S = 1800
-"""How long a process waits for another's part in a collective before it gives up."""
-PARENT_DIED = 1  # PR_SET_PDEATHSIG
-
-Say = Callable[[str, Any], None]
+GRACE_S = 300.0
+"""How much longer than a hang's limit a process waits for another before it gives up by itself."""
 
 
-def run_gang(num_processes: int, entry: str, argument: str, observer: Observer) -> Any:
+def run_gang(
+    num_processes: int, entry: str, argument: str, observer: Observer, limits: Limits | None = None
+) -> Any:
     """Run `entry` ("module:function") in every process, until all have returned; gives what process 0 returned.
 
     Each calls `function(argument, rank, num_processes, observer)`; observers other than that of process 0 are
-    heard for their messages only. An error of Meshift's in one process is raised here, as its own class; any
-    other, whose traceback that process has printed, or a death, as a `WorkerError`. No process is left behind.
+    heard for their messages only. An error of Meshift's in one process is raised here, as its own class; a
+    process that was killed, is silent, or hangs (`limits`) as a `LostWorkerError`; any other end, whose traceback
+    that process has printed, as a `WorkerError`. SIGTERM is passed on to process 0, which ends the run after its
+    step. No process is left behind.
     """
     built()  # compiled once, not by every process
+    limits = limits or Limits()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     with tempfile.TemporaryDirectory(prefix="meshift-") as folder:
-        ears, processes = [], []
-        for rank in range(num_processes):
-            ear, mouth = context.Pipe(duplex=False)
-            arguments = (entry, argument, rank, num_processes, threads, folder, mouth)
-            processes.append(context.Process(target=_member, args=arguments, daemon=True))
-            ears.append(ear)
-            processes[-1].start()
-            mouth.close()
+        ears: list[Connection] = []
+        processes: list[BaseProcess] = []
+        posts = [
+            Post(
+                entry=entry,
+                argument=argument,
+                rank=rank,
+                num_processes=num_processes,
+                num_threads=threads,
+                timeout_s=limits.hang_s + GRACE_S,
+                folder=folder,
+            )
+            for rank in range(num_processes)
+        ]
         try:
-            return _listen(processes, ears, observer)
+            for post in posts:
+                ear, mouth = context.Pipe(duplex=False)
+                processes.append(context.Process(target=run_member, args=(post, mouth), daemon=True))
+                ears.append(ear)
+                processes[-1].start()
+                mouth.close()
+            with _terms_passed_on(processes[0]) as asked:
+                try:
+                    return _listen(ears, observer, Watch(processes, posts, limits))
+                except errors.LostWorkerError as error:
+                    if asked:
+                        raise StoppedRunError(f"ended by SIGTERM before a step was done ({error})") from None
+                    raise
         finally:
             for process in processes:
                 process.kill()
@@ -63,12 +83,12 @@ def run_gang(num_processes: int, entry: str, argument: str, observer: Observer) 
                 process.join()
 
 
-def _listen(processes: Sequence[BaseProcess], ears: list[Connection], observer: Observer) -> Any:
+def _listen(ears: Sequence[Connection], observer: Observer, watch: Watch) -> Any:
     """Pass on what is said until everybody has returned."""
     results: dict[int, Any] = {}
     open_ears = {ear: rank for rank, ear in enumerate(ears)}
     while open_ears:
-        for ear in wait(list(open_ears)):
+        for ear in wait(list(open_ears), timeout=1.0):
             assert isinstance(ear, Connection)
             rank = open_ears[ear]
             try:
@@ -76,14 +96,23 @@ def _listen(processes: Sequence[BaseProcess], ears: list[Connection], observer: 
             except EOFError:
                 del open_ears[ear]
                 if rank not in results:
-                    raise _death_of(processes[rank], rank) from None
+                    raise watch.death_of(rank) from None
                 continue
-            if what == "returned":
-                results[rank] = content
-            elif what == "failed":
-                raise _error_of(rank, *content)
-            else:
-                getattr(observer, what)(*content)
+            watch.heard(rank)
+            match what:
+                case "beat":
+                    watch.beat(rank, content)
+                case "returned":
+                    results[rank] = content
+                    watch.returned(rank)
+                case "failed":
+                    raise _error_of(rank, *content)
+                case "lost":
+                    raise watch.death_of(rank)
+                case _:
+                    getattr(observer, what)(*content)
+        if not wait(list(open_ears), timeout=0):  # what was said while this process slept has been heard
+            watch.check()
     return results[0]
 
 
@@ -94,71 +123,23 @@ def _error_of(rank: int, name: str, text: str) -> MeshiftError:
     return WorkerError(f"process {rank} of the run failed: {text}")
 
 
-def _death_of(process: BaseProcess, rank: int) -> WorkerError:
-    process.join(5)
-    code = process.exitcode
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code is not None and code < 0
-        else f"ended with code {code} (its traceback stands above)"
-    )
-    return WorkerError(f"process {rank} of the run {how}, and the others were ended")
+@contextmanager
+def _terms_passed_on(first: BaseProcess) -> Iterator[list[int]]:
+    """SIGTERM goes to the first process, and into the list; a second one ends everything now."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
+    def hear(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        if first.pid is not None and first.is_alive():
+            os.kill(first.pid, signal.SIGTERM)
 
-class _Teller:
-    """An observer that says everything to the process that started this one."""
-
-    def __init__(self, say: Say, rank: int) -> None:
-        self._say, self._first = say, rank == 0
-
-    def on_message(self, text: str) -> None:
-        """See `Observer`."""
-        self._say("on_message", [text])
-
-    def on_start(self, total_steps: int, title: str) -> None:
-        """See `Observer`."""
-        self._of_first("on_start", total_steps, title)
-
-    def on_call(self, step: int, name: str) -> None:
-        """See `Observer`."""
-        self._of_first("on_call", step, name)
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See `Observer`."""
-        self._of_first("on_step", step, dict(metrics))
-
-    def on_finish(self) -> None:
-        """See `Observer`."""
-        self._of_first("on_finish")
-
-    def _of_first(self, what: str, *content: Any) -> None:
-        if self._first:
-            self._say(what, list(content))
-
-
-def _member(
-    entry: str, argument: str, rank: int, num_processes: int, threads: int, folder: str, mouth: Connection
-) -> None:
-    """What a process of the gang does, from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells everybody; who started them decides
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
-    import torch
-    import torch.distributed as dist
-
-    def say(what: str, content: Any) -> None:
-        mouth.send_bytes(json.dumps([what, content]).encode())
-
-    torch.set_num_threads(threads)
+    before = signal.signal(signal.SIGTERM, hear)
     try:
-        timeout = timedelta(seconds=TIMEOUT_S)
-        store = dist.FileStore(str(Path(folder) / "store"), num_processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_processes, timeout=timeout)
-        module, name = entry.split(":")
-        run = getattr(importlib.import_module(module), name)
-        say("returned", run(argument, rank, num_processes, _Teller(say, rank)))
-        dist.barrier()
-        dist.destroy_process_group()
-    except MeshiftError as error:
-        say("failed", [type(error).__name__, str(error)])
-        os._exit(1)
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

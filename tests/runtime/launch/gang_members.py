@@ -36,3 +36,48 @@ def die(argument, rank, num_processes, observer):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def stop_itself(argument, rank, num_processes, observer):
+    observer.on_call(2, "rollout")
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def wait_for_ever(argument, rank, num_processes, observer):
+    observer.on_call(4, "train_actor" if rank else "train_critic")
+    if rank == 0:
+        dist.barrier()
+    time.sleep(60)
+
+
+def work_slowly(argument, rank, num_processes, observer):
+    for number in range(6):
+        observer.on_call(number, "rollout")
+        time.sleep(0.5)
+    return "done"
+
+
+def lose_a_peer(argument, rank, num_processes, observer):
+    """The others learn of the death by a broken connection, and may end before it is seen who died."""
+    dist.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+    time.sleep(60)
+
+
+def wait_for_term(argument, rank, num_processes, observer):
+    heard = []
+    if rank == 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    dist.barrier()
+    if rank == 0:
+        observer.on_message("ready")
+    deadline = time.monotonic() + 30
+    while rank == 0 and not heard and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dist.barrier()
+    return heard

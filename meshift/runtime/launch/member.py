@@ -1,0 +1,149 @@
+"""What a process of a gang does from its start to its end: joins the others, runs, and says how it is.
+
+A thread of it says once a second in which step and call it is, so that whoever listens can tell a process that
+works from one that is stopped. What it says is JSON. It knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from meshift.errors import MeshiftError
+
+BEAT_S = 1.0
+LOST_PEER = 3
+"""The exit code of a process that could not reach another: the other is to blame."""
+PARENT_DIED = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """What a process of a gang is told: what to run, and where it stands. `folder` is the gang's own."""
+
+    entry: str
+    argument: str
+    rank: int
+    num_processes: int
+    num_threads: int
+    timeout_s: float
+    folder: str
+
+    @property
+    def stack_file(self) -> Path:
+        """Where the process writes its stacks when it gets SIGUSR1."""
+        return Path(self.folder) / f"stack-{self.rank}.txt"
+
+
+@dataclass(kw_only=True)
+class Teller:
+    """An observer that says everything to the process that started this one, and what it is at once a second.
+
+    What only the first process says is left out by the others.
+    """
+
+    mouth: Connection
+    is_first: bool
+    _phase: list[Any] = field(default_factory=lambda: [0, None, None])  # a count, the step and the call
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, what: str, content: Any) -> None:
+        """One message, whole."""
+        with self._lock:
+            self.mouth.send_bytes(json.dumps([what, content]).encode())
+
+    def beat(self, ended: threading.Event) -> None:
+        """Say what this process is at until it ends, or nobody listens any more."""
+        try:
+            while not ended.wait(BEAT_S):
+                self.say("beat", self._phase)
+        except OSError:
+            return
+
+    def on_message(self, text: str) -> None:
+        """See `Observer`."""
+        self.say("on_message", [text])
+
+    def on_start(self, total_steps: int, title: str) -> None:
+        """See `Observer`."""
+        self._of_first("on_start", total_steps, title)
+
+    def on_call(self, step: int, name: str) -> None:
+        """See `Observer`."""
+        self._at(step, name)
+        self._of_first("on_call", step, name)
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Observer`."""
+        self._at(step, None)
+        self._of_first("on_step", step, dict(metrics))
+
+    def on_finish(self) -> None:
+        """See `Observer`."""
+        self._of_first("on_finish")
+
+    def _at(self, step: int, name: str | None) -> None:
+        self._phase = [self._phase[0] + 1, step, name]
+        self.say("beat", self._phase)
+
+    def _of_first(self, what: str, *content: Any) -> None:
+        if self.is_first:
+            self.say(what, list(content))
+
+
+def run_member(post: Post, mouth: Connection) -> None:
+    """Join, run `post.entry`, and say what it returned or how it failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells everybody; who started them decides
+    if post.rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first one ends the run after its step
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+    teller, ended = Teller(mouth=mouth, is_first=post.rank == 0), threading.Event()
+    with post.stack_file.open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        threading.Thread(target=teller.beat, args=(ended,), daemon=True).start()
+        try:
+            teller.say("returned", _run(post, teller))
+        except MeshiftError as error:
+            teller.say("failed", [type(error).__name__, str(error)])
+            os._exit(1)
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+            teller.say("lost", str(error).splitlines()[0])
+            os._exit(LOST_PEER)
+        finally:
+            ended.set()
+
+
+def _run(post: Post, teller: Teller) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(post.num_threads)
+    store = dist.FileStore(str(Path(post.folder) / "store"), post.num_processes)
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=post.rank,
+        world_size=post.num_processes,
+        timeout=timedelta(seconds=post.timeout_s),
+    )
+    module, name = post.entry.split(":")
+    run = getattr(importlib.import_module(module), name)
+    found = run(post.argument, post.rank, post.num_processes, teller)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found

@@ -1,0 +1,188 @@
+"""A run over several processes that is broken off goes on, by any plan, and ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meshift.config.loading import dump_config
+from meshift.errors import LostWorkerError
+from meshift.runtime.observer import SilentObserver
+from meshift.runtime.ppo_run import run_ppo
+from meshift.training.checkpoint import read_state
+
+ROOT = Path(__file__).parents[2]
+SMOOTH = {"learning_rate": 0.01, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
+PLAN = {
+    "actor": {"generate": {"mesh": "0-2", "layout": "d3"}, "train": {"mesh": "0-2", "layout": "t3"}},
+    "critic": {"train": {"mesh": "1-2", "layout": "d1t2p1"}},
+    "reference": {"infer": {"mesh": "2,0", "layout": "d2t1p1"}},
+}
+OTHER = {
+    "actor": {"generate": {"mesh": "1", "layout": "d1"}, "train": {"mesh": "0-1", "layout": "t2"}},
+    "critic": {"train": {"mesh": "0-1", "layout": "d2"}},
+}
+MEMORY = {
+    "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
+    "ppo": {"num_mini_batches": 2, "value_norm": "ema", "adaptive_kl": True, "kl_target": 0.1, "kl_horizon": 20},
+}
+
+
+class KillerObserver(SilentObserver):
+    """Kills a process of the run, or stops it, once, when a call of a step begins."""
+
+    def __init__(self, step, call, number=signal.SIGKILL):
+        self.when, self.number, self.messages, self.done = (step, call), number, [], False
+
+    def on_message(self, text):
+        self.messages.append(text)
+
+    def on_call(self, step, name):
+        if (step, name) == self.when and not self.done:
+            self.done = True
+            os.kill(max(members()), self.number)
+
+
+def members():
+    """The processes of the gang: the children of the forkserver, but for the one that tracks resources."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            origin = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+            owner = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "forkserver" in origin and "forkserver" in words and owner == os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def make_config(ppo_config_on_disk, actor_folder):
+    def make(output_dir, **sections):
+        actor = {"model_name_or_path": str(actor_folder), "logits_chunk": 5, **SMOOTH}
+        defaults = {"actor": actor, "critic": SMOOTH, "max_steps": 4, "save_steps": 1, "save_total_limit": None}
+        return ppo_config_on_disk(output_dir, **defaults | MEMORY | sections)
+
+    return make
+
+
+def final_weights(run):
+    return {folder: load_file(run / folder / "model.safetensors") for folder in ("final", "final_critic")}
+
+
+def same_bits(one, other):
+    for folder, weights in final_weights(one).items():
+        for name, weight in final_weights(other)[folder].items():
+            assert weights[name].equal(weight), f"{folder}: {name}"
+
+
+def close(one, other):
+    for folder, weights in final_weights(one).items():
+        for name, weight in final_weights(other)[folder].items():
+            torch.testing.assert_close(weights[name], weight, atol=5e-5, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_config, tmp_path_factory):
+    """The run by `PLAN`, from its first step to its last."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    run_ppo(make_config(folder, plan=PLAN), SilentObserver())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(make_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run_ppo(make_config(folder), SilentObserver())
+    return folder
+
+
+def test_what_a_run_carries_from_step_to_step_would_be_other_than_in_one_process(unbroken, alone):
+    close(unbroken, alone)
+    for role in ("actor", "critic", "reference"):
+        one, other = (read_state(run / "checkpoint-3" / role) for run in (unbroken, alone))
+        assert one.values == other.values
+        assert set(one.tensors) == set(other.tensors)
+        assert one.tensors
+        for name, expected in other.tensors.items():
+            torch.testing.assert_close(one.tensors[name], expected, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("call", ["rollout", "train_actor"])
+def test_a_killed_process_would_change_the_final_weights(make_config, unbroken, tmp_path, call, dtype):
+    expected = unbroken
+    if dtype == "bfloat16":
+        expected = tmp_path / "unbroken"
+        run_ppo(make_config(expected, plan=PLAN, dtype=dtype), SilentObserver())
+    killer = KillerObserver(2, call)
+    run_ppo(make_config(tmp_path / "run", plan=PLAN, dtype=dtype), killer)
+    assert killer.done
+    assert any("was killed by SIGKILL" in text and "starting again" in text for text in killer.messages)
+    assert any("going on after step 2" in text for text in killer.messages)
+    same_bits(tmp_path / "run", expected)
+    assert not members()
+
+
+def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
+    killer = KillerObserver(1, "rollout", signal.SIGSTOP)
+    run_ppo(make_config(tmp_path / "run", plan=PLAN, launch={"heartbeat_timeout_s": 3}), killer)
+    assert any("not been heard for" in text and "stopped" in text for text in killer.messages)
+    same_bits(tmp_path / "run", unbroken)
+    assert "process 2" in (tmp_path / "run" / "hang_report.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [(PLAN, None), (None, PLAN), (PLAN, OTHER)], ids=["one", "many", "other"]
+)
+def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_path, read_lines, first, then):
+    run = tmp_path / "run"
+    stop = KillerObserver(2, "advantages")
+    if first is None:
+        run_ppo(make_config(run, max_steps=3), SilentObserver())
+        for folder in ("final", "final_critic"):
+            (run / folder).rename(tmp_path / folder)
+    else:
+        with pytest.raises(LostWorkerError):
+            run_ppo(make_config(run, plan=first, launch={"max_restarts": 0}), stop)
+    before = read_state(run / "checkpoint-2" / "actor").tensors
+    listener = KillerObserver(-1, "none")
+    config = make_config(run, resume=True, **({} if then is None else {"plan": then}))
+    run_ppo(config, listener)
+    assert any("`plan` is another" in text for text in listener.messages)
+    close(run, alone)
+    steps = [row["training/global_step"] for row in read_lines(run / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+    assert before
+
+
+def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "config.yaml"
+    config = make_config(run, plan=PLAN, save_steps=None)
+    file.write_text(dump_config(config), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "meshift.cli.main", "ppo", "--config", str(file)]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.terminate()
+        said = process.stderr.read()
+        code = process.wait(60)
+    if code == 0:
+        pytest.skip("the run was over before SIGTERM came")
+    assert code == 143, said
+    assert "--resume goes on from" in said
+    run_ppo(config.model_copy(update={"resume": True}), SilentObserver())
+    same_bits(run, unbroken)

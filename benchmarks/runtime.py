@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import machine
 from meshift.batch import Batch, Outcome, Ragged
+from meshift.generation.rollout import OnPart
 from meshift.graph.calls import Call, Graph, HostCall, Kind, ModelCall
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
@@ -35,6 +36,9 @@ from meshift.step import run_step
 
 NUM_PROCESSES = 4
 PROMPT, COMPLETION = 256, 256
+STEP_ROWS, FIRST_ENDS = 4, 0.33
+"""Completions that end together, and the part of a generation after which the first ones do."""
+PART_SIZE = 16
 SECONDS = {
     "rollout": 0.40,
     "reward": 0.10,
@@ -71,6 +75,7 @@ class WaitingRole:
     placement: Placement
     world: World
     scale: float
+    num_rows: int
 
     @property
     def home(self) -> Placement:
@@ -81,17 +86,25 @@ class WaitingRole:
         """The processes of a call."""
         return self.world.members(self.placement)
 
-    def generate(self, task: str, batch: Batch) -> Outcome:
-        """Completions."""
-        self._wait(task)
-        lengths = torch.full((len(batch),), COMPLETION)
-        tokens = Ragged(torch.zeros(len(batch) * (PROMPT + COMPLETION), dtype=torch.int64), lengths + PROMPT)
-        counts = Ragged.scalars(lengths)
-        return Outcome(batch=Batch({"tokens": tokens, "lengths": counts, "logprobs": _floats(len(batch))}))
+    def generate(self, task: str, batch: Batch, on_part: OnPart | None = None) -> Outcome:
+        """Completions, of which the first end after a third of the time, as ragged ones do."""
+        rows = list(range(len(batch)))
+        mine = rows if on_part is None else rows[self._place :: len(self.members("generate"))]
+        for first in range(0, len(mine), STEP_ROWS):
+            begun = (FIRST_ENDS if first == 0 else 0.0) + (1 - FIRST_ENDS) * STEP_ROWS / len(mine)
+            time.sleep(SECONDS[task] * self.scale * begun)
+            if on_part is not None:
+                some = mine[first : first + STEP_ROWS]
+                on_part(some, _completions(len(some)))
+        return Outcome(batch=_completions(len(batch)))
+
+    @property
+    def _place(self) -> int:
+        return self.members("generate").index(self.world.rank)
 
     def infer(self, task: str, batch: Batch) -> Outcome:
-        """One number a token."""
-        self._wait(task)
+        """One number a token, in a time that goes by the rows."""
+        time.sleep(SECONDS[task] * self.scale * len(batch) / self.num_rows)
         return Outcome(batch=Batch({f"{task}_out": _floats(len(batch))}))
 
     def train(self, task: str, batch: Batch, *, step: int) -> Outcome:
@@ -227,12 +240,18 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
     seconds = {}
     for scale in (1.0, 0.0):
         roles = {
-            role: WaitingRole(name=role, placement=Placement.parse(*where), world=world, scale=scale)
+            role: WaitingRole(
+                name=role, placement=Placement.parse(*where), world=world, scale=scale, num_rows=len(batch)
+            )
             for role, where in PLANS[name].items()
         }
-        step = SpreadStep(made, roles, world)  # type: ignore[arg-type]
-        sides = (partial(step.run, batch, 0), partial(run_step, made, roles, batch, 0))
-        taken: tuple[list[float], ...] = ([], [])
+        spread, streamed = (SpreadStep(made, roles, world, size) for size in (None, PART_SIZE))  # type: ignore[arg-type]
+        sides = (
+            partial(spread.run, batch, 0),
+            partial(run_step, made, roles, batch, 0),
+            partial(streamed.run, batch, 0),
+        )
+        taken: tuple[list[float], ...] = ([], [], [])
         for number in range(1 + num_rounds):
             for side, times in zip(sides, taken, strict=True):
                 found = slowest(side)
@@ -243,7 +262,7 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
         for call in made.order()
     }
     chain, num_calls = longest_chain(made, members, 1.0), len(made.order())
-    step_seconds, turn_seconds = seconds[1.0]
+    step_seconds, turn_seconds, streamed_seconds = seconds[1.0]
     return {
         "plan": name,
         "placements": {role: f"{layout}@{mesh}" for role, (mesh, layout) in PLANS[name].items()},
@@ -251,7 +270,9 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
         "seconds": step_seconds,
         "one_after_another_seconds": turn_seconds,
         "longest_chain_seconds": chain,
+        "streamed_seconds": streamed_seconds,
         "gain_of_overlap": turn_seconds / step_seconds,
+        "gain_of_streaming": step_seconds / streamed_seconds,
         "over_longest_chain": step_seconds / chain,
         "overhead_ms_per_call": 1000 * (step_seconds - chain) / num_calls,
         "empty_step_ms_per_call": 1000 * seconds[0.0][0] / num_calls,
@@ -267,6 +288,12 @@ def slowest(side: Callable[[], object]) -> float:
     seconds = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return float(seconds)
+
+
+def _completions(num_rows: int) -> Batch:
+    lengths = torch.full((num_rows,), COMPLETION)
+    tokens = Ragged(torch.zeros(num_rows * (PROMPT + COMPLETION), dtype=torch.int64), lengths + PROMPT)
+    return Batch({"tokens": tokens, "lengths": Ragged.scalars(lengths), "logprobs": _floats(num_rows)})
 
 
 def _floats(num_rows: int) -> Ragged:

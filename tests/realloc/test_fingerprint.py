@@ -72,10 +72,24 @@ def test_a_shard_of_another_shape_is_a_mistake():
 
 @pytest.mark.parametrize("block", [1, 20, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_fast_sums_are_those_of_whole_numbers(monkeypatch, block, dtype):
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_the_fast_sums_are_those_of_whole_numbers(monkeypatch, block, dtype, by_kernel):
     monkeypatch.setattr(subject, "BLOCK", block)
+    if not by_kernel:
+        monkeypatch.setattr(subject, "kernels", lambda: None)
+    elif subject.kernels() is None:
+        pytest.skip("no kernels on this machine")
     integers = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
     bits = torch.cat([numbers(dtype), numbers(dtype).neg()]).view(integers)
     of_rows, of_columns = subject._sums(bits)
     assert of_rows.tolist() == [sum(row) for row in bits.tolist()]
     assert of_columns.tolist() == [sum(column) for column in bits.t().tolist()]
+
+
+@pytest.mark.parametrize("shape", [(1, 40000), (40000, 1), (40001, 3), (7, 33000)])
+@pytest.mark.parametrize("number", [-(2**15), 2**15 - 1])
+def test_long_sums_of_extreme_numbers_would_overflow(shape, number):
+    bits = torch.full(shape, number, dtype=torch.int16)
+    of_rows, of_columns = subject._sums(bits)
+    assert of_rows.tolist() == [number * shape[1]] * shape[0]
+    assert of_columns.tolist() == [number * shape[0]] * shape[1]

@@ -271,3 +271,32 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(make_folder, monkey
         write_report([folder], path)
     assert path.read_bytes() == old
     assert not list(folder.glob(".report*"))
+
+
+def spread_rows():
+    first = {"start_s/rollout": 0.0, "timing_s/rollout": 90.0, "start_s/values": 90.0, "timing_s/values": 9.0}
+    later = {"start_s/rollout": 0.0, "timing_s/rollout": 4.0, "start_s/values": 4.0, "timing_s/values": 1.0}
+    return [
+        {"training/global_step": i + 1, "perf/time_per_step": 5.0, **(later if i else first)} for i in range(3)
+    ]
+
+
+def test_a_run_by_plan_would_not_show_its_devices(make_folder, tmp_path):
+    folder = make_folder(spread_rows())
+    (folder / "placements.json").write_text(json.dumps({"rollout": [0, 1], "values": [1], "unmeasured": [0]}))
+    write_report([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "A step on its devices" in page
+    assert "rollout on 0, 1 from" in page
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="26" class="c(\d)">', page)
+    assert len(bars) == 3
+    wide, narrow = (float(bar[2]) for bar in (bars[0], bars[2]))
+    assert wide == pytest.approx(4 * narrow, rel=0.01), "medians of all steps but the first"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rollout": "0"}', '{"rollout": [true, -1]}', '{"x": [0]}'])
+def test_placements_that_say_nothing_would_break_the_page(make_folder, tmp_path, content):
+    folder = make_folder(spread_rows())
+    (folder / "placements.json").write_text(content)
+    write_report([folder], tmp_path / "report.html")
+    assert "A step on its devices" not in (tmp_path / "report.html").read_text()

@@ -18,6 +18,7 @@ from meshift.generation.requests import check_requests, make_requests
 from meshift.generation.session import Means, Session, bucket
 from meshift.kernels.cpu import release_scratch
 from meshift.layout.shard import share_out
+from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
 from meshift.parallel.pipeline import Stages
 
@@ -122,6 +123,32 @@ class GenerationEngine:
         check_requests(self.model, requests, params, self._decode)
         for _, ended, live in self._steps(requests, params, seed):
             yield ended[0] if ended else live.completion(0)
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Of every token but each sequence's first, by the products that completions are drawn with.
+
+        At temperature 1, in fp32 whatever the weights are. With stages, all of them call it and get them.
+        """
+        self._decoder.refresh()
+        lengths = [len(tokens) for tokens in sequences]
+        tokens = torch.tensor([token for sequence in sequences for token in sequence], device=self.model.device)
+        positions = packed_positions(lengths, self.model.device)
+        entering = None if self._stages is None else self._stages.enter(len(tokens), self.model)
+        hidden = self._decoder.forward(tokens, positions, PackedAttention(lengths), entering)
+        if self._stages is not None and not self._stages.is_last:
+            self._stages.pass_on(hidden)
+            found = self._stages.hear(torch.empty(len(tokens) - len(lengths), dtype=torch.float64))
+        else:
+            last = torch.tensor(lengths).cumsum(0) - 1
+            read = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, last, False).to(tokens.device)
+            scores = self._decoder.logits(hidden).float().log_softmax(-1)[read]
+            found = scores.gather(1, tokens.roll(-1)[read][:, None]).flatten().double().cpu()
+            if self._stages is not None:
+                self._stages.tell(found)
+        if self._stages is not None:
+            self._stages.finish()
+        return found.tolist()
 
     def _steps(
         self, requests: Sequence[Request], params: SamplingParams, seed: int

@@ -162,11 +162,8 @@ class Session:
 
     def _enter(self, num_rows: int, num_padded: int) -> Tensor | None:
         """Rows from the stage before, with zeros behind them; None where tokens enter."""
-        if self._stages is None or self._stages.is_first:
-            return None
-        model = self._decoder.model
-        like = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        return _pad(self._stages.receive(num_rows, like), num_padded)
+        entering = None if self._stages is None else self._stages.enter(num_rows, self._decoder.model)
+        return None if entering is None else _pad(entering, num_padded)
 
     def _pass_on(self, rows: Tensor) -> Tensor:
         """The same rows, sent to the stage behind this one, if there is one."""

@@ -72,9 +72,16 @@ class Stages:
         """Begin to send rows to the next stage."""
         self._send(rows, self.peers.ranks[self.peers.index + 1], FORWARD)
 
-    def receive(self, num_rows: int, like: Tensor) -> Tensor:
-        """[num_rows, width] from the stage before; `like` has the width, type and device."""
-        return self._receive(like.new_empty(num_rows, like.shape[-1]), self.peers.index - 1, FORWARD)
+    def receive(self, into: Tensor) -> Tensor:
+        """Rows from the stage before."""
+        return self._receive(into, self.peers.index - 1, FORWARD)
+
+    def enter(self, num_rows: int, model: Decoder) -> Tensor | None:
+        """What enters this stage's part of a model; None where that is tokens."""
+        if self.is_first:
+            return None
+        shape = num_rows, model.config.hidden_size
+        return self.receive(torch.empty(shape, dtype=model.dtype, device=model.device))
 
     def pass_back(self, gradient: Tensor) -> None:
         """Begin to send the gradient of received rows to where they came from."""

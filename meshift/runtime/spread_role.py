@@ -29,6 +29,7 @@ from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
 from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
+from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
 from meshift.step import Role
@@ -127,6 +128,10 @@ class SpreadRole:
                 _bind(self._locals[move.target].model, arrived.shards)
             move.reallocation.verify(held, arrived.shards)
             self._settle_version(move)
+            if move.target == self.placements.get("generate"):
+                here = self._locals.get(self.home), self._locals.get(move.target)
+                where = f"the {self.name} at {move.target}", str(self.home)
+                metrics["sync/logprob_diff_max"] = probe(*here, move.peers, where)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds

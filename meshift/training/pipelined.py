@@ -59,7 +59,9 @@ class Pipeline:
         found = []
         with torch.no_grad():
             for one in passes:
-                hidden = one.run(self.model, checkpoint=False, entering=self._enter(one))
+                hidden = one.run(
+                    self.model, checkpoint=False, entering=self.stages.enter(one.num_rows, self.model)
+                )
                 if self.stages.is_last:
                     found.append(Batch(detach(one.read(self.model, hidden, self.config.logits_chunk))))
                 else:
@@ -90,14 +92,8 @@ class Pipeline:
         found = gather_facts(troubles[:1], self.stages.peers)[-1]
         return (int(found[0][0]), float(found[0][1])) if found else None
 
-    def _enter(self, one: MicroBatch) -> Tensor | None:
-        if self.stages.is_first:
-            return None
-        like = torch.empty(0, self.model.config.hidden_size, dtype=self.model.dtype, device=self.model.device)
-        return self.stages.receive(one.num_rows, like)
-
     def _forward(self, one: MicroBatch, learn: Learn) -> _Flight:
-        entering = self._enter(one)
+        entering = self.stages.enter(one.num_rows, self.model)
         if entering is not None and self._passes_back:
             entering.requires_grad_()
         hidden = one.run(self.model, checkpoint=self.config.gradient_checkpointing, entering=entering)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from meshift.kernels.cpu import decode_attention_serves, kernels_for
 from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention, packed_positions
-from meshift.models.config import DecoderConfig
+from meshift.models.decoder import Decoder
 
 LENGTH_STEP = 32
 """Attention looks at whole multiples of this many positions, so that few different shapes occur."""
@@ -50,7 +50,9 @@ class CacheBuffer:
         """Size of the kept memory; 0 while a cache uses it."""
         return sum(buffer.nbytes for buffer in self._buffers or ())
 
-    def take(self, shape: Sequence[int], like: Tensor, *, for_kernels: bool = False) -> "KVCache":
+    def take(
+        self, shape: Sequence[int], like: Tensor, *, first_layer: int = 0, for_kernels: bool = False
+    ) -> "KVCache":
         """A cache of `shape`, with the device and dtype of `like`, in the old memory if that is large enough.
 
         The buffer is empty until the cache is given back with `put`: after a failed run it is not, since
@@ -61,7 +63,7 @@ class CacheBuffer:
         if not buffers or not _serves(buffers[0], size, like):
             del buffers  # before the new ones exist
             buffers = (like.new_zeros(size), like.new_zeros(size))
-        return KVCache(buffers, shape, for_kernels=for_kernels)
+        return KVCache(buffers, shape, first_layer=first_layer, for_kernels=for_kernels)
 
     def put(self, cache: "KVCache") -> None:
         """Keep the memory of a cache whose run went well."""
@@ -78,11 +80,19 @@ class KVCache:
     Positions that were never written hold some finite numbers, which every reader masks. On a CPU the `reach`
     grows with the sequences, up to the `max_len` of the shape, and a layer's positions lie without gaps: torch's
     matrix products take four times as long over a slice. Elsewhere, and where our own kernels read it, the reach
-    is `max_len` from the start.
+    is `max_len` from the start. Its layers are those from the model's `first_layer` on.
     """
 
-    def __init__(self, buffers: tuple[Tensor, Tensor], shape: Sequence[int], *, for_kernels: bool = False):
+    def __init__(
+        self,
+        buffers: tuple[Tensor, Tensor],
+        shape: Sequence[int],
+        *,
+        first_layer: int = 0,
+        for_kernels: bool = False,
+    ):
         self.buffers = buffers
+        self._first_layer = first_layer
         self._shape = torch.Size(shape)
         self._kernels = kernels_for(buffers[0])
         grows = buffers[0].device.type == "cpu" and not (for_kernels and self._kernels is not None)
@@ -90,9 +100,10 @@ class KVCache:
         self.keys, self.values = self._views()
 
     @staticmethod
-    def shape(config: DecoderConfig, num_slots: int, max_len: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The shape of a cache for a decoder that has so many key-value heads here."""
-        return (config.num_layers, num_slots, num_kv_heads, round_up(max_len, LENGTH_STEP), config.head_dim)
+    def shape(model: Decoder, num_slots: int, max_len: int) -> tuple[int, ...]:
+        """The shape of a cache for the layers and the key-value heads that are here."""
+        longest, dim = round_up(max_len, LENGTH_STEP), model.config.head_dim
+        return (len(model.layers), num_slots, model.num_kv_heads, longest, dim)
 
     def _views(self) -> tuple[Tensor, Tensor]:
         num_layers, slots, heads, _, dim = self._shape
@@ -124,13 +135,15 @@ class KVCache:
 
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Put rows [T, kv_heads, head_dim] at their places."""
-        dim = self._shape[4]
-        if self._kernels is not None:
-            self._kernels.put(key, places, self.keys[layer])
-            self._kernels.put(value, places, self.values[layer])
-            return
-        self.keys[layer].view(-1, dim).index_put_((places,), key)
-        self.values[layer].view(-1, dim).index_put_((places,), value)
+        for rows, stored in zip((key, value), self.of(layer), strict=True):
+            if self._kernels is not None:
+                self._kernels.put(rows, places, stored)
+            else:
+                stored.view(-1, self._shape[4]).index_put_((places,), rows)
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the layer with this index in the whole model."""
+        return self.keys[layer - self._first_layer], self.values[layer - self._first_layer]
 
     def prefix(self, slot: int, length: int, hidden: Tensor) -> Prefix:
         """A copy of what a slot holds."""
@@ -201,11 +214,11 @@ class DecodeAttention:
         """See `meshift.models.attention.Attention`."""
         self.cache.write(layer.index, self.places, key, value)
         if self._kernels is not None and _kernel_serves(layer, query, key):
-            stored = (self.cache.keys[layer.index], self.cache.values[layer.index])
+            stored = self.cache.of(layer.index)
             window = layer.window or 0
             return self._kernels.attend(query, *stored, self.positions, window=window, scale=layer.scale)
         first, visible, mask = self._seen_within(layer.window, query.dtype)
-        stored = (self.cache.keys[layer.index], self.cache.values[layer.index])
+        stored = self.cache.of(layer.index)
         keys, values = (part[: len(query), :, first : self._reach] for part in stored)
         if layer.softcap is not None:
             return capped_attention(query.unsqueeze(2), keys, values, visible.unsqueeze(1), layer).squeeze(2)

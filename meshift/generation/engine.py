@@ -1,32 +1,26 @@
-"""The generation engine, in three verbs: schedule, run, postprocess. Continuous batching over a slot cache.
+"""The generation engine: continuous batching over a slot cache, by sessions of its own or of pipeline stages.
 
 Knows nothing of prompts as text (a given `decode` serves stop strings alone), nor where the weights come
 from.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from meshift.errors import ConfigError
-from meshift.generation.cache import CacheBuffer, DecodeAttention, KVCache, PromptAttention, round_up
+from meshift.generation.cache import CacheBuffer, KVCache
 from meshift.generation.fused import FusedDecoder
 from meshift.generation.live import LiveRows
 from meshift.generation.params import Completion, Decode, Request, SamplingParams
 from meshift.generation.requests import check_requests, make_requests
-from meshift.generation.sampler import Draw, Sampler
-from meshift.generation.scheduler import Entry, Scheduler, Step
+from meshift.generation.session import Means, Session, bucket
 from meshift.kernels.cpu import release_scratch
-from meshift.models.attention import packed_positions
+from meshift.layout.shard import share_out
+from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
-
-ROW_STEP = 8
-"""Every matrix product has a multiple of this many rows. Kernels differ in the last bit at odd row counts, so
-this keeps a row's result from depending on its company, and the number of different shapes small."""
-PREFILL_BUDGET = 4096
-"""Prompt tokens in one forward pass; a longer prompt is the only one of its pass."""
+from meshift.parallel.pipeline import Stages
 
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished sequences and the number of tokens generated so far."""
@@ -34,13 +28,6 @@ Finished = Callable[[list[Completion]], None]
 """Called after each step in which sequences ended, with their completions."""
 Growth = Iterator[Completion]
 """A completion that has one token more each time it is given."""
-
-
-def row_bucket(num_rows: int, *, few: bool) -> int:
-    """The number of rows that a pass over `num_rows` is padded to: 8, 16, 24, ..., and with `few` also 1, 2, 4."""
-    if few and num_rows < ROW_STEP:
-        return 1 << max(0, num_rows - 1).bit_length()
-    return round_up(num_rows, ROW_STEP)
 
 
 class GenerationEngine:
@@ -53,9 +40,20 @@ class GenerationEngine:
 
     The key-value memory (at most `num_slots` sequences at a time) is kept between calls; `release` frees it. On a
     CPU so is a copy of the weights as its kernels read them, of `num_packed_bytes`; `release_weights` frees that.
+
+    With `stages`, the model has a stage's layers, and all stages make the same calls and get the same completions.
+    The requests are then as many sessions as there are stages: while one is drawn from in the last stage, the
+    next runs in the stages before.
     """
 
-    def __init__(self, model: Decoder, *, num_slots: int = 64, decode: Decode | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_slots: int = 64,
+        decode: Decode | None = None,
+        stages: Stages | None = None,
+    ):
         if num_slots < 1:
             raise ConfigError(f"`num_slots` is {num_slots}; set it to at least 1.")
         if model.head_kind != "lm":
@@ -63,7 +61,8 @@ class GenerationEngine:
         self.model = model
         self.num_slots = num_slots
         self._decode = decode
-        self._buffer = CacheBuffer()
+        self._stages = stages
+        self._buffers = [CacheBuffer() for _ in range(1 if stages is None else len(stages.peers))]
         self._decoder = FusedDecoder(model)
 
     def generate(
@@ -125,26 +124,80 @@ class GenerationEngine:
         for _, ended, live in self._steps(requests, params, seed):
             yield ended[0] if ended else live.completion(0)
 
+    @torch.inference_mode()
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Of every token but each sequence's first, by the products that completions are drawn with.
+
+        At temperature 1, in fp32 whatever the weights are. With stages, all of them call it and get them.
+        """
+        self._decoder.refresh()
+        lengths = [len(tokens) for tokens in sequences]
+        tokens = torch.tensor([token for sequence in sequences for token in sequence], device=self.model.device)
+        positions = packed_positions(lengths, self.model.device)
+        entering = None if self._stages is None else self._stages.enter(len(tokens), self.model)
+        hidden = self._decoder.forward(tokens, positions, PackedAttention(lengths), entering)
+        if self._stages is not None and not self._stages.is_last:
+            self._stages.pass_on(hidden)
+            found = self._stages.hear(torch.empty(len(tokens) - len(lengths), dtype=torch.float64))
+        else:
+            last = torch.tensor(lengths).cumsum(0) - 1
+            read = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, last, False).to(tokens.device)
+            scores = self._decoder.logits(hidden).float().log_softmax(-1)[read]
+            found = scores.gather(1, tokens.roll(-1)[read][:, None]).flatten().double().cpu()
+            if self._stages is not None:
+                self._stages.tell(found)
+        if self._stages is not None:
+            self._stages.finish()
+        return found.tolist()
+
     def _steps(
         self, requests: Sequence[Request], params: SamplingParams, seed: int
     ) -> Iterator[tuple[int, list[Completion], LiveRows]]:
         """Run until nothing lives or waits; gives for each step the tokens drawn, who ended, and who lives."""
         self._decoder.refresh()
-        num_slots = min(self.num_slots, len(requests))
-        scheduler = Scheduler(requests, num_slots=num_slots, prefill_budget=PREFILL_BUDGET)
-        live = LiveRows(num_slots, params, self._decode)
-        sampler = Sampler(params, seed=seed)
-        cache = self._take_cache(requests, params)
-        while not scheduler.done:
-            step = scheduler.schedule()
-            draw = self._run(step, cache, live, sampler)
-            yield len(draw.tokens), _postprocess(draw, live, scheduler, cache), live
-        self._buffer.put(cache)
+        sessions = deque(self._sessions(requests, params, seed))
+        for _, session in sessions:
+            session.begin()
+        while sessions:
+            buffer, session = sessions.popleft()
+            num_drawn, ended = session.finish()
+            yield num_drawn, ended, session.live
+            if session.done:
+                buffer.put(session.cache)
+            else:
+                session.begin()
+                sessions.append((buffer, session))
+        if self._stages is not None:
+            self._stages.finish()
+
+    def _sessions(
+        self, requests: Sequence[Request], params: SamplingParams, seed: int
+    ) -> Iterator[tuple[CacheBuffer, Session]]:
+        """The requests in neighbouring parts, with the memory of each."""
+        count = min(len(self._buffers), len(requests))
+        for number, buffer in enumerate(self._buffers[:count]):
+            start, stop = share_out(len(requests), number, count)
+            part = requests[start:stop]
+            num_slots = min(max(1, self.num_slots // count), len(part))
+            cache = self._take_cache(buffer, part, num_slots, params)
+            means = Means(decoder=self._decoder, cache=cache, stages=self._stages, decode=self._decode)
+            yield buffer, Session(means, part, params, seed=seed, num_slots=num_slots)
+
+    def _take_cache(
+        self, buffer: CacheBuffer, requests: Sequence[Request], num_slots: int, params: SamplingParams
+    ) -> KVCache:
+        longest = max(len(request.tokens) for request in requests) + params.max_new_tokens
+        return buffer.take(
+            KVCache.shape(self.model, bucket(self._decoder, num_slots), longest),
+            like=next(self.model.parameters()),
+            first_layer=self.model.first_layer.attention.layer.index,
+            for_kernels=self._decoder.takes_any_rows,
+        )
 
     @property
     def num_kept_bytes(self) -> int:
         """Size of the key-value memory that is kept between calls."""
-        return self._buffer.num_bytes
+        return sum(buffer.num_bytes for buffer in self._buffers)
 
     @property
     def num_packed_bytes(self) -> int:
@@ -153,95 +206,10 @@ class GenerationEngine:
 
     def release(self) -> None:
         """Free all memory that is kept between calls."""
-        self._buffer = CacheBuffer()
+        self._buffers = [CacheBuffer() for _ in self._buffers]
         release_scratch()
         self.release_weights()
 
     def release_weights(self) -> None:
         """Free the copy of the weights, which the next call makes anew: for a model that is about to change."""
         self._decoder.release()
-
-    def _take_cache(self, requests: Sequence[Request], params: SamplingParams) -> KVCache:
-        longest = max(len(request.tokens) for request in requests) + params.max_new_tokens
-        num_slots = self._bucket(min(self.num_slots, len(requests)))
-        shape = KVCache.shape(self.model.config, num_slots, longest, self.model.num_kv_heads)
-        for_kernels = self._decoder.takes_any_rows
-        return self._buffer.take(shape, like=self.model.embedding.weight, for_kernels=for_kernels)
-
-    def _bucket(self, num_rows: int) -> int:
-        """Rows to pad to; none are added where that changes no bit."""
-        if self._decoder.takes_any_rows:
-            return num_rows
-        return row_bucket(
-            num_rows, few=self._decoder.packs and self.model.embedding.weight.dtype == torch.bfloat16
-        )
-
-    def _run(self, step: Step, cache: KVCache, live: LiveRows, sampler: Sampler) -> Draw:
-        """One token for each live sequence and each that enters. Decoding comes first: it writes to free slots."""
-        rows = [self._decode_step(step.num_live, cache, live)] if step.num_live else []
-        if step.entering:
-            rows += self._prefill(step, cache)
-            for entry in step.entering:
-                for slot, request in enumerate(entry.requests, start=entry.slot):
-                    live.enter(slot, request)
-        hidden = torch.cat(rows) if len(rows) > 1 else rows[0]
-        num_rows = len(hidden)
-        logits = self._decoder.logits(_pad(hidden, self._bucket(num_rows)))[:num_rows]
-        return sampler.draw(logits, live.indices[:num_rows], live.num_tokens[:num_rows])
-
-    def _decode_step(self, num_live: int, cache: KVCache, live: LiveRows) -> Tensor:
-        """Hidden rows [num_live, hidden] of the live sequences' newest tokens."""
-        tokens, positions = live.newest(num_live)
-        shortest, longest = int(positions.min()), int(positions.max())
-        cache.grow(longest + 1, num_live)
-        num_rows, device = self._bucket(num_live), cache.keys.device
-        # Padding stands where some live row does, so that a window leaves it something to see.
-        places = _pad(torch.from_numpy(positions), num_rows, longest).to(device)
-        attention = DecodeAttention(cache, places, shortest=shortest, longest=longest)
-        return self._decoder.forward(_pad(torch.from_numpy(tokens), num_rows).to(device), places, attention)[
-            :num_live
-        ]
-
-    def _prefill(self, step: Step, cache: KVCache) -> list[Tensor]:
-        """Begin the entering sequences in their slots; their prompts' last hidden rows, by entry."""
-        cache.grow(max(len(entry.group.tokens) for entry in step.entering), step.num_live)
-        prefill = step.prefill
-        last = iter(self._run_prompts(prefill, cache) if prefill else ())
-        rows = []
-        for entry in step.entering:
-            group, length = entry.group, len(entry.group.tokens)
-            if group.prefix is not None:
-                cache.fill(entry.slot, entry.stop, group.prefix)
-                hidden = group.prefix.hidden
-            else:
-                hidden = next(last)
-                cache.spread(entry.slot, entry.stop, length)
-                group.prefix = cache.prefix(entry.slot, length, hidden) if group.waiting else None
-            rows.append(hidden.expand(len(entry.requests), -1))
-        return rows
-
-    def _run_prompts(self, entries: Sequence[Entry], cache: KVCache) -> Tensor:
-        """Run prompts, each into its entry's first slot; their last hidden rows."""
-        lengths = [len(entry.group.tokens) for entry in entries]
-        attention = PromptAttention(cache, lengths, [entry.slot for entry in entries])
-        tokens = torch.tensor([token for entry in entries for token in entry.group.tokens], dtype=torch.int64)
-        padded = round_up(len(tokens), ROW_STEP)
-        device = cache.keys.device
-        flat, positions = (_pad(rows, padded).to(device) for rows in (tokens, packed_positions(lengths)))
-        return self._decoder.forward(flat, positions, attention)[attention.last_rows]
-
-
-def _postprocess(draw: Draw, live: LiveRows, scheduler: Scheduler, cache: KVCache) -> list[Completion]:
-    """Append the tokens, let the ended sequences leave, close the gaps they left; returns those that ended."""
-    rows = live.append(draw)
-    ended = [live.completion(row) for row in rows]
-    for source, target in scheduler.leave(rows):
-        cache.move(source, target, int(live.prompt_lengths[source] + live.num_tokens[source]) - 1)
-        live.move(source, target)
-    return ended
-
-
-def _pad(rows: Tensor, num_rows: int, value: int = 0) -> Tensor:
-    """Rows of `value` at the end, up to `num_rows`."""
-    missing = num_rows - len(rows)
-    return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, missing), value=value) if missing else rows

@@ -94,7 +94,7 @@ class FusedDecoder:
     @property
     def packs(self) -> bool:
         """Whether this model's weights are copied into another layout."""
-        return can_pack(self.model.embedding.weight)
+        return can_pack(next(self.model.parameters()))
 
     @property
     def takes_any_rows(self) -> bool:
@@ -115,7 +115,7 @@ class FusedDecoder:
         self.release()
         self._layers = [LayerMatrices.of(layer) for layer in self.model.layers if isinstance(layer, Layer)]
         if self.packs:
-            self._head = pack([_head_of(self.model).projection])
+            self._head = pack([_head_of(self.model).projection]) if self.model.ends else None
             self._whole = whole_step(self.model, self._layers)
         self._packed_from = current
 
@@ -124,18 +124,23 @@ class FusedDecoder:
         self._layers, self._head, self._packed_from, self._whole = [], None, None, None
         self._logits = torch.empty(0)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden rows [T, hidden] as `Decoder.forward` gives them, without gradients."""
-        x = self.model.embedding(tokens, positions)
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, entering: Tensor | None = None
+    ) -> Tensor:
+        """Hidden rows [T, hidden] as `Decoder.forward` gives them, without gradients; may change `entering`."""
+        x = self.model.embedding(tokens, positions) if entering is None else entering
         angles = [rotary(positions, x.dtype) for rotary in self.model.rotaries]
         if self._whole is not None and isinstance(attention, DecodeAttention):
-            return norm_rows(self.model.norm, self._whole.run(x, angles, attention))
+            return self._leave(self._whole.run(x, angles, attention))
         turns = [_turner(one) for one in angles]
         for layer, matrices in zip(self.model.layers, self._layers, strict=True):
             assert isinstance(layer, Layer)
             x = _attend(x, layer, matrices, turns, attention)
             x = _widen(x, layer, matrices)
-        return norm_rows(self.model.norm, x)
+        return self._leave(x)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return norm_rows(self.model.norm, x) if self.model.ends else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] as the model's head gives them, or not rounded, in fp32, where kernels can.

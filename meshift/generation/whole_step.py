@@ -99,7 +99,7 @@ class WholeStep:
 
 def whole_step(model: Decoder, matrices: Sequence[Matrices]) -> WholeStep | None:
     """For a model that the kernel serves: norms before, nothing but a turn between product and attention."""
-    kernels = kernels_for(model.embedding.weight)
+    kernels = kernels_for(next(model.parameters()))
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
     if kernels is None or not layers or len(model.rotaries) > MAX_ROTARIES:
         return None
@@ -144,8 +144,7 @@ def _describe(layer: Layer, matrices: Matrices) -> WholeLayer:
 
 
 def _shape(model: Decoder) -> WholeShape:
-    layer = model.layers[0]
-    assert isinstance(layer, Layer)
+    layer = model.first_layer
     assert isinstance(layer.attention_norm, RMSNorm)
     config = model.config
     return WholeShape(

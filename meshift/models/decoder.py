@@ -4,9 +4,10 @@ Knows nothing of batches, padding, caches or layouts. Which rows belong together
 how parameters are cut is `shards.py`'s, and where weights come from is `hf/`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
@@ -108,29 +109,56 @@ def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
+class Layers(nn.ModuleList):
+    """The layers that are here: all of them, until `keep` leaves some. Each keeps its name and its index."""
+
+    def keep(self, indices: Collection[int]) -> None:
+        """Forget all layers but those with these indices in the whole model."""
+        kept = {name: layer for name, layer in self._modules.items() if int(name) in indices}
+        self._modules.clear()
+        self._modules.update(kept)
+
+
 class Decoder(nn.Module):
     """A decoder and its head: `decoder(...)` gives hidden rows, `decoder.head(rows)` what is asked of them.
 
-    Built under `torch.device("meta")` it costs nothing; `hf.load.load_model` fills it.
+    Built under `torch.device("meta")` it costs nothing; `hf.load.load_model` fills it. Whoever cuts a model leaves
+    out what is elsewhere: then `embeds` or `ends` is false, and rows enter or leave between layers.
     """
 
     def __init__(self, config: DecoderConfig, head: HeadKind = "lm") -> None:
         super().__init__()
         self.config = config
         self.head_kind: HeadKind = head
+        self.embeds = self.ends = True
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers = Layers(Layer(config, index) for index in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotaries = nn.ModuleList(Rotary(config, kind) for kind in config.rotary_kinds)
         self.head = make_head(config, head, self.embedding)
 
     @property
+    def first_layer(self) -> Layer:
+        """The first of the layers that are here."""
+        layer = next(iter(self.layers))
+        assert isinstance(layer, Layer)
+        return layer
+
+    @property
     def num_kv_heads(self) -> int:
         """Key-value heads of a layer that are here: all of them, unless the model was cut."""
-        layer = self.layers[0]
-        assert isinstance(layer, Layer)
-        attention = layer.attention
+        attention = self.first_layer.attention
         return attention.key.out_features // attention.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def forward(
         self,
@@ -138,6 +166,7 @@ class Decoder(nn.Module):
         positions: Tensor,
         attention: Attention,
         *,
+        entering: Tensor | None = None,
         rows: Tensor | None = None,
         checkpoint: bool = False,
     ) -> Tensor:
@@ -147,17 +176,21 @@ class Decoder(nn.Module):
         [N, hidden]: what nobody reads need not go through the last layer's products. With `checkpoint`, each layer
         runs again in the backward pass and keeps only its input: about a third more work for a fraction of the
         memory.
+
+        Where the embedding is elsewhere, `entering` [T, hidden] is what the layers before these made of the
+        tokens. Where the last layer is elsewhere, all rows come out as they leave the layers, and `rows` does
+        nothing.
         """
-        x = self.embedding(tokens, positions)
+        x = self.embedding(tokens, positions) if entering is None else entering
         angles = [rotary(positions, x.dtype) for rotary in self.rotaries]
-        for index, layer in enumerate(self.layers, start=1):
-            given = (x, angles, attention, rows if index == len(self.layers) else None)
+        for number, layer in enumerate(self.layers, start=1):
+            given = (x, angles, attention, rows if self.ends and number == len(self.layers) else None)
             if checkpoint and is_grad_enabled():
                 # There is no dropout, hence no random state to restore.
                 x = recompute(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*given)
-        return self.norm(x)
+        return self.norm(x) if self.ends else x
 
 
 def pick(x: Tensor, rows: Tensor | None) -> Tensor:

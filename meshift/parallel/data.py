@@ -21,6 +21,7 @@ from meshift.models.shards import shard_table
 from meshift.parallel.collectives import sum_of
 from meshift.parallel.exchange import gather_batches, gather_facts
 from meshift.parallel.groups import Place
+from meshift.parallel.pipeline import Stages
 from meshift.parallel.tensor import add_shared, shared_parameters
 
 BUCKET = 1 << 24
@@ -53,11 +54,14 @@ class Ranks:
     def __init__(self, model: Decoder, place: Place) -> None:
         """`model` is this rank's part."""
         self.place = place
+        self.stages = Stages(place.pipeline) if place.pipeline.group is not None else None
         self._shared = shared_parameters(model, place.tensor)
         table = shard_table(model.config, model.head_kind)
         self._num_holders = {
             name: len(place.tensor) if shard.split is None else 1 for name, shard in table.items()
         } | {name: shared.num_holders for name, shared in self._shared.items()}
+        self._at_both_ends = [name for name, shard in table.items() if shard.tied and self.stages is not None]
+        self._num_holders.update((name, 2 * self._num_holders[name]) for name in self._at_both_ends)
 
     def own_rows(self, sizes: Sequence[int]) -> list[int]:
         """The rows of a batch that are this data rank's: shares of nearly equal size, settled without a word."""
@@ -82,17 +86,23 @@ class Ranks:
 
     def settle(self, own: Statistics) -> Statistics:
         """Everybody's statistics together, and the first trouble that any of them has."""
-        together = Statistics()
-        for sums, maxima, trouble in gather_facts([own.sums, own.maxima, own.trouble], self.place.data):
-            together.add(sums, maxima)
-            together.trouble = together.trouble or trouble
-        return together
+        for peers in (self.place.pipeline, self.place.data):
+            together = Statistics()
+            for sums, maxima, trouble in gather_facts([own.sums, own.maxima, own.trouble], peers):
+                together.add(sums, maxima)
+                together.trouble = together.trouble or trouble
+            own = together
+        return own
 
     def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Make every gradient that of the whole batch and of the whole model, in place."""
         for name, shared in self._shared.items():
             if name in gradients:
                 add_shared(gradients[name], shared, self.place.tensor)
+        at_ends = [gradients[name] for name in self._at_both_ends if name in gradients]
+        if self.stages is not None and at_ends:
+            self.stages.exchange_ends(at_ends)
+            self.stages.finish()
         if self.place.data.group is not None:
             for bucket in _buckets(list(gradients.values())):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -103,7 +113,8 @@ class Ranks:
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The norm of the whole model's gradient; what several ranks hold counts once."""
         squares = [g.double().square().sum() / self._num_holders[name] for name, g in gradients.items()]
-        return math.sqrt(float(sum_of(torch.stack(squares).sum(), self.place.tensor)))
+        own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        return math.sqrt(float(sum_of(sum_of(own, self.place.tensor), self.place.pipeline)))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -33,7 +33,7 @@ def gather_facts(own: Any, peers: Peers) -> list[Any]:
 
 def gather_bytes(own: bytes, peers: Peers) -> list[bytes]:
     """Everybody's bytes; they may be of any length. They travel padded to the longest."""
-    device = _device(peers)
+    device = group_device(peers)
     size = torch.tensor([len(own)], dtype=torch.int64, device=device)
     sizes = [int(one) for one in _gathered(size, peers)]
     padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
@@ -48,6 +48,6 @@ def _gathered(own: Tensor, peers: Peers) -> Sequence[Tensor]:
     return peers.in_order(everyone)
 
 
-def _device(peers: Peers) -> torch.device:
+def group_device(peers: Peers) -> torch.device:
     """Where the group's backend wants its tensors."""
     return torch.device("cuda" if dist.get_backend(peers.group) == "nccl" else "cpu")

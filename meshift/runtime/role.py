@@ -80,12 +80,12 @@ class LocalRole:
     @property
     def peak_flops(self) -> float:
         """FLOP/s that the device reaches at best in the type that the model computes in."""
-        weight = self.model.embedding.weight
-        return self._peak_rate(weight.device, weight.dtype)
+        return self._peak_rate(self.model.device, self.model.dtype)
 
     def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
         """Give the role a generation engine over its own weights."""
-        self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode)
+        stages = None if self.trainer.ranks is None else self.trainer.ranks.stages
+        self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode, stages=stages)
         return self
 
     def generate(self, task: SamplingTask, batch: Batch, on_part: OnPart | None = None) -> Outcome:
@@ -212,7 +212,7 @@ class LocalRole:
             own.copy_(self._mixed.get(name, own))
 
     def _compute_type(self) -> str:
-        return str(self.model.embedding.weight.dtype).removeprefix("torch.")
+        return str(self.model.dtype).removeprefix("torch.")
 
     def fixed_weights(self) -> dict[str, torch.Tensor]:
         """The parameters that are as the model was loaded: not trained, and not mixed so far."""

@@ -24,11 +24,12 @@ from meshift.models.decoder import Decoder
 from meshift.models.shards import shard_table
 from meshift.parallel.exchange import gather_facts
 from meshift.parallel.groups import Peers, Place, join
-from meshift.parallel.tensor import cut_model
+from meshift.parallel.pipeline import cut_for
 from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
 from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
+from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
 from meshift.step import Role
@@ -84,7 +85,7 @@ class SpreadRole:
             place = join(placement, world.device, world.ranks)
             if place is not None:
                 is_home = placement == self.home and "train" in placements
-                self._locals[placement] = make_role(cut_model(open_model(), place.tensor), place, is_home)
+                self._locals[placement] = make_role(cut_for(open_model(), place), place, is_home)
         self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p))]
         if "train" in placements and len(set(placements.values())) > 1:
             self._share_home()
@@ -99,10 +100,10 @@ class SpreadRole:
         return self._at(self.home).version
 
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
-        """See `LocalRole`. Of tensor ranks, which draw the same, the first one passes parts on."""
+        """See `LocalRole`. Of tensor ranks and stages, which have the same, the first one passes parts on."""
         role = self._at(self.placements["generate"])
         ranks = role.trainer.ranks
-        is_first = ranks is None or ranks.place.tensor.index == 0
+        is_first = ranks is None or ranks.place.tensor.index == ranks.place.pipeline.index == 0
         return role.generate(task, batch, on_part if is_first else None)
 
     def infer(self, task: Any, batch: Batch) -> Outcome:
@@ -127,6 +128,10 @@ class SpreadRole:
                 _bind(self._locals[move.target].model, arrived.shards)
             move.reallocation.verify(held, arrived.shards)
             self._settle_version(move)
+            if move.target == self.placements.get("generate"):
+                here = self._locals.get(self.home), self._locals.get(move.target)
+                where = f"the {self.name} at {move.target}", str(self.home)
+                metrics["sync/logprob_diff_max"] = probe(*here, move.peers, where)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds
@@ -191,15 +196,19 @@ class SpreadRole:
         if rank == 0:
             write_values(folder, state.values)
         table = shard_table(local.model.config, local.model.head_kind)
-        num_layers = count_layers(table)
+        num_layers, layout = count_layers(table), self.home.layout
+        turns = {name: turn for turn, name in enumerate(table)}
         boxes: dict[str, tuple[Box, tuple[int, ...]]] = {}
-        for number, key in enumerate(state.tensors):
-            shard, layout = table[_parameter_of(key)], self.home.layout
-            is_number = state.tensors[key].dim() == 0
-            for box, holders in cells_of(shard, layout, stages_of(shard, layout, num_layers)).items():
-                # Copies are the same; who writes which is shared out.
-                if rank == (0 if is_number else holders[number % len(holders)]):
-                    boxes[key] = ((), ()) if is_number else (box, shard.shape)
+        for key in state.tensors:
+            shard, turn = table[_parameter_of(key)], turns[_parameter_of(key)]
+            cells = cells_of(shard, layout, stages_of(shard, layout, num_layers))
+            if state.tensors[key].dim() == 0:
+                if rank == min(map(min, cells.values())):
+                    boxes[key] = (), ()
+                continue
+            for box, holders in cells.items():
+                if rank == holders[turn % len(holders)]:  # copies are the same; who writes which is shared out
+                    boxes[key] = box, shard.shape
         if boxes:
             write_boxes(folder, rank, {key: state.tensors[key] for key in boxes}, boxes)
 
@@ -244,7 +253,7 @@ class SpreadRole:
         table = shard_table(model.config, model.head_kind)
         dtype = _dtype_of(model)
         frozen = gather_facts(self._frozen(), peers)
-        leave_out = next(names for names in frozen if names is not None)
+        leave_out = sorted({name for names in frozen for name in names or ()})
         moving = plan(self.home, target, table, dtypes=Dtypes(source=dtype, target=dtype), leave_out=leave_out)
         site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
         reallocation = Reallocation(moving, table, site)
@@ -306,7 +315,7 @@ def _parameter_of(key: str) -> str:
 
 
 def _dtype_of(model: Decoder) -> str:
-    return str(model.embedding.weight.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 class Everywhere:

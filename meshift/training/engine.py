@@ -20,14 +20,15 @@ from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.errors import NonFiniteError
 from meshift.kernels.cpu import release_scratch
-from meshift.models.attention import PackedAttention
 from meshift.models.decoder import Decoder
 from meshift.parallel.data import Ranks, Statistics
 from meshift.parallel.groups import Place
 from meshift.training.checkpoint import State
-from meshift.training.flops import Work, training_flops
+from meshift.training.flops import Work
+from meshift.training.micro_batch import MicroBatch
 from meshift.training.optimizer import MasterAdamW, freeze_layers
-from meshift.training.prefixes import arrange, share_in_micro_batches
+from meshift.training.pipelined import Pipeline
+from meshift.training.prefixes import share_in_micro_batches
 from meshift.training.readings import Reading, detach
 
 
@@ -94,6 +95,9 @@ class TrainingEngine:
         self.version = 0
         self.work = Work()
         self.ranks = None if place is None else Ranks(model, place)
+        self.pipeline: Pipeline | None = None
+        if self.ranks is not None and self.ranks.stages is not None:
+            self.pipeline = Pipeline(model, self.ranks.stages, config)
         self.optimizer: MasterAdamW | None = None
         if trainable:
             freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
@@ -110,8 +114,13 @@ class TrainingEngine:
 
     def _infer(self, reading: Reading, batch: Batch) -> Batch:
         parts = self._micro_batches(reading, batch)
-        with torch.no_grad():
-            pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
+        if self.pipeline is None:
+            with torch.no_grad():
+                pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
+        else:
+            pieces = self.pipeline.read(
+                [MicroBatch.of(reading, piece, self.config) for piece in batch.split(parts)]
+            )
         order = torch.tensor([row for part in parts for row in part])
         return Batch.concat(pieces).index(torch.argsort(order))
 
@@ -168,24 +177,44 @@ class TrainingEngine:
 
     def _accumulate(self, loss: Loss, batch: Batch, count: int) -> Statistics:
         stats = Statistics()
-        parts = self._micro_batches(loss.reading, batch)
-        for piece in batch.split(parts):
-            result = loss(self.forward(loss.reading, piece), piece)
+        pieces = batch.split(self._micro_batches(loss.reading, batch))
+
+        def mean_of(outputs: Mapping[str, Ragged], piece: Batch) -> Tensor:
+            result = loss(outputs, piece)
             mean = result.total / count
-            if not torch.isfinite(mean):
-                if self.optimizer is not None:
-                    self.optimizer.discard()
-                raise NonFiniteError(f"the loss is {mean.item()} {self._blamed(loss, piece)}")
-            mean.backward()
             sums = {key: float(value) / count for key, value in result.sums.items()}
             stats.add({"loss": mean.item(), **sums}, {key: float(value) for key, value in result.maxima.items()})
+            return mean
+
+        if self.pipeline is not None:
+            passes = [MicroBatch.of(loss.reading, piece, self.config) for piece in pieces]
+            trouble = self.pipeline.learn(passes, mean_of)
+            self.work.flops += sum(one.flops(self.model) for one in passes)
+            if trouble is not None:
+                raise self._non_finite(trouble[1], loss, pieces[trouble[0]])
+            return stats
+        for piece in pieces:
+            mean = mean_of(self.forward(loss.reading, piece), piece)
+            if not torch.isfinite(mean):
+                raise self._non_finite(mean.item(), loss, piece)
+            mean.backward()
         return stats
+
+    def _non_finite(self, value: float, loss: Loss, piece: Batch) -> NonFiniteError:
+        if self.optimizer is not None:
+            self.optimizer.discard()
+        return NonFiniteError(f"the loss is {value} {self._blamed(loss, piece)}")
 
     def _blamed(self, loss: Loss, piece: Batch) -> str:
         """Which of a micro-batch's rows give no number: each is read once more, alone."""
         rows = [piece.index([i]) for i in range(len(piece))]
         with torch.no_grad():
-            losses = [loss(self.forward(loss.reading, row), row).total for row in rows]
+            if self.pipeline is None:
+                outputs: list[Mapping[str, Ragged]] = [self.forward(loss.reading, row) for row in rows]
+            else:
+                passes = [MicroBatch.of(loss.reading, row, self.config) for row in rows]
+                outputs = [read.fields for read in self.pipeline.read(passes)]
+            losses = [loss(out, row).total for out, row in zip(outputs, rows, strict=True)]
         found = [row for row, value in zip(rows, losses, strict=True) if not torch.isfinite(value)]
         if not found:
             return f"over {len(rows)} rows, though in none of them alone"
@@ -195,31 +224,19 @@ class TrainingEngine:
         named = f" ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})" if places else ""
         return f"in {len(found)} of {len(rows)} rows{named}"
 
-    def forward(self, reading: Reading, batch: Batch) -> dict[str, Ragged]:
+    def forward(self, reading: Reading, batch: Batch) -> Mapping[str, Ragged]:
         """One packed pass: the decoder over all rows, the head over those that are read."""
-        device = next(self.model.parameters()).device
-        packed, read = reading.sequences(batch), reading.rows(batch)
-        arranged = arrange(packed, share=self.config.share_prefixes)
-        rows, back = torch.unique(arranged.place[read], return_inverse=True)
-        hidden = self.model(
-            packed.values[arranged.take].to(device),
-            arranged.positions.to(device),
-            PackedAttention(arranged.lengths, arranged.before),
-            rows=rows.to(device) if len(rows) < len(arranged.take) else None,
-            checkpoint=self.config.gradient_checkpointing and torch.is_grad_enabled(),
-        )
+        one = MicroBatch.of(reading, batch, self.config)
+        hidden = one.run(self.model, checkpoint=self.config.gradient_checkpointing)
         if torch.is_grad_enabled():
-            self.work.flops += training_flops(self.model, arranged.spans, len(read), len(rows))
-        if not torch.equal(back, torch.arange(len(rows))):  # rows that several sequences read, or in another order
-            hidden = hidden[back.to(device)]
-        return reading.read(self.model.head, hidden, batch, self.config.logits_chunk)
+            self.work.flops += one.flops(self.model)
+        return one.read(self.model, hidden, self.config.logits_chunk)
 
     def _micro_batches(self, reading: Reading, batch: Batch) -> list[list[int]]:
-        config = self.config
-        return share_in_micro_batches(
-            *(reading.sequences(batch), reading.sizes(batch), config.max_tokens_per_micro_batch),
-            share=config.share_prefixes,
-        )
+        sizes, most = reading.sizes(batch), self.config.max_tokens_per_micro_batch
+        if self.pipeline is not None:
+            most = self.pipeline.max_tokens(sum(sizes))
+        return share_in_micro_batches(reading.sequences(batch), sizes, most, share=self.config.share_prefixes)
 
     def master_weights(self) -> dict[str, Tensor]:
         """Every parameter by name, the trained ones from their fp32 masters."""

@@ -34,23 +34,27 @@ Spans = Sequence[tuple[int, int]]
 def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -> float:
     """Forward and backward, with `num_read` rows through the head, and `num_last` rows that leave the last layer.
 
+    Of a model that was cut, in the layers that are here; a gradient is taken to go to the layers before them.
+
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
     Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
     """
     num_rows, total = sum(own for _, own in spans), 0.0
-    learned_below = any(p.requires_grad for p in model.embedding.parameters())
-    for index, layer in enumerate(model.layers):
+    learned_below = any(p.requires_grad for p in model.embedding.parameters()) or not model.embeds
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        index = layer.attention.layer.index
         learned = any(p.requires_grad for p in layer.parameters())
         passes = 1 + (learned or learned_below) + learned
         num_weights = _num_weights(layer)
-        if index == len(model.layers) - 1:  # what leaves: the products after attention see no other row
+        if index == model.config.num_layers - 1:  # what leaves: the products after attention see no other row
             after = num_weights - _num_before_attention(layer)
             total -= 2.0 * (num_rows - num_last) * after * passes
         total += 2.0 * num_rows * num_weights * passes
         attention = _attention_flops(model.config, spans, model.config.window(index))
         total += attention * (3 if learned or learned_below else 1)
         learned_below = learned_below or learned
-    return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model))
+    return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model)) * model.ends
 
 
 def _num_weights(module: nn.Module) -> int:

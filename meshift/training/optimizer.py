@@ -70,7 +70,7 @@ class MasterAdamW:
         self._ranks = ranks
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names, self._parameters = list(trained), list(trained.values())
-        if not self._parameters:
+        if not self._parameters and (ranks is None or ranks.stages is None):  # a stage may have frozen layers only
             raise ConfigError("every parameter is frozen; lower num_frozen_layers")
         self.masters = [_master_of(p) for p in self._parameters]
         for parameter, master in zip(self._parameters, self.masters, strict=True):
@@ -85,7 +85,7 @@ class MasterAdamW:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [group for group in groups if group["params"]] or [torch.zeros(0)],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,

@@ -118,4 +118,4 @@ def test_another_dtype_gets_memory_of_its_own():
 
 
 def test_the_cache_has_room_for_the_longest_sequence(model):
-    assert KVCache.shape(model.config, 3, 33, model.num_kv_heads) == (2, 3, 2, 64, 8)
+    assert KVCache.shape(model, 3, 33) == (2, 3, 2, 64, 8)

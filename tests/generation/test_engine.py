@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meshift.errors import ConfigError, DataError, NonFiniteError
-from meshift.generation import engine as engine_module
+from meshift.generation import session as session_module
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.fused import FusedDecoder
 from meshift.generation.params import Request, SamplingParams
@@ -112,7 +112,7 @@ def test_what_else_is_in_the_batch_does_not_change_a_sequence(model):
 
 def test_a_small_prefill_budget_and_a_shared_prefix_over_several_admissions_change_nothing(model, monkeypatch):
     reference = GenerationEngine(model).generate(PROMPTS, params(), seed=1, num_generations=4)
-    monkeypatch.setattr(engine_module, "PREFILL_BUDGET", 6)
+    monkeypatch.setattr(session_module, "PREFILL_BUDGET", 6)
     ours = GenerationEngine(model, num_slots=3).generate(PROMPTS, params(), seed=1, num_generations=4)
     assert_same(ours, reference, atol=1e-5)
 
@@ -121,9 +121,9 @@ def test_each_prompt_is_run_once_however_many_completions_it_has(model, monkeypa
     rows = []
     forward = FusedDecoder.forward
 
-    def counting(self, tokens, positions, attention):
+    def counting(self, tokens, positions, attention, entering=None):
         rows.append(len(tokens))
-        return forward(self, tokens, positions, attention)
+        return forward(self, tokens, positions, attention, entering)
 
     monkeypatch.setattr(FusedDecoder, "forward", counting)
     GenerationEngine(model, num_slots=2).generate([[1] * 32], params(1), seed=0, num_generations=6)

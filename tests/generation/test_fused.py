@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from meshift.generation.engine import GenerationEngine, row_bucket
+from meshift.generation.engine import GenerationEngine
 from meshift.generation.fused import FusedDecoder
 from meshift.generation.matrices import PackedMatrix, PlainMatrix, can_pack
 from meshift.generation.params import SamplingParams
+from meshift.generation.session import row_bucket
 from meshift.models.attention import PackedAttention, packed_positions
 
 LENGTHS = [7, 1, 12]

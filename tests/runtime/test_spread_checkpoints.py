@@ -26,7 +26,7 @@ PLAN = {
     "reference": {"infer": {"mesh": "2,0", "layout": "d2t1p1"}},
 }
 OTHER = {
-    "actor": {"generate": {"mesh": "1", "layout": "d1"}, "train": {"mesh": "0-1", "layout": "t2"}},
+    "actor": {"generate": {"mesh": "1", "layout": "d1"}, "train": {"mesh": "0-1", "layout": "p2"}},
     "critic": {"train": {"mesh": "0-1", "layout": "d2"}},
 }
 MEMORY = {
@@ -112,7 +112,9 @@ def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(PLAN, None), (None, PLAN), (PLAN, OTHER)], ids=["one", "many", "other"]
+    ("first", "then"),
+    [(PLAN, None), (None, PLAN), (PLAN, OTHER), (OTHER, PLAN)],
+    ids=["one", "many", "to stages", "from stages"],
 )
 def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_path, read_lines, first, then):
     run = tmp_path / "run"

@@ -48,6 +48,11 @@ PLANS = {
         "actor": {"generate": ("2-3", "d1t2p1"), "train": ("0-1", "d2t1p1")},
         "critic": {"infer": ("3,2", "d1t2p1"), "train": ("0-3", "d1t4p1")},
     },
+    "stages": {
+        "actor": {"generate": ("2-3", "d1t1p2"), "train": ("0-3", "d2t1p2")},
+        "critic": {"infer": ("0-1", "d1t1p2"), "train": ("3,2,1,0", "d1t2p2")},
+        "reference": {"infer": ("1,0", "d1t1p2")},
+    },
     "host-not-first": {
         "actor": {"generate": ("3,2,1,0", "d2t2p1"), "train": ("3,2,1,0", "d4t1p1")},
         "critic": {"infer": ("2-3", "d1t2p1"), "train": ("2-3", "d1t2p1")},
@@ -152,7 +157,7 @@ MOVING = SECTIONS | {
 }
 
 
-@pytest.mark.parametrize("name", ["all-apart", "critic-moves"])
+@pytest.mark.parametrize("name", ["all-apart", "critic-moves", "stages"])
 def test_a_reference_would_move_otherwise_than_in_one_process(name, tmp_path):
     run_gang(4, check_ppo, tmp_path, name, MOVING)
 
@@ -210,6 +215,7 @@ STREAMS = {
     "to tensor ranks, from data ranks": ("streaming", 2, 2),
     "not on the same device": ("spread", 1, 0),
     "one of two": ("one-streams", 1, 1),
+    "from stages": ("stages", 2, 2),
 }
 PLANS["one-streams"] = PLANS["all-apart"] | {"reference": {"infer": ("0,3", "d1t2p1")}}
 PLANS["streaming"] = {

@@ -44,7 +44,7 @@ REFUSALS = {
         "`plan.actor.generate` is set, but the actor has no such call",
     ),
     "a gap": (Case(RewardRunConfig, {"reward": placed(train="d1@2")}), "uses the device 1; number the devices"),
-    "stages": (Case(DPORunConfig, {"actor": placed(train="p2@0-1")}), "pipeline stages"),
+    "sharded": (Case(DPORunConfig, {"actor": placed(train="d2s@0-1")}), "sharded state is not there yet"),
 }
 
 

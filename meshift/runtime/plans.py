@@ -69,8 +69,7 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
 def _check(where: str, placement: Placement) -> None:
     if any(placement.mesh.hosts):
         raise ConfigError(f"`{where}.mesh` names hosts, but all processes run on this machine; give numbers only")
-    if placement.layout.pipeline > 1 or placement.layout.sharded:
+    if placement.layout.pipeline > 1:
         raise ConfigError(
-            f"`{where}.layout` is {placement.layout}: pipeline stages and sharded state are not there yet; use d "
-            "and t"
+            f"`{where}.layout` is {placement.layout}: pipeline stages are not there yet; use d and t"
         )

@@ -24,6 +24,7 @@ from meshift.models.attention import PackedAttention
 from meshift.models.decoder import Decoder
 from meshift.parallel.data import Ranks, Statistics
 from meshift.parallel.groups import Place
+from meshift.parallel.sharded import passes_of
 from meshift.training.checkpoint import State
 from meshift.training.flops import Work, training_flops
 from meshift.training.optimizer import MasterAdamW, freeze_layers
@@ -94,6 +95,7 @@ class TrainingEngine:
         self.version = 0
         self.work = Work()
         self.ranks = None if place is None else Ranks(model, place)
+        self.passes = passes_of(model, place)
         self.optimizer: MasterAdamW | None = None
         if trainable:
             freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
@@ -106,6 +108,7 @@ class TrainingEngine:
         sizes = reading.sizes(batch)
         rows = self.ranks.own_rows(sizes)
         own = self._infer(reading, batch.index(rows)) if rows else Batch({})
+        self.passes.end()
         return self.ranks.whole(own, sizes)
 
     def _infer(self, reading: Reading, batch: Batch) -> Batch:
@@ -159,6 +162,7 @@ class TrainingEngine:
             own = self._accumulate(loss, batch.index(rows), count) if rows else own
         except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
             own = Statistics(trouble=str(error))
+        self.passes.end()
         whole = self.ranks.settle(own)
         if whole.trouble is not None:
             if self.optimizer is not None:
@@ -176,7 +180,7 @@ class TrainingEngine:
                 if self.optimizer is not None:
                     self.optimizer.discard()
                 raise NonFiniteError(f"the loss is {mean.item()} {self._blamed(loss, piece)}")
-            mean.backward()
+            self.passes.backward(mean)
             sums = {key: float(value) / count for key, value in result.sums.items()}
             stats.add({"loss": mean.item(), **sums}, {key: float(value) for key, value in result.maxima.items()})
         return stats
@@ -201,6 +205,7 @@ class TrainingEngine:
         packed, read = reading.sequences(batch), reading.rows(batch)
         arranged = arrange(packed, share=self.config.share_prefixes)
         rows, back = torch.unique(arranged.place[read], return_inverse=True)
+        self.passes.forward()
         hidden = self.model(
             packed.values[arranged.take].to(device),
             arranged.positions.to(device),

@@ -82,7 +82,7 @@ REFUSALS = {
     ),
     "stages": (
         {"critic": {"train": {"mesh": "0-1", "layout": "p2"}}},
-        "pipeline stages and sharded state are not there yet",
+        "pipeline stages are not there yet",
     ),
     "a gap": ({"critic": {"train": {"mesh": "2-3", "layout": "d2"}}}, "uses the device 1; number the devices"),
     "a host": ({"critic": {"train": {"mesh": "a:0-1", "layout": "d2"}}}, "give numbers only"),

@@ -1,6 +1,9 @@
 """Runs that are broken off, and what two runs must have in common at their ends."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 from meshift.runtime.observer import SilentObserver
 
@@ -24,6 +27,37 @@ class Notes(SilentObserver):
         self.steps.append(step)
         if step + 1 == self.break_after:
             raise self.how
+
+
+class KillerObserver(SilentObserver):
+    """Kills a process of the run, or stops it, once, when a call of a step begins."""
+
+    def __init__(self, step, call, number=signal.SIGKILL):
+        self.when, self.number, self.messages, self.done = (step, call), number, [], False
+
+    def on_message(self, text):
+        self.messages.append(text)
+
+    def on_call(self, step, name):
+        if (step, name) == self.when and not self.done:
+            self.done = True
+            os.kill(max(members()), self.number)
+
+
+def members():
+    """The processes of the gang: the children of the forkserver, but for the one that tracks resources."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            origin = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+            owner = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "forkserver" in origin and "forkserver" in words and owner == os.getpid():
+            found.append(int(folder.name))
+    return found
 
 
 def end_of(run):

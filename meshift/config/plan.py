@@ -26,17 +26,48 @@ class RolePlan(Section):
 
 
 class PlanConfig(Section):
-    """A plan for the roles of a step; a role that is not named runs on device 0."""
+    """A plan for the roles of a step; a role that is not named runs on device 0. Each method names its own."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is planned; without a plan a run is one process."""
+        return any(getattr(self, role) is not None for role in type(self).model_fields)
+
+
+class PPOPlan(PlanConfig):
+    """Of the four roles of PPO."""
 
     actor: RolePlan | None = Field(None, description="generate, train: {mesh: 0-3, layout: d2t2p1} each")
     critic: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
     reward: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
 
-    @property
-    def is_given(self) -> bool:
-        """Whether anything is planned; without a plan a run is one process."""
-        return any(getattr(self, role) is not None for role in type(self).model_fields)
+
+class PolicyPlan(PlanConfig):
+    """Of the methods without a critic."""
+
+    actor: RolePlan | None = Field(None, description="generate, infer, train: {mesh: 0-3, layout: d2t2p1} each")
+    reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+    reward: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+
+
+class DPOPlan(PlanConfig):
+    """Of an actor that reads held-out pairs too, and its reference."""
+
+    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
+    reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+
+
+class SFTPlan(PlanConfig):
+    """Of the model, whose role is the actor's."""
+
+    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
+
+
+class RewardPlan(PlanConfig):
+    """Of the model, whose role is the reward's."""
+
+    reward: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
 
 
 class LaunchConfig(Section):

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from meshift.config.plan import PolicyPlan
 from meshift.config.policy_sections import (
     CISPOConfig,
     DAPOConfig,
@@ -30,6 +31,7 @@ class PolicyRunConfig(RolloutRunConfig):
 
     SECTION: ClassVar[str]
     actor: PolicyActorConfig
+    plan: PolicyPlan = PolicyPlan()
 
     @property
     def policy(self) -> PolicyConfig:

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meshift.config.plan import LaunchConfig, PlanConfig
+from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, RewardPlan, SFTPlan
 from meshift.config.section import Section
 from meshift.config.sections import (
     CriticConfig,
@@ -49,6 +49,8 @@ class RunConfig(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="besides metrics.jsonl")
     num_logged_samples: int = Field(8, ge=0, description="completions per step written to samples.jsonl")
     data: DataConfig
+    plan: PlanConfig = PlanConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @field_validator("report_to")
     @classmethod
@@ -108,8 +110,7 @@ class PPORunConfig(RolloutRunConfig):
 
     critic: CriticConfig = CriticConfig()
     ppo: PPOConfig = PPOConfig()
-    plan: PlanConfig = PlanConfig()
-    launch: LaunchConfig = LaunchConfig()
+    plan: PPOPlan = PPOPlan()
 
     @property
     def num_passes(self) -> int:
@@ -145,6 +146,7 @@ class SFTRunConfig(HeldOutRunConfig):
 
     data: DemonstrationDataConfig
     model: SFTModelConfig
+    plan: SFTPlan = SFTPlan()
 
     @model_validator(mode="after")
     def _has_model(self) -> SFTRunConfig:
@@ -158,6 +160,7 @@ class RewardRunConfig(HeldOutRunConfig):
     data: PairDataConfig
     model: TrainableConfig
     reward: RewardLossConfig = RewardLossConfig()
+    plan: RewardPlan = RewardPlan()
 
     @model_validator(mode="after")
     def _has_model(self) -> RewardRunConfig:
@@ -172,6 +175,7 @@ class DPORunConfig(HeldOutRunConfig):
     actor: DPOActorConfig
     reference: ReferenceConfig = ReferenceConfig()
     dpo: DPOConfig = DPOConfig()
+    plan: DPOPlan = DPOPlan()
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> DPORunConfig:

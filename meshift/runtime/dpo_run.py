@@ -1,13 +1,12 @@
 """`meshift dpo`: preference pairs, an actor and a reference brought to the graph of `algorithms/dpo.py`.
 
-It knows nothing of the loss.
+It knows nothing of the loss, nor of how many processes run it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,30 +15,31 @@ from meshift.algorithms.dpo import REFERENCE_READING, dpo_graph, dpo_loss
 from meshift.algorithms.losses import DPOLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
-from meshift.config.sections import TrainableConfig
 from meshift.errors import ModelError
-from meshift.models.hf.save import save_model
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due
+from meshift.runtime.fixed_samples import Infers
+from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
 from meshift.runtime.models import (
     check_same_shape,
     check_same_tokenizer,
     compute_dtype,
     model_folder,
-    open_model,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
 )
-from meshift.runtime.observer import Observer, SilentObserver
+from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
-from meshift.runtime.role import LocalRole
-from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, frozen_like, save_role
+from meshift.runtime.run import Job, RunResult, steps_of
+from meshift.runtime.run_state import FixedRole
 from meshift.training.checkpoint import Remembers, fingerprint
 
 
 def run_dpo(config: DPORunConfig, observer: Observer) -> RunResult:
     """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
-    return run_job(config, partial(build_dpo_job, observer=observer), observer)
+    return start_run(config, DPO_METHOD, observer)
 
 
 def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
@@ -58,6 +58,7 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
         ("reference", "read once, before the first step, then dropped" if once else "read in every step"),
         ("memory", f"{_resident_bytes(config, names) / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
+        *plan_row(config, DPO_METHOD),
     ]
 
 
@@ -73,24 +74,36 @@ def role_models(config: DPORunConfig) -> dict[str, str]:
     return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
 
 
-def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job:
-    """Roles, pairs and graph. A reference that is read once is read and dropped in here, telling `observer`."""
+def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
+    """Roles, pairs and graph. Without an opener the roles are in this process.
+
+    A reference that is read once is read and dropped in here, telling the opener's observer.
+    """
+    opener = opener or LocalOpener()
     data, names = _check(config), role_models(config)
     max_steps = steps_of(config, len(data.train.pairs))
     source = PairSource(config.data, data.train.pairs, config.seed)
     heldout = pair_batch(data.heldout.pairs) if data.heldout else None
-    roles: dict[str, LocalRole] = {}
+    roles: dict[str, Any] = {}
     memories: dict[str, Remembers] = {}
     if config.dpo.precompute_ref_log_probs:
-        reader = _ReferenceReader(_reference(config, names), observer or SilentObserver())
+        reference = opener.open(_reference(config, names))
+        reader = _ReferenceReader(reference, opener.observer)
         heldout = reader.read_heldout(heldout)
         source.known = reader.read_pairs(source, max_steps, config.data.batch_size)
-        memories["read_reference"] = _SameReference(reader.reference)
-        del reader  # and the reference with it, before the actor is loaded
+        memories["read_reference"] = _SameReference(reference)
+        del reader, reference  # and the reference with it, before the actor is loaded
     else:
-        roles["reference"] = _reference(config, names)
-    model = open_model(names["actor"], "lm", compute_dtype(config.dtype), seed=config.seed)
-    roles["actor"] = LocalRole("actor", model, config.actor, trainable=True, max_steps=max_steps, seed=config.seed)
+        roles["reference"] = opener.open(_reference(config, names))
+    actor = RoleSpec(
+        name="actor",
+        model=names["actor"],
+        dtype=compute_dtype(config.dtype),
+        config=config.actor,
+        max_steps=max_steps,
+        seed=config.seed,
+    )
+    roles["actor"] = opener.open(actor)
     evaluation = _Evaluation(config, roles, heldout)
     tokenizer = open_tokenizer(names["actor"])
     return Job(
@@ -99,7 +112,7 @@ def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job
         roles=roles,
         max_steps=max_steps,
         next_batch=source.next_batch,
-        save=lambda folder: save_model(roles["actor"].model, folder, tokenizer=tokenizer),
+        save=lambda folder: save_role(roles["actor"], folder, tokenizer),
         evaluate=lambda step: evaluation.metrics() if held_out_due(config, step, max_steps) else {},
         num_tokens=num_pair_tokens,
         memories=memories,
@@ -108,17 +121,23 @@ def build_dpo_job(config: DPORunConfig, observer: Observer | None = None) -> Job
     )
 
 
-def _reference(config: DPORunConfig, names: Mapping[str, str]) -> LocalRole:
-    frozen = TrainableConfig(
-        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch, logits_chunk=config.actor.logits_chunk
-    )
-    return LocalRole("reference", open_model(names["reference"], "lm", compute_dtype(config.dtype)), frozen)
+def dpo_uses(config: DPORunConfig) -> Uses:
+    """The calls of each role; the reference is read, in every step or once before them."""
+    return uses_of(dpo_graph(config), ("reference", "infer"), *held_out_calls(config, "actor"))
+
+
+DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses)
+
+
+def _reference(config: DPORunConfig, names: Mapping[str, str]) -> RoleSpec:
+    dtype = compute_dtype(config.dtype)
+    return RoleSpec(name="reference", model=names["reference"], dtype=dtype, config=frozen_like(config.actor))
 
 
 class _ReferenceReader:
     """Reads the reference's log-probs of every pair that the run will see, once."""
 
-    def __init__(self, reference: LocalRole, observer: Observer) -> None:
+    def __init__(self, reference: Infers, observer: Observer) -> None:
         self.reference = reference
         self.observer = observer
 
@@ -158,7 +177,7 @@ class _ReferenceReader:
 class _SameReference:
     """Of a reference that was read and dropped, the sha256: a resumed run must have read the same."""
 
-    def __init__(self, reference: LocalRole) -> None:
+    def __init__(self, reference: FixedRole) -> None:
         self.sha256 = fingerprint(reference.fixed_weights())
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,7 +196,7 @@ class _SameReference:
 class _Evaluation:
     """The loss on held-out pairs. What a reference that stands still said of them is remembered."""
 
-    def __init__(self, config: DPORunConfig, roles: Mapping[str, LocalRole], batch: Batch | None) -> None:
+    def __init__(self, config: DPORunConfig, roles: Mapping[str, Infers], batch: Batch | None) -> None:
         self.loss = dpo_loss(config)
         self.roles = roles
         self.batch = batch
@@ -195,7 +214,7 @@ class _Evaluation:
         return heldout_metrics(self.loss, self.roles["actor"], batch)
 
 
-def heldout_metrics(loss: DPOLoss, actor: LocalRole, batch: Batch) -> dict[str, float]:
+def heldout_metrics(loss: DPOLoss, actor: Infers, batch: Batch) -> dict[str, float]:
     """Loss, accuracy and margin of the actor on pairs whose reference log-probs are in the batch."""
     result = loss(actor.infer(loss.reading, batch).batch.fields, batch)
     sums = {"loss": result.total, "accuracy": result.sums["accuracy"], "margin": result.sums["margin"]}

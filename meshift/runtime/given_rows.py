@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meshift.config.runs import HeldOutRunConfig
 from meshift.config.sections import TrainableConfig
+from meshift.graph.calls import Kind
 from meshift.runtime.models import check_frozen_layers
 from meshift.runtime.run_folder import check_inputs_stay
 
@@ -25,6 +26,11 @@ def check_before_reading(config: HeldOutRunConfig, section: str, trained: Traina
 def held_out_due(config: HeldOutRunConfig, step: int, max_steps: int) -> bool:
     """Whether held-out rows are read after this step: every `eval_steps`, and at the end."""
     return step + 1 == max_steps or (config.eval_steps is not None and (step + 1) % config.eval_steps == 0)
+
+
+def held_out_calls(config: HeldOutRunConfig, role: str) -> list[tuple[str, Kind]]:
+    """The calls that a run makes of its role for held-out rows, if it has such."""
+    return [(role, "infer")] if config.data.eval_dataset_name is not None else []
 
 
 def left_out_notes(*left_out: tuple[Sequence[str], str]) -> list[str]:

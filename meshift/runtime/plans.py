@@ -1,40 +1,53 @@
-"""A plan as a config writes it, as a placement for each call of PPO; and what a run by plan cannot do yet.
+"""A plan as a config writes it, as a placement for each call of a method; and what a run by plan cannot do yet.
 
 It starts no process and opens no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from meshift.config.plan import RolePlan
-from meshift.config.runs import PPORunConfig
+from meshift.config.plan import PlanConfig, PPOPlan, RolePlan
 from meshift.errors import ConfigError, LayoutError
-from meshift.graph.calls import Kind
+from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
 
-USES: Mapping[str, tuple[Kind, ...]] = {
-    "actor": ("generate", "train"),
-    "critic": ("infer", "train"),
-    "reference": ("infer",),
-    "reward": ("infer",),
-}
-"""The kinds of calls that PPO makes of each role."""
-
+Uses = Mapping[str, tuple[Kind, ...]]
+"""Role -> the kinds of calls that a run makes of it."""
 Placements = Mapping[str, Mapping[Kind, Placement]]
 
 
-def placements_of(config: PPORunConfig, roles: Iterable[str]) -> dict[str, dict[Kind, Placement]]:
-    """Role -> kind of call -> placement, for a PPO run's roles.
+def uses_of(graph: Graph, *more: tuple[str, Kind]) -> dict[str, tuple[Kind, ...]]:
+    """The kinds of calls that a graph makes of each role, and `more` that the run makes beside it."""
+    found = {*more, *((call.role, call.kind) for call in _model_calls(graph.order()))}
+    kinds = {
+        role: tuple(kind for kind in RolePlan.model_fields if (role, kind) in found)
+        for role in PPOPlan.model_fields  # all that there are
+    }
+    return {role: used for role, used in kinds.items() if used}  # type: ignore[misc]
+
+
+def _model_calls(calls: Sequence[Call]) -> list[ModelCall]:
+    """Those within loops too."""
+    found: list[ModelCall] = []
+    for call in calls:
+        if isinstance(call, LoopCall):
+            found += _model_calls(call.graph.order())
+        elif isinstance(call, ModelCall):
+            found.append(call)
+    return found
+
+
+def placements_of(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]:
+    """Role -> kind of call -> placement, for a run's roles.
 
     Raises `ConfigError` for a placement that cannot be, or that no call would use.
     """
-    roles = list(roles)
-    for role in type(config.plan).model_fields:
-        if getattr(config.plan, role) is not None and role not in roles:
+    for role in type(plan).model_fields:
+        if getattr(plan, role) is not None and role not in uses:
             raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
-    return {role: _of_role(role, getattr(config.plan, role), USES[role]) for role in roles}
+    return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
 
 def num_processes(placements: Placements) -> int:
@@ -44,6 +57,12 @@ def num_processes(placements: Placements) -> int:
     if idle:
         raise ConfigError(f"no placement of `plan` uses the device {idle[0]}; number the devices without gaps")
     return max(used) + 1
+
+
+def in_words(placements: Placements) -> str:
+    """Every call's placement, and how many processes that makes."""
+    calls = [f"{role}.{kind} {p}" for role, kinds in placements.items() for kind, p in kinds.items()]
+    return f"{num_processes(placements)} processes: {', '.join(calls)}"
 
 
 def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kind, Placement]:
@@ -58,6 +77,8 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
     placements: dict[Kind, Placement] = {}
     for kind in used:
         name = kind if kind in given else "train" if "train" in given else next(iter(given))
+        if kind not in given and "train" not in given and len(given) > 1:
+            raise ConfigError(f"`plan.{role}` does not say where its `{kind}` calls run; give it `{kind}` too")
         try:
             placements[kind] = Placement.parse(given[name].mesh, given[name].layout)
         except LayoutError as error:

@@ -1,6 +1,6 @@
 """`meshift grpo` and the other methods without a critic: actor, prompts and rewards brought to a method's graph.
 
-It knows nothing of the objectives themselves.
+It knows nothing of the objectives themselves, nor of how many processes run them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ from meshift.config.policy_runs import (
     RLOORunConfig,
 )
 from meshift.graph.calls import Graph
-from meshift.models.hf.save import save_model
 from meshift.runtime.observer import Observer
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.rollout_prompts import FurtherPrompts, PromptSource
-from meshift.runtime.rollout_run import Checked, check_inputs, describe, open_roles, rollout_job, run_sampling
-from meshift.runtime.run import Job, RunResult, run_job
+from meshift.runtime.rollout_run import (
+    Checked,
+    check_inputs,
+    describe,
+    rollout_job,
+    rollout_specs,
+    run_sampling,
+    sketched_sampling,
+)
+from meshift.runtime.run import Job, RunResult
 
 METHODS: Mapping[type[PolicyRunConfig], tuple[str, Callable[[Any, Drawing], Graph]]] = MappingProxyType(
     {
@@ -52,12 +62,12 @@ METHODS: Mapping[type[PolicyRunConfig], tuple[str, Callable[[Any, Drawing], Grap
 
 def run_policy(config: PolicyRunConfig, observer: Observer) -> RunResult:
     """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
-    return run_job(config, build_policy_job, observer)
+    return start_run(config, POLICY_METHOD, observer)
 
 
 def check_policy(config: PolicyRunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
-    return describe(config, _check(config))
+    return [*describe(config, _check(config)), *plan_row(config, POLICY_METHOD)]
 
 
 def policy_models(config: PolicyRunConfig) -> dict[str, str]:
@@ -73,8 +83,9 @@ def _check(config: PolicyRunConfig) -> Checked:
     return check_inputs(config, policy_models(config), {"actor": config.actor})
 
 
-def build_policy_job(config: PolicyRunConfig) -> Job:
-    """Roles, prompts, rewards and graph."""
+def build_policy_job(config: PolicyRunConfig, opener: Opener | None = None) -> Job:
+    """Roles, prompts, rewards and graph. Without an opener the roles are in this process."""
+    opener = opener or LocalOpener()
     checked = _check(config)
     title, make_graph = METHODS[type(config)]
     source = PromptSource(config, checked.data.prompts, checked.columns)
@@ -86,7 +97,7 @@ def build_policy_job(config: PolicyRunConfig) -> Job:
         more_prompts=further,
     )
     graph = make_graph(config, drawing)
-    roles = open_roles(config, checked)
+    roles = {name: opener.open(spec) for name, spec in rollout_specs(config, checked).items()}
     return rollout_job(
         config,
         checked,
@@ -94,6 +105,15 @@ def build_policy_job(config: PolicyRunConfig) -> Job:
         title=title,
         graph=graph,
         roles=roles,
-        save=lambda folder: save_model(roles["actor"].model, folder, tokenizer=checked.tokenizer),
+        save=lambda folder: save_role(roles["actor"], folder, checked.tokenizer),
         memories={"prompts": further},
     )
+
+
+def policy_uses(config: PolicyRunConfig) -> Uses:
+    """The calls of each role."""
+    sampling, functions = sketched_sampling(config)
+    return uses_of(METHODS[type(config)][1](config, Drawing(sampling=sampling, reward_functions=functions)))
+
+
+POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses)

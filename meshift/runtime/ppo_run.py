@@ -1,70 +1,45 @@
 """`meshift ppo`: four roles, prompts and rewards brought to the graph of `algorithms/ppo.py`.
 
-It knows nothing of the objective itself.
+It knows nothing of the objective itself, nor of how many processes run it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from meshift.algorithms.ppo import PPO
 from meshift.config.runs import PPORunConfig
-from meshift.models.hf.save import save_model
-from meshift.runtime.launch.local import run_gang
-from meshift.runtime.launch.restarts import run_with_restarts
-from meshift.runtime.launch.watch import Limits
-from meshift.runtime.models import compute_dtype, open_model
 from meshift.runtime.observer import Observer
-from meshift.runtime.plans import num_processes, placements_of
-from meshift.runtime.role import LocalRole
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.rollout_prompts import PromptSource
 from meshift.runtime.rollout_run import (
     Checked,
     check_inputs,
     describe,
-    open_roles,
-    open_trained,
     rollout_job,
+    rollout_specs,
     run_sampling,
+    sketched_sampling,
 )
-from meshift.runtime.run import Job, RunResult, finished_run, run_job
+from meshift.runtime.run import Job, RunResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-SHARE = "meshift.runtime.spread_ppo:run_share"
-
-
 def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
-    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`.
-
-    With a plan, in as many processes as it names devices.
-    """
-    if not config.plan.is_given:
-        return run_job(config, build_ppo_job, observer)
-    count = num_processes(placements_of(config, role_models(config)))
-    finished = finished_run(config, observer)
-    if finished is not None:
-        return finished
-    limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
-
-    def run(config: PPORunConfig, observer: Observer) -> Any:
-        return run_gang(count, SHARE, config.model_dump_json(), observer, limits)
-
-    found = run_with_restarts(config, config.launch.max_restarts, run, observer)
-    folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
-    return RunResult(**folders, metrics=found["metrics"])
+    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
+    return start_run(config, PPO_METHOD, observer)
 
 
 def check_ppo(config: PPORunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
-    rows = describe(config, check_ppo_inputs(config))
-    return [*rows, ("plan", _plan_text(config))] if config.plan.is_given else rows
+    return [*describe(config, _check(config)), *plan_row(config, PPO_METHOD)]
 
 
 def role_models(config: PPORunConfig) -> dict[str, str]:
@@ -79,17 +54,20 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
     return names | ({"reward": reward} if reward is not None else {})
 
 
-def check_ppo_inputs(config: PPORunConfig) -> Checked:
+def _check(config: PPORunConfig) -> Checked:
     """Data, models and reward functions, found right."""
     return check_inputs(config, role_models(config), {"actor": config.actor, "critic": config.critic})
 
 
-def build_ppo_job(config: PPORunConfig) -> Job:
-    """Roles, prompts, rewards and graph."""
-    checked = check_ppo_inputs(config)
+def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
+    """Roles, prompts, rewards and graph. Without an opener the roles are in this process."""
+    opener = opener or LocalOpener()
+    checked = _check(config)
     algorithm = PPO(config, run_sampling(config, checked))
     graph = algorithm.graph(checked.reward_functions(), checked.reward_keys)
-    roles = _roles(config, checked)
+    specs = rollout_specs(config, checked)
+    specs["critic"] = replace(specs["critic"], seed=config.seed + 1, zero_head=config.critic.new_value_head)
+    roles = {name: opener.open(spec) for name, spec in specs.items()}
     return rollout_job(
         config,
         checked,
@@ -102,21 +80,15 @@ def build_ppo_job(config: PPORunConfig) -> Job:
     )
 
 
-def _plan_text(config: PPORunConfig) -> str:
-    """Every call's placement, and how many processes that makes."""
-    placements = placements_of(config, role_models(config))
-    calls = [f"{role}.{kind} {p}" for role, kinds in placements.items() for kind, p in kinds.items()]
-    return f"{num_processes(placements)} processes: {', '.join(calls)}"
+def ppo_uses(config: PPORunConfig) -> Uses:
+    """The calls of each role."""
+    sampling, functions = sketched_sampling(config)
+    return uses_of(PPO(config, sampling).graph(functions))
 
 
-def _roles(config: PPORunConfig, checked: Checked) -> dict[str, LocalRole]:
-    roles = open_roles(config, checked)
-    model = open_model(checked.names["critic"], "value", compute_dtype(config.dtype))
-    if config.critic.new_value_head:
-        model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
-    return roles | {"critic": open_trained(checked, "critic", model, seed=config.seed + 1)}
+PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses)
 
 
-def _save(roles: Mapping[str, LocalRole], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    save_model(roles["actor"].model, folder, tokenizer=tokenizer)
-    save_model(roles["critic"].model, folder.with_name("final_critic"), tokenizer=tokenizer)
+def _save(roles: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    save_role(roles["actor"], folder, tokenizer)
+    save_role(roles["critic"], folder.with_name("final_critic"), tokenizer)

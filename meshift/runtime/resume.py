@@ -161,7 +161,7 @@ def check_same_run(begun: RunConfig, config: RunConfig, where: str) -> tuple[str
     """Notes on what has changed since; raises `ConfigError`, naming key and values, where that may not change."""
     before, now = dict(_flat(begun.model_dump(mode="json"))), dict(_flat(config.model_dump(mode="json")))
     notes = []
-    if getattr(begun, "plan", None) != getattr(config, "plan", None):
+    if begun.plan != config.plan:
         notes.append(f"`plan` is another than in {where}: the run {OTHER_BITS}")
     for key in sorted(before.keys() | now.keys()):
         leaf = key.rsplit(".", 1)[-1]

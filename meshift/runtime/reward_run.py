@@ -1,37 +1,38 @@
 """`meshift reward`: preference pairs to a reward model, with its accuracy on held-out pairs.
 
-It knows nothing of the loss; it brings the data and the model to the graph of `algorithms/reward.py`.
+It knows nothing of the loss, nor of how many processes run it; it brings data and model to the
+graph of `algorithms/reward.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from meshift.algorithms.losses import share_won
 from meshift.algorithms.reward import reward_graph
 from meshift.config.runs import RewardRunConfig
 from meshift.data.preferences import Pair
-from meshift.models.hf.save import save_model
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due
+from meshift.runtime.fixed_samples import Infers
+from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
 from meshift.runtime.models import (
     compute_dtype,
     model_folder,
-    open_model,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
-from meshift.runtime.role import LocalRole
-from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, save_role
+from meshift.runtime.run import Job, RunResult, steps_of
 from meshift.training.text_readings import PairScores
 
 
 def run_reward(config: RewardRunConfig, observer: Observer) -> RunResult:
     """Train a reward model. Its folder `final/` loads with `AutoModelForSequenceClassification`."""
-    return run_job(config, build_reward_job, observer)
+    return start_run(config, REWARD_METHOD, observer)
 
 
 def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
@@ -50,17 +51,27 @@ def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
         *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
         ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
+        *plan_row(config, REWARD_METHOD),
     ]
 
 
-def build_reward_job(config: RewardRunConfig) -> Job:
-    """Model, data and graph."""
+def build_reward_job(config: RewardRunConfig, opener: Opener | None = None) -> Job:
+    """Model, data and graph. Without an opener the model is in this process."""
     data = _check(config)
     max_steps = steps_of(config, len(data.train.pairs))
     name = str(config.model.model_name_or_path)
     tokenizer = open_tokenizer(name)
-    model = open_model(name, "reward", compute_dtype(config.dtype), seed=config.seed)
-    role = LocalRole("reward", model, config.model, trainable=True, max_steps=max_steps, seed=config.seed)
+    spec = RoleSpec(
+        name="reward",
+        model=name,
+        head="reward",
+        dtype=compute_dtype(config.dtype),
+        config=config.model,
+        max_steps=max_steps,
+        seed=config.seed,
+        head_seed=config.seed,
+    )
+    role = (opener or LocalOpener()).open(spec)
     source = PairSource(config.data, data.train.pairs, config.seed)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -73,7 +84,7 @@ def build_reward_job(config: RewardRunConfig) -> Job:
         roles={"reward": role},
         max_steps=max_steps,
         next_batch=source.next_batch,
-        save=lambda folder: _save(role, tokenizer, folder),
+        save=lambda folder: save_role(role, folder, tokenizer),
         evaluate=evaluate,
         num_tokens=num_pair_tokens,
         rows=data.train.pairs,
@@ -81,7 +92,15 @@ def build_reward_job(config: RewardRunConfig) -> Job:
     )
 
 
-def heldout_metrics(role: LocalRole, pairs: Sequence[Pair]) -> dict[str, float]:
+def reward_uses(config: RewardRunConfig) -> Uses:
+    """The calls of the model."""
+    return uses_of(reward_graph(config.reward), *held_out_calls(config, "reward"))
+
+
+REWARD_METHOD = Method(build=build_reward_job, uses=reward_uses)
+
+
+def heldout_metrics(role: Infers, pairs: Sequence[Pair]) -> dict[str, float]:
     """`eval/accuracy` (chosen scored above rejected; a tie is half) and `eval/margin`, all pairs alike."""
     scores = role.infer(PairScores(), pair_batch(pairs)).batch
     margin = scores["chosen_scores"].values - scores["rejected_scores"].values
@@ -96,7 +115,3 @@ def _check(config: RewardRunConfig) -> PairSets:
     _, limit = shortest_limit({"reward": name})
     data.check_lengths("reward", name, limit)
     return data
-
-
-def _save(role: LocalRole, tokenizer: object, folder: Path) -> None:
-    save_model(role.model, folder, tokenizer=tokenizer)

@@ -150,6 +150,10 @@ class LocalRole:
             metrics["sync/version"] = self.version
         return Outcome(metrics=metrics)
 
+    def whole(self) -> Decoder:
+        """The model, to be saved."""
+        return self.model
+
     def master_weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by name, the trained ones from their fp32 masters."""
         return self.trainer.master_weights()

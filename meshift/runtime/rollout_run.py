@@ -6,7 +6,7 @@ It knows no method; `ppo_run.py` and `policy_run.py` bring theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph
 from meshift.models.config import HeadKind
-from meshift.models.decoder import Decoder
 from meshift.rewards.configured import check_columns, describe_functions, load_functions
 from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
@@ -31,12 +30,11 @@ from meshift.runtime.models import (
     check_same_tokenizer,
     compute_dtype,
     model_folder,
-    open_model,
     open_tokenizer,
     resident_bytes,
     stop_token_ids,
 )
-from meshift.runtime.role import LocalRole
+from meshift.runtime.role_spec import RoleSpec, frozen_like
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
 from meshift.runtime.run import Job, steps_of
 from meshift.runtime.run_folder import check_inputs_stay
@@ -260,21 +258,27 @@ def run_sampling(config: RolloutRunConfig, checked: Checked) -> SamplingTask:
     return sampling_task(config, stop_token_ids(checked.names["actor"], checked.tokenizer))
 
 
-def open_roles(config: RolloutRunConfig, checked: Checked) -> dict[str, LocalRole]:
-    """The actor, and the reference and the reward model if they are among the names."""
-    dtype, names = compute_dtype(config.dtype), checked.names
-    frozen = TrainableConfig(
-        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch, logits_chunk=config.actor.logits_chunk
+def sketched_sampling(config: RolloutRunConfig) -> tuple[SamplingTask, Callable[[Batch], Outcome] | None]:
+    """What a graph is made of besides the config, before anything is read: enough to see its calls."""
+    return sampling_task(config, ()), (lambda batch: Outcome()) if config.reward.functions else None
+
+
+def rollout_specs(config: RolloutRunConfig, checked: Checked) -> dict[str, RoleSpec]:
+    """The roles of a method on sampled completions, by name."""
+    return {name: _spec(name, config, checked) for name in checked.names}
+
+
+def _spec(name: str, config: RolloutRunConfig, checked: Checked) -> RoleSpec:
+    trained = checked.trained.get(name)
+    spec = RoleSpec(
+        name=name,
+        model=checked.names[name],
+        head=HEADS.get(name, "lm"),
+        dtype=compute_dtype(config.dtype),
+        config=trained or frozen_like(config.actor),
+        max_steps=checked.max_steps if trained is not None else None,
+        seed=config.seed,
     )
-    actor = open_trained(checked, "actor", open_model(names["actor"], "lm", dtype), seed=config.seed)
-    roles = {"actor": actor.can_generate(config.generation.num_slots, checked.texts.decode_all)}
-    if "reference" in names:
-        roles["reference"] = LocalRole("reference", open_model(names["reference"], "lm", dtype), frozen)
-    if "reward" in names:
-        roles["reward"] = LocalRole("reward", open_model(names["reward"], "reward", dtype), frozen)
-    return roles
-
-
-def open_trained(checked: Checked, role: str, model: Decoder, *, seed: int) -> LocalRole:
-    """A role that learns."""
-    return LocalRole(role, model, checked.trained[role], trainable=True, max_steps=checked.max_steps, seed=seed)
+    if name != "actor":
+        return spec
+    return replace(spec, num_slots=config.generation.num_slots, decode=checked.texts.decode_all)

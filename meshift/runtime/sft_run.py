@@ -1,7 +1,7 @@
 """`meshift sft`: demonstrations to a model that imitates them, with its loss on held-out ones.
 
-It knows nothing of the loss, nor of which tokens are trained on; it brings data and model to the graph of
-`algorithms/sft.py`.
+It knows nothing of the loss, nor of which tokens are trained on, nor of how many processes run it; it brings
+data and model to the graph of `algorithms/sft.py`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,33 @@ from meshift.config.sections import DemonstrationDataConfig
 from meshift.data.demonstrations import Demonstration, DemonstrationData, load_demonstrations
 from meshift.data.loader import Loader
 from meshift.errors import ConfigError, DataError
-from meshift.models.hf.save import save_model
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_due, left_out_notes
+from meshift.runtime.fixed_samples import Infers
+from meshift.runtime.given_rows import (
+    arithmetic,
+    check_before_reading,
+    held_out_calls,
+    held_out_due,
+    left_out_notes,
+)
 from meshift.runtime.models import (
     compute_dtype,
     model_folder,
-    open_model,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
     stop_token_ids,
 )
 from meshift.runtime.observer import Observer
-from meshift.runtime.role import LocalRole
-from meshift.runtime.run import Job, RunResult, run_job, steps_of
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, save_role
+from meshift.runtime.run import Job, RunResult, steps_of
 from meshift.training.text_readings import TrainedTokens
 
 
 def run_sft(config: SFTRunConfig, observer: Observer) -> RunResult:
     """Fine-tune the model. Its folder `final/` loads with `AutoModelForCausalLM`."""
-    return run_job(config, build_sft_job, observer)
+    return start_run(config, SFT_METHOD, observer)
 
 
 def check_sft(config: SFTRunConfig) -> list[tuple[str, str]]:
@@ -65,18 +72,26 @@ def check_sft(config: SFTRunConfig) -> list[tuple[str, str]]:
         *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(texts)), "texts"),
         ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
+        *plan_row(config, SFT_METHOD),
     ]
 
 
-def build_sft_job(config: SFTRunConfig) -> Job:
-    """Model, data and graph."""
+def build_sft_job(config: SFTRunConfig, opener: Opener | None = None) -> Job:
+    """Model, data and graph. Without an opener the model is in this process."""
     data = _check(config)
     texts = data.train.demonstrations
     max_steps = steps_of(config, len(texts))
     name = str(config.model.model_name_or_path)
     tokenizer = open_tokenizer(name)
-    model = open_model(name, "lm", compute_dtype(config.dtype), seed=config.seed)
-    role = LocalRole("actor", model, config.model, trainable=True, max_steps=max_steps, seed=config.seed)
+    spec = RoleSpec(
+        name="actor",
+        model=name,
+        dtype=compute_dtype(config.dtype),
+        config=config.model,
+        max_steps=max_steps,
+        seed=config.seed,
+    )
+    role = (opener or LocalOpener()).open(spec)
     source = TextSource(config.data, texts, config.seed)
 
     def measure(step: int) -> dict[str, float]:
@@ -91,12 +106,20 @@ def build_sft_job(config: SFTRunConfig) -> Job:
         roles={"actor": role},
         max_steps=max_steps,
         next_batch=source.next_batch,
-        save=lambda folder: save_model(role.model, folder, tokenizer=tokenizer),
+        save=lambda folder: save_role(role, folder, tokenizer),
         evaluate=measure,
         num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
         rows=texts,
         messages=data.messages(),
     )
+
+
+def sft_uses(config: SFTRunConfig) -> Uses:
+    """The calls of the model."""
+    return uses_of(sft_graph(), *held_out_calls(config, "actor"))
+
+
+SFT_METHOD = Method(build=build_sft_job, uses=sft_uses)
 
 
 class TextSource:
@@ -131,7 +154,7 @@ def text_batch(texts: Sequence[Demonstration]) -> Batch:
     )
 
 
-def heldout_metrics(role: LocalRole, texts: Sequence[Demonstration]) -> dict[str, float]:
+def heldout_metrics(role: Infers, texts: Sequence[Demonstration]) -> dict[str, float]:
     """`eval/loss` (nats per trained token, over all texts), `eval/perplexity` and `eval/mean_token_accuracy`."""
     read = role.infer(TrainedTokens(), text_batch(texts)).batch
     loss = -float(read["logprobs"].values.double().mean())

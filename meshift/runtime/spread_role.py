@@ -319,24 +319,36 @@ def _dtype_of(model: Decoder) -> str:
 
 
 class Everywhere:
-    """A role whose calls every process makes, and gets the outcomes of, whoever takes part in them."""
+    """A role whose calls every process makes, and gets the outcomes of, whoever takes part in them.
+
+    It is for what a run does beside the calls of its graph: samples, held-out rows, and saving.
+    """
 
     def __init__(self, role: SpreadRole) -> None:
-        self._role = role
+        self.role = role
 
     def generate(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
-        return self._shared("generate", lambda: self._role.generate(task, batch))
+        return self._shared("generate", lambda: self.role.generate(task, batch))
 
     def infer(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
-        return self._shared("infer", lambda: self._role.infer(task, batch))
+        return self._shared("infer", lambda: self.role.infer(task, batch))
+
+    def whole(self) -> Decoder | None:
+        """See `SpreadRole`."""
+        return self.role.whole()
+
+    def fixed_weights(self) -> dict[str, torch.Tensor]:
+        """See `SpreadRole`; in process 0, which keeps account of them, and empty in the others."""
+        return self.role.fixed_weights() if self.role.world.rank == 0 else {}
 
     def _shared(self, kind: Kind, run: Callable[[], Outcome]) -> Outcome:
-        world, members = self._role.world, self._role.members(kind)
+        world, members = self.role.world, self.role.members(kind)
         if world.rank not in members:
             return world.receive(members[0], 0)
         outcome = run()
         if world.rank == members[0]:
             world.send(outcome, sorted(set(world.ranks.values()) - set(members)), 0)
+            world.finish()
         return outcome

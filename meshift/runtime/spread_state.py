@@ -64,6 +64,7 @@ def follow(job: Job, spread: Mapping[str, SpreadRole], world: World, observer: O
     for step in range(start["num_done"], job.max_steps):
         assert job.advance is not None
         job.advance(job.next_batch(step), step, partial(observer.on_call, step))
+        job.evaluate(step)
         job.fixed(step + 1)
         while (order := world.hear())["write"] is not None:
             _write_shares(spread, world, Path(order["write"]))

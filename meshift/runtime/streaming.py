@@ -26,12 +26,21 @@ class Streams:
     """The calls of a graph that stream, and this process's part in them. Without `part_size` none do."""
 
     def __init__(
-        self, graph: Graph, members: Mapping[str, tuple[int, ...]], world: World, part_size: int | None
+        self,
+        graph: Graph,
+        members: Mapping[str, tuple[int, ...]],
+        world: World,
+        part_size: int | None,
+        first_tag: int,
     ) -> None:
-        """`members` are the processes of each call. A part has at least `part_size` rows, the last ones fewer."""
+        """`members` are the processes of each call. A part has at least `part_size` rows, the last ones fewer.
+
+        Messages have tags from `first_tag` up to, and without, `end_tag`.
+        """
         self._members, self._world, self._part_size = members, world, part_size or 1
         calls = graph.order()
-        self._tags = {call.name: 2 * len(calls) + 2 * i for i, call in enumerate(calls)}
+        self._tags = {call.name: first_tag + 2 * i for i, call in enumerate(calls)}
+        self.end_tag = first_tag + 2 * len(calls)
         self._sources: dict[str, ModelCall] = {}
         for call in calls if part_size is not None else ():
             for source in calls:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from broken_runs import KEPT
+from spread_cases import REWARDS as ODD
+from spread_cases import SMOOTH, data_of
 from tiny_rl import tiny_model
 
 from meshift.config.loading import make_config
@@ -208,5 +210,57 @@ def reward_config(reward_config_on_disk, tmp_path):
 
     def make(name="run", **sections):
         return reward_config_on_disk(tmp_path / name, **(KEPT | sections))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spread_files(make_folder, actor_folder, reward_folder, prompts_file, pairs_files, demonstrations_files):
+    models = {"actor": actor_folder, "reward": reward_folder, "other": make_folder(seed=3)}
+    return {
+        **{name: str(folder) for name, folder in models.items()},
+        "prompts": prompts_file,
+        "pairs": pairs_files,
+        "demonstrations": demonstrations_files,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_case(tmp_path_factory, spread_files):
+    rewards = tmp_path_factory.mktemp("rewards") / "odd.py"
+    rewards.write_text(ODD, encoding="utf-8")
+    model = {
+        "model_name_or_path": spread_files["actor"],
+        "logits_chunk": 5,
+        "max_tokens_per_micro_batch": 64,
+        **SMOOTH,
+    }
+    other = {"model_name_or_path": spread_files["other"]}
+    held_out = {"batch_size": 6, "max_eval_samples": 7}
+    pairs = {**data_of(spread_files["pairs"]), **held_out}
+    texts = data_of(spread_files["demonstrations"])
+    given = {
+        # With the actor's own weights all margins of the first step are zero, and its accuracy is their rounding.
+        DPORunConfig: {"actor": model, "data": pairs, "reference": other},
+        RewardRunConfig: {"model": model, "data": pairs},
+        SFTRunConfig: {"model": model, "data": texts | held_out},
+    }
+    drawn = {
+        "data": {"dataset_name": spread_files["prompts"], "batch_size": 4},
+        "actor": model,
+        "reward": {
+            "model_name_or_path": spread_files["reward"],
+            "weight": 0.0,
+            "functions": [{"function": f"{rewards}:odd"}],
+        },
+        "generation": {"max_completion_length": 5, "num_generations": 2, "top_k": 9},
+        "num_report_prompts": 2,
+    }
+
+    def make(case, output_dir, **sections):
+        values = {"output_dir": str(output_dir), "max_steps": 3, "dtype": "float32", "report_to": []}
+        values |= given.get(case.schema, drawn)
+        own = {key: values.get(key, {}) | value for key, value in case.sections.items() if isinstance(value, dict)}
+        return make_config(case.schema, values | case.sections | own | sections)
 
     return make

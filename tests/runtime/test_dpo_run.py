@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from meshift.config.loading import make_config
 from meshift.config.runs import DPORunConfig
 from meshift.errors import ConfigError, ModelError
-from meshift.runtime import dpo_run
+from meshift.runtime import role_spec
 from meshift.runtime.dpo_run import build_dpo_job, check_dpo, run_dpo
 from meshift.runtime.observer import SilentObserver
+from meshift.runtime.role_spec import LocalOpener
 
 NAMES = (
     *("loss", "accuracy", "margin", "grad_norm", "lr", "logps/chosen", "logps/rejected"),
@@ -77,7 +78,7 @@ def test_a_reference_that_was_read_in_advance_is_gone_and_serves_every_epoch(
     dpo_config_on_disk, tmp_path, monkeypatch
 ):
     opened = []
-    plain_open = dpo_run.open_model
+    plain_open = role_spec.open_model
 
     def remembering_open(*args, **kwargs):
         gc.collect()
@@ -87,10 +88,10 @@ def test_a_reference_that_was_read_in_advance_is_gone_and_serves_every_epoch(
         opened[-1] = (opened[-1][0], weakref.ref(model))
         return model
 
-    monkeypatch.setattr(dpo_run, "open_model", remembering_open)
+    monkeypatch.setattr(role_spec, "open_model", remembering_open)
     listener = Listener()
     config = dpo_config_on_disk(tmp_path / "run", num_train_epochs=2.0, dpo={"precompute_ref_log_probs": True})
-    job = build_dpo_job(config, listener)
+    job = build_dpo_job(config, LocalOpener(listener))
     assert [alive for alive, _ in opened] == [0, 0], "the reference has gone before the actor comes"
     assert set(job.roles) == {"actor"}
     assert listener.messages[0] == "reading the reference once: 0 of 45 pairs done"
@@ -114,7 +115,7 @@ def test_a_batch_size_that_does_not_divide_the_pairs_leaves_none_unread(dpo_conf
 def test_only_pairs_that_a_step_will_read_are_read_in_advance(dpo_config_on_disk, tmp_path):
     listener = Listener()
     config = dpo_config_on_disk(tmp_path / "run", max_steps=2, dpo={"precompute_ref_log_probs": True})
-    build_dpo_job(config, listener)
+    build_dpo_job(config, LocalOpener(listener))
     assert listener.messages == [f"reading the reference once: {n} of 30 pairs done" for n in (0, 15)]
 
 

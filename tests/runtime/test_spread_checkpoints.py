@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_runs import KillerObserver, members
 from safetensors.torch import load_file
 
 from meshift.config.loading import dump_config
@@ -32,37 +33,6 @@ MEMORY = {
     "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
     "ppo": {"num_mini_batches": 2, "value_norm": "ema", "adaptive_kl": True, "kl_target": 0.1, "kl_horizon": 20},
 }
-
-
-class KillerObserver(SilentObserver):
-    """Kills a process of the run, or stops it, once, when a call of a step begins."""
-
-    def __init__(self, step, call, number=signal.SIGKILL):
-        self.when, self.number, self.messages, self.done = (step, call), number, [], False
-
-    def on_message(self, text):
-        self.messages.append(text)
-
-    def on_call(self, step, name):
-        if (step, name) == self.when and not self.done:
-            self.done = True
-            os.kill(max(members()), self.number)
-
-
-def members():
-    """The processes of the gang: the children of the forkserver, but for the one that tracks resources."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            origin = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
-            owner = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if "forkserver" in origin and "forkserver" in words and owner == os.getpid():
-            found.append(int(folder.name))
-    return found
 
 
 @pytest.fixture(scope="module")

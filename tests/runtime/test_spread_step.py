@@ -8,8 +8,9 @@ import torch.distributed as dist
 from gang import run_gang
 from tiny_rl import make_world, ppo_config, tiny_model
 
-from meshift.batch import Batch, Ragged
+from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.sections import TrainableConfig
+from meshift.graph.calls import Graph, HostCall, LoopCall
 from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
@@ -18,6 +19,7 @@ from meshift.runtime.role import LocalRole
 from meshift.runtime.spread_role import SpreadRole
 from meshift.runtime.spread_step import SpreadStep
 from meshift.runtime.world import World
+from meshift.step import run_step
 
 NUM_STEPS = 3
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6], [5], [3, 5, 8], [9, 7, 9]]
@@ -126,7 +128,7 @@ def check_ppo(rank, name, sections=SECTIONS, part_size=None, num_streams=0):
         check_weights(roles[role], alone.roles[role], name)
 
 
-def check_outcome(found, expected, what):
+def check_outcome(found, expected, what, timed=("rollout", "values", "train_critic")):
     assert found.batch.fields.keys() == expected.batch.fields.keys()
     wrong = {
         key: (found.batch[key].values, field.values)
@@ -140,7 +142,7 @@ def check_outcome(found, expected, what):
             room = 1.5 / 72 if key.endswith("clipfrac") else 1e-4
             close = math.isclose(found.metrics[key], value, rel_tol=1e-3, abs_tol=room)
             assert close or math.isnan(value), f"{what}: {key} is {found.metrics[key]} instead of {value}"
-    assert {f"start_s/{name}" for name in ("rollout", "values", "train_critic")} <= found.metrics.keys()
+    assert {f"start_s/{name}" for name in timed} <= found.metrics.keys()
 
 
 def check_weights(role, whole, name):
@@ -168,6 +170,51 @@ MOVING = SECTIONS | {
 @pytest.mark.parametrize("name", ["all-apart", "critic-moves", "stages", "sharded", "sharded-everywhere"])
 def test_a_reference_would_move_otherwise_than_in_one_process(name, tmp_path):
     run_gang(4, check_ppo, tmp_path, name, MOVING)
+
+
+def two_rounds(graph, later):
+    """A loop over PPO's whole step: first the step's own prompts, then `later`, a batch."""
+
+    def feed(batch, outcomes):
+        return (batch, later, None)[len(outcomes)]
+
+    def collect(batch, outcomes):
+        names = outcomes[0].metrics.keys() & outcomes[1].metrics.keys()
+        kept = {name for name in names if not name.startswith(("timing_s/", "sync/", "stream_parts/"))}
+        metrics = {
+            f"round_{i}/{name}": outcome.metrics[name] for i, outcome in enumerate(outcomes) for name in kept
+        }
+        return Outcome(batch=Batch({"both": outcomes[0].batch["advantages"]}), metrics=metrics)
+
+    reads = ("prompts", "index")
+    loop = LoopCall(name="twice", graph=graph, feed=feed, collect=collect, reads=reads, writes=("both",))
+    double = HostCall(name="double", function=lambda batch: Outcome(), reads=("both",))
+    return Graph((loop, double), frozenset(reads))
+
+
+def check_loop(rank, name, sections, part_size):
+    config = ppo_config(**sections)
+    alone = make_world(odd, config, max_steps=NUM_STEPS)
+    world = World(
+        rank=rank,
+        ranks={Device(index=i): i for i in range(4)},
+        group=dist.new_group(list(range(4)), backend="gloo"),
+    )
+    roles = spread_roles(config, PLANS[name], world)
+    later = prompts_of(7).index([4, 0, 1])
+    spread = SpreadStep(two_rounds(make_world(odd, config).graph, later), roles, world, part_size)
+    for step in range(NUM_STEPS - 1):
+        expected = run_step(two_rounds(alone.graph, later), alone.roles, prompts_of(step), step)
+        found = spread.run(prompts_of(step), step)
+        if rank == 0:
+            check_outcome(found, expected, f"{name}, step {step}", ("double", "twice"))
+    for role in ("actor", "critic", "reference"):
+        check_weights(roles[role], alone.roles[role], name)
+
+
+@pytest.mark.parametrize("name", ["all-apart", "critic-moves"])
+def test_a_loop_that_trains_would_be_another_over_several_processes(name, tmp_path):
+    run_gang(4, check_loop, tmp_path, name, MOVING, 2 if name == "all-apart" else None)
 
 
 # The plan, the least rows of a part, and how many calls stream.

@@ -26,7 +26,7 @@ from meshift.runtime.launch.member import Post, run_member
 from meshift.runtime.launch.watch import Limits, Watch
 from meshift.runtime.observer import Observer
 
-PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_ppo"]
+PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_run"]
 GRACE_S = 300.0
 """How much longer than a hang's limit a process waits for another before it gives up by itself."""
 

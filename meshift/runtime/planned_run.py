@@ -1,0 +1,57 @@
+"""A run of any method as its config says: in this process, or by a plan in as many as it names devices.
+
+What a method brings is how its job is built, and which calls it makes of which role. It knows no method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshift.config.runs import RunConfig
+from meshift.runtime.launch.local import run_gang
+from meshift.runtime.launch.restarts import run_with_restarts
+from meshift.runtime.launch.watch import Limits
+from meshift.runtime.observer import Observer
+from meshift.runtime.plans import Uses, in_words, num_processes, placements_of
+from meshift.runtime.role_spec import LocalOpener, Opener
+from meshift.runtime.run import Job, RunResult, finished_run, run_job
+
+SHARE = "meshift.runtime.spread_run:run_share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """`build(config, opener)` makes the job; `uses(config)` says which calls it makes, before anything is read."""
+
+    build: Callable[[Any, Opener], Job]
+    uses: Callable[[Any], Uses]
+
+
+def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
+    """The whole run. Raises `ConfigError` for a plan that cannot be."""
+    if not config.plan.is_given:
+        return run_job(config, lambda whole: method.build(whole, LocalOpener(observer)), observer)
+    count = num_processes(placements_of(config.plan, method.uses(config)))
+    finished = finished_run(config, observer)
+    if finished is not None:
+        return finished
+    limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
+
+    def run(config: RunConfig, observer: Observer) -> Any:
+        told = json.dumps({"run": type(config).__name__, "config": config.model_dump_json()})
+        return run_gang(count, SHARE, told, observer, limits)
+
+    found = run_with_restarts(config, config.launch.max_restarts, run, observer)
+    folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
+    return RunResult(**folders, metrics=found["metrics"])
+
+
+def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
+    """A dry run's row of the plan, if there is one. Raises `ConfigError` for a plan that cannot be."""
+    if not config.plan.is_given:
+        return []
+    return [("plan", in_words(placements_of(config.plan, method.uses(config))))]

@@ -1,0 +1,101 @@
+"""What makes a role: its model, how it is trained, whether it generates; opened in this process, or over several.
+
+A method's job is built from these specs by whatever `Opener` it is given, so that it is written once. It knows
+nothing of methods, nor of how processes are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from meshift.config.sections import TrainableConfig
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.models.hf.save import save_model
+from meshift.parallel.groups import Place
+from meshift.runtime.models import open_model
+from meshift.runtime.observer import Observer, SilentObserver
+from meshift.runtime.role import LocalRole
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """A role before it is opened. `config` is how it is computed with, and where `max_steps` is set, trained.
+
+    `seed` is of its mini-batches, `head_seed` of a head that the model lacks; with `zero_head` it begins at zero.
+    With `decode` it generates, in `num_slots`.
+    """
+
+    name: str
+    model: str
+    dtype: torch.dtype
+    config: TrainableConfig
+    head: HeadKind = "lm"
+    max_steps: int | None = None
+    seed: int = 0
+    head_seed: int = 0
+    zero_head: bool = False
+    num_slots: int = 1
+    decode: Callable[[list[int]], str] | None = None
+
+    def open_model(self) -> Decoder:
+        """The whole model, the same each time."""
+        model = open_model(self.model, self.head, self.dtype, seed=self.head_seed)
+        if self.zero_head:
+            model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
+        return model
+
+    def make(self, model: Decoder, place: Place | None = None, trainable: bool | None = None) -> LocalRole:
+        """The role with this model, or its part of it at `place`; trained if the spec says so, or as given."""
+        role = LocalRole(
+            self.name,
+            model,
+            self.config,
+            trainable=self.max_steps is not None if trainable is None else trainable,
+            max_steps=self.max_steps or 1,
+            seed=self.seed,
+            place=place,
+        )
+        return role if self.decode is None else role.can_generate(self.num_slots, self.decode)
+
+
+class Opener(Protocol):
+    """Opens the roles of a run where they are to be. `observer` hears what there is to say meanwhile."""
+
+    observer: Observer
+
+    def open(self, spec: RoleSpec) -> Any:
+        """A `LocalRole`, or what has its `generate`, `infer`, `whole` and `fixed_weights` over several processes.
+
+        Every process of a run opens the same roles in the same order, and uses them at the same points.
+        """
+
+
+class LocalOpener:
+    """Opens roles in this process."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self.observer = observer or SilentObserver()
+
+    def open(self, spec: RoleSpec) -> LocalRole:
+        """See `Opener`."""
+        return spec.make(spec.open_model())
+
+
+def frozen_like(trained: TrainableConfig) -> TrainableConfig:
+    """How a role that stands still is computed with: in micro-batches as those of a trained one."""
+    return TrainableConfig(
+        max_tokens_per_micro_batch=trained.max_tokens_per_micro_batch, logits_chunk=trained.logits_chunk
+    )
+
+
+def save_role(role: Any, folder: Path, tokenizer: object) -> None:
+    """Save the role's whole model; over several processes all call this, and the first one saves."""
+    model = role.whole()
+    if model is not None:
+        save_model(model, folder, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Data parallelism with whole copies of a (tensor-cut) model: who takes which rows, and what is added up after.
+"""Data parallelism over a (tensor-cut) model: who takes which rows, and what is added up after.
 
 Every process of a mesh is given the same whole batch and ends with the same whole result, so that the code around
 it is that of one device. It knows nothing of readings, losses or optimizers.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from meshift.batch import Batch, balanced_partition
+from meshift.layout.boxes import held_box
 from meshift.layout.shard import share_out
 from meshift.models.decoder import Decoder
 from meshift.models.shards import shard_table
@@ -57,6 +58,10 @@ class Ranks:
         self.stages = Stages(place.pipeline) if place.pipeline.group is not None else None
         self._shared = shared_parameters(model, place.tensor)
         table = shard_table(model.config, model.head_kind)
+        self._is_sharded = place.layout.sharded
+        if self._is_sharded:  # of each this rank has some rows, and so have those that share it with their part
+            bounds = {name: held_box(table[name], place.layout, place.coordinates)[0] for name in self._shared}
+            self._shared = {name: replace(one, bounds=bounds[name]) for name, one in self._shared.items()}
         self._num_holders = {
             name: len(place.tensor) if shard.split is None else 1 for name, shard in table.items()
         } | {name: shared.num_holders for name, shared in self._shared.items()}
@@ -95,7 +100,10 @@ class Ranks:
         return own
 
     def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Make every gradient that of the whole batch and of the whole model, in place."""
+        """Make every gradient that of the whole batch and of the whole model, in place.
+
+        In a sharded layout they are that of the whole batch already (`sharded.py`).
+        """
         for name, shared in self._shared.items():
             if name in gradients:
                 add_shared(gradients[name], shared, self.place.tensor)
@@ -103,7 +111,7 @@ class Ranks:
         if self.stages is not None and at_ends:
             self.stages.exchange_ends(at_ends)
             self.stages.finish()
-        if self.place.data.group is not None:
+        if self.place.data.group is not None and not self._is_sharded:
             for bucket in _buckets(list(gradients.values())):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 dist.all_reduce(flat, group=self.place.data.group)
@@ -114,7 +122,8 @@ class Ranks:
         """The norm of the whole model's gradient; what several ranks hold counts once."""
         squares = [g.double().square().sum() / self._num_holders[name] for name, g in gradients.items()]
         own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        return math.sqrt(float(sum_of(sum_of(own, self.place.tensor), self.place.pipeline)))
+        total = sum_of(sum_of(own, self.place.tensor), self.place.pipeline)
+        return math.sqrt(float(sum_of(total, self.place.data) if self._is_sharded else total))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

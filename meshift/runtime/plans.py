@@ -90,7 +90,3 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
 def _check(where: str, placement: Placement) -> None:
     if any(placement.mesh.hosts):
         raise ConfigError(f"`{where}.mesh` names hosts, but all processes run on this machine; give numbers only")
-    if placement.layout.sharded:
-        raise ConfigError(
-            f"`{where}.layout` is {placement.layout}: sharded state is not there yet; use d, t and p"
-        )

@@ -32,7 +32,8 @@ def probe(trainer: LocalRole | None, target: LocalRole | None, peers: Peers, whe
     read = None if trainer is None else trainer.infer(READING, batch).batch[READING.key].values.tolist()
     drawn = None
     if target is not None and target.generator is not None:
-        drawn = target.generator.logprobs([row.tolist() for row in batch["tokens"].rows()])
+        with target.trainer.passes.gathered():
+            drawn = target.generator.logprobs([row.tolist() for row in batch["tokens"].rows()])
     told = gather_facts([read, drawn], peers)
     expected = torch.tensor(next(read for read, _ in told if read is not None), dtype=torch.float64)
     largest = 0.0

@@ -115,7 +115,8 @@ class LocalRole:
             on_part([rows[number] for number in numbers], part)
 
         given = None if on_part is None else pass_on
-        own = rollout(generator, task, batch.index(rows), self.version, on_part=given) if rows else Batch({})
+        with self.trainer.passes.gathered():  # data ranks sample alone, each at its own pace
+            own = rollout(generator, task, batch.index(rows), self.version, on_part=given) if rows else Batch({})
         return ranks.joined(own)
 
     def infer(self, task: Reading, batch: Batch) -> Outcome:

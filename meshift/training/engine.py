@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from meshift.kernels.cpu import release_scratch
 from meshift.models.decoder import Decoder
 from meshift.parallel.data import Ranks, Statistics
 from meshift.parallel.groups import Place
+from meshift.parallel.sharded import passes_of
 from meshift.training.checkpoint import State
 from meshift.training.flops import Work
 from meshift.training.micro_batch import MicroBatch
@@ -98,6 +100,7 @@ class TrainingEngine:
         self.pipeline: Pipeline | None = None
         if self.ranks is not None and self.ranks.stages is not None:
             self.pipeline = Pipeline(model, self.ranks.stages, config)
+        self.passes = passes_of(model, place)
         self.optimizer: MasterAdamW | None = None
         if trainable:
             freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
@@ -109,7 +112,9 @@ class TrainingEngine:
             return self._infer(reading, batch)
         sizes = reading.sizes(batch)
         rows = self.ranks.own_rows(sizes)
-        own = self._infer(reading, batch.index(rows)) if rows else Batch({})
+        with self._together(learning=False):
+            own = self._infer(reading, batch.index(rows)) if rows else Batch({})
+        self.passes.end()
         return self.ranks.whole(own, sizes)
 
     def _infer(self, reading: Reading, batch: Batch) -> Batch:
@@ -118,9 +123,8 @@ class TrainingEngine:
             with torch.no_grad():
                 pieces = [Batch(detach(self.forward(reading, piece))) for piece in batch.split(parts)]
         else:
-            pieces = self.pipeline.read(
-                [MicroBatch.of(reading, piece, self.config) for piece in batch.split(parts)]
-            )
+            passes = [MicroBatch.of(reading, piece, self.config) for piece in batch.split(parts)]
+            pieces = self.pipeline.read(passes)
         order = torch.tensor([row for part in parts for row in part])
         return Batch.concat(pieces).index(torch.argsort(order))
 
@@ -164,16 +168,24 @@ class TrainingEngine:
             return self._accumulate(loss, batch, count).by_name()
         rows = self.ranks.own_rows(loss.reading.sizes(batch))
         own = Statistics()
-        try:
-            own = self._accumulate(loss, batch.index(rows), count) if rows else own
-        except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
-            own = Statistics(trouble=str(error))
+        with self._together(learning=True):
+            try:
+                own = self._accumulate(loss, batch.index(rows), count) if rows else own
+            except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
+                own = Statistics(trouble=str(error))
+        self.passes.end()
         whole = self.ranks.settle(own)
         if whole.trouble is not None:
             if self.optimizer is not None:
                 self.optimizer.discard()
             raise NonFiniteError(whole.trouble)
         return whole.by_name()
+
+    def _together(self, *, learning: bool) -> AbstractContextManager[None]:
+        """What sharded stages keep of their layers is brought together for all their passes, not for each: the
+        order of passes is the pipeline's, and data ranks would wait for stages that wait for them.
+        """
+        return nullcontext() if self.pipeline is None else self.passes.gathered(learning=learning)
 
     def _accumulate(self, loss: Loss, batch: Batch, count: int) -> Statistics:
         stats = Statistics()
@@ -197,7 +209,7 @@ class TrainingEngine:
             mean = mean_of(self.forward(loss.reading, piece), piece)
             if not torch.isfinite(mean):
                 raise self._non_finite(mean.item(), loss, piece)
-            mean.backward()
+            self.passes.backward(mean)
         return stats
 
     def _non_finite(self, value: float, loss: Loss, piece: Batch) -> NonFiniteError:
@@ -227,6 +239,7 @@ class TrainingEngine:
     def forward(self, reading: Reading, batch: Batch) -> Mapping[str, Ragged]:
         """One packed pass: the decoder over all rows, the head over those that are read."""
         one = MicroBatch.of(reading, batch, self.config)
+        self.passes.forward()
         hidden = one.run(self.model, checkpoint=self.config.gradient_checkpointing)
         if torch.is_grad_enabled():
             self.work.flops += one.flops(self.model)

@@ -58,7 +58,8 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    linear = (own for own in module.modules() if isinstance(own, nn.Linear))
+    return sum(own.in_features * own.out_features for own in linear)  # whatever is kept here of a sharded one
 
 
 def _num_before_attention(layer: nn.Module) -> int:

@@ -23,7 +23,7 @@ from meshift.parallel.pipeline import cut_for, keep_stage
 from meshift.runtime.role import LocalRole
 from meshift.training.engine import TrainTask
 
-LAYOUTS = ("d1t1p2", "d1t1p4", "d2t1p2", "d1t2p2", "d1t1p3")
+LAYOUTS = ("d1t1p2", "d1t1p4", "d2t1p2", "d1t2p2", "d1t1p3", "d2t1p2s")
 GRID = ("llama-tied", "olmo2", "qwen3")
 """Tied embeddings on both ends, norms over all heads' columns, norms by head."""
 
@@ -80,7 +80,9 @@ def test_gradients_go_back_as_far_as_something_is_learned(case, tmp_path):
 
 @pytest.mark.slow
 def test_eight_processes(tmp_path):
-    run_gang(8, check_layouts, tmp_path, "llama-tied", ("d2t2p2", "d1t2p4", "d4t1p2"), CONFIG, 8)
+    run_gang(
+        8, check_layouts, tmp_path, "llama-tied", ("d2t2p2", "d1t2p4", "d4t1p2", "d2t1p4s", "d2t2p2s"), CONFIG, 8
+    )
 
 
 def check_families(rank):

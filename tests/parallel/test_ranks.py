@@ -25,7 +25,7 @@ from meshift.runtime.role import LocalRole
 from meshift.training.engine import TrainTask
 from meshift.training.readings import TokenLogprobs
 
-LAYOUTS = ("d2t1p1", "d1t2p1", "d4t1p1", "d2t2p1", "d1t4p1", "d3t1p1")
+LAYOUTS = ("d2t1p1", "d1t2p1", "d4t1p1", "d2t2p1", "d1t4p1", "d3t1p1", "d2t1p1s", "d2t2p1s")
 MODELS = ("llama-biases", "olmo2", "qwen3")
 CONFIG = TrainableConfig(
     learning_rate=0.02,
@@ -40,11 +40,11 @@ TASK = TrainTask(loss=PolicyLoss(reading=READING), num_epochs=2, num_mini_batche
 SAMPLING = SamplingTask(params=SamplingParams(max_new_tokens=5, temperature=0.8, top_p=0.9), seed=5)
 
 
-def place_in(layout, rank):
-    """Where a rank of the world stands in a layout on the first devices, or None."""
-    devices = [Device(index=i) for i in range(4)]
+def place_in(layout, rank, num_devices=4, mesh=None):
+    """Where a rank of the world stands in a layout on the first devices (or the mesh's), or None."""
+    devices = [Device(index=i) for i in range(num_devices)]
     layout = Layout.parse(layout)
-    placement = Placement(mesh=Mesh.parse(f"0-{layout.num_ranks - 1}"), layout=layout)
+    placement = Placement(mesh=Mesh.parse(mesh or f"0-{layout.num_ranks - 1}"), layout=layout)
     return join(placement, devices[rank], {device: i for i, device in enumerate(devices)})
 
 

@@ -80,7 +80,6 @@ REFUSALS = {
         {"reference": {"train": {"mesh": 0, "layout": "d1"}}},
         "`plan.reference.train` is set, but the reference has no such call",
     ),
-    "sharded": ({"critic": {"train": {"mesh": "0-1", "layout": "d2s"}}}, "sharded state is not there yet"),
     "a gap": ({"critic": {"train": {"mesh": "2-3", "layout": "d2"}}}, "uses the device 1; number the devices"),
     "a host": ({"critic": {"train": {"mesh": "a:0-1", "layout": "d2"}}}, "give numbers only"),
     "nothing": ({"actor": {}}, "`plan.actor` names no placement"),

@@ -50,8 +50,18 @@ PLANS = {
     },
     "stages": {
         "actor": {"generate": ("2-3", "d1t1p2"), "train": ("0-3", "d2t1p2")},
-        "critic": {"infer": ("0-1", "d1t1p2"), "train": ("3,2,1,0", "d1t2p2")},
+        "critic": {"infer": ("0-1", "d1t1p2"), "train": ("3,2,1,0", "d2t1p2s")},
         "reference": {"infer": ("1,0", "d1t1p2")},
+    },
+    "sharded": {
+        "actor": {"generate": ("3,1", "d1t2p1"), "train": ("0-1", "d2t1p1s")},
+        "critic": {"infer": ("0-3", "d2t2p1s"), "train": ("0-3", "d2t2p1s")},
+        "reference": {"infer": ("2-3", "d2t1p1")},
+    },
+    "sharded-everywhere": {
+        "actor": {"generate": ("2,1,0", "d3t1p1s"), "train": ("0-3", "d4t1p1s")},
+        "critic": {"infer": ("1,0", "d2t1p1s"), "train": ("2-3", "d1t2p1")},
+        "reference": {"infer": ("3,2,1", "d3t1p1s")},
     },
     "host-not-first": {
         "actor": {"generate": ("3,2,1,0", "d2t2p1"), "train": ("3,2,1,0", "d4t1p1")},
@@ -157,7 +167,7 @@ MOVING = SECTIONS | {
 }
 
 
-@pytest.mark.parametrize("name", ["all-apart", "critic-moves", "stages"])
+@pytest.mark.parametrize("name", ["all-apart", "critic-moves", "stages", "sharded", "sharded-everywhere"])
 def test_a_reference_would_move_otherwise_than_in_one_process(name, tmp_path):
     run_gang(4, check_ppo, tmp_path, name, MOVING)
 

@@ -62,7 +62,7 @@ CASES = {
         {"actor": placed(generate="d2@0-1", infer="d1@2", train="t2@1-2")},
         {"gspo": {"num_mini_batches": 2}},
     ),
-    "cispo": Case(POLICY["cispo"], {"actor": placed(generate="d1@0", train="d1@2")}),
+    "cispo": Case(POLICY["cispo"], {"actor": placed(generate="d1@0", train="p2@2,1")}),
     "rloo": Case(
         POLICY["rloo"],
         {"actor": placed(generate="t2@1-2", infer="t2@0-1", train="d2@0-1"), "reference": placed(infer="d1@2")},
@@ -85,7 +85,7 @@ CASES = {
         {"eval_steps": 2, "dpo": {"precompute_ref_log_probs": True, "loss_type": "ipo"}},
     ),
     "sft": Case(SFTRunConfig, {"actor": placed(infer="t2@0,2", train="d3@2,1,0")}, {"eval_steps": 1}),
-    "reward": Case(RewardRunConfig, {"reward": placed(train="t2@1-2")}, {"eval_steps": 2}),
+    "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
 }
 RUNS = {DPORunConfig: run_dpo, SFTRunConfig: run_sft, RewardRunConfig: run_reward}
 

@@ -126,7 +126,7 @@ def dpo_uses(config: DPORunConfig) -> Uses:
     return uses_of(dpo_graph(config), ("reference", "infer"), *held_out_calls(config, "actor"))
 
 
-DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses)
+DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=role_models)
 
 
 def _reference(config: DPORunConfig, names: Mapping[str, str]) -> RoleSpec:

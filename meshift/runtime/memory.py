@@ -15,10 +15,9 @@ from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, Run
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
 from meshift.runtime.machine import Memory, machine_memory
-from meshift.runtime.models import compute_dtype, device_for_run, resident_bytes
+from meshift.runtime.models import HEADS, compute_dtype, device_for_run, resident_bytes
 from meshift.runtime.policy_run import policy_models
 from meshift.runtime.ppo_run import role_models
-from meshift.runtime.rollout_run import HEADS
 
 TIGHT = 0.8
 """Above this share of the free memory a run may fail for its activations, which are not counted."""

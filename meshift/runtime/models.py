@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
+"""Of the roles that have no language model's head."""
+
+
 @cache
 def model_folder(name_or_path: str) -> Path:
     """The local folder of a model, obtained first if it lives in a package or on the hub."""

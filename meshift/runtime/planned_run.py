@@ -6,17 +6,19 @@ What a method brings is how its job is built, and which calls it makes of which 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshift.config.runs import RunConfig
+from meshift.models.hf.load import load_config
 from meshift.runtime.launch.local import run_gang
 from meshift.runtime.launch.restarts import run_with_restarts
 from meshift.runtime.launch.watch import Limits
+from meshift.runtime.models import HEADS, model_folder
 from meshift.runtime.observer import Observer
-from meshift.runtime.plans import Uses, in_words, num_processes, placements_of
+from meshift.runtime.plans import Placements, Uses, check_cuts, in_words, num_processes, placements_of
 from meshift.runtime.role_spec import LocalOpener, Opener
 from meshift.runtime.run import Job, RunResult, finished_run, run_job
 
@@ -25,17 +27,21 @@ SHARE = "meshift.runtime.spread_run:run_share"
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """`build(config, opener)` makes the job; `uses(config)` says which calls it makes, before anything is read."""
+    """`build(config, opener)` makes the job; `uses(config)` says which calls it makes, before anything is read.
+
+    `models(config)` names the model of each role.
+    """
 
     build: Callable[[Any, Opener], Job]
     uses: Callable[[Any], Uses]
+    models: Callable[[Any], Mapping[str, str]]
 
 
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     """The whole run. Raises `ConfigError` for a plan that cannot be."""
     if not config.plan.is_given:
         return run_job(config, lambda whole: method.build(whole, LocalOpener(observer)), observer)
-    count = num_processes(placements_of(config.plan, method.uses(config)))
+    count = num_processes(planned(config, method))
     finished = finished_run(config, observer)
     if finished is not None:
         return finished
@@ -54,4 +60,12 @@ def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
     """A dry run's row of the plan, if there is one. Raises `ConfigError` for a plan that cannot be."""
     if not config.plan.is_given:
         return []
-    return [("plan", in_words(placements_of(config.plan, method.uses(config))))]
+    return [("plan", in_words(planned(config, method)))]
+
+
+def planned(config: RunConfig, method: Method) -> Placements:
+    """The plan's placements, found right for the models. Raises `ConfigError`."""
+    placements = placements_of(config.plan, method.uses(config))
+    for role, name in method.models(config).items():
+        check_cuts(role, load_config(model_folder(name)), HEADS.get(role, "lm"), placements[role])
+    return placements

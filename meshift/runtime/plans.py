@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from meshift.config.plan import PlanConfig, PPOPlan, RolePlan
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
+from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
+from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.shards import shard_table
 
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
@@ -57,6 +60,16 @@ def num_processes(placements: Placements) -> int:
     if idle:
         raise ConfigError(f"no placement of `plan` uses the device {idle[0]}; number the devices without gaps")
     return max(used) + 1
+
+
+def check_cuts(role: str, model: DecoderConfig, head: HeadKind, placements: Mapping[Kind, Placement]) -> None:
+    """Raise `ConfigError` where a layout cuts a role's model into more parts than it has."""
+    table = shard_table(model, head)
+    for kind, placement in placements.items():
+        try:
+            boxes_of(placement.layout, table, 0)
+        except LayoutError as error:
+            raise ConfigError(f"`plan.{role}.{kind}`: {error}") from None
 
 
 def in_words(placements: Placements) -> str:

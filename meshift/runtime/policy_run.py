@@ -116,4 +116,4 @@ def policy_uses(config: PolicyRunConfig) -> Uses:
     return uses_of(METHODS[type(config)][1](config, Drawing(sampling=sampling, reward_functions=functions)))
 
 
-POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses)
+POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses, models=policy_models)

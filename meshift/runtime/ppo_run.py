@@ -86,7 +86,7 @@ def ppo_uses(config: PPORunConfig) -> Uses:
     return uses_of(PPO(config, sampling).graph(functions))
 
 
-PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses)
+PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models)
 
 
 def _save(roles: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -97,7 +97,11 @@ def reward_uses(config: RewardRunConfig) -> Uses:
     return uses_of(reward_graph(config.reward), *held_out_calls(config, "reward"))
 
 
-REWARD_METHOD = Method(build=build_reward_job, uses=reward_uses)
+def _models(config: RewardRunConfig) -> dict[str, str]:
+    return {"reward": str(config.model.model_name_or_path)}
+
+
+REWARD_METHOD = Method(build=build_reward_job, uses=reward_uses, models=_models)
 
 
 def heldout_metrics(role: Infers, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -19,11 +19,11 @@ from meshift.data.prompts import PromptData
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph
-from meshift.models.config import HeadKind
 from meshift.rewards.configured import check_columns, describe_functions, load_functions
 from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
+    HEADS,
     check_frozen_layers,
     check_reward_model,
     check_same_shape,
@@ -42,10 +42,6 @@ from meshift.training.checkpoint import Remembers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
-"""Of the roles that have no language model's head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,11 @@ def sft_uses(config: SFTRunConfig) -> Uses:
     return uses_of(sft_graph(), *held_out_calls(config, "actor"))
 
 
-SFT_METHOD = Method(build=build_sft_job, uses=sft_uses)
+def _models(config: SFTRunConfig) -> dict[str, str]:
+    return {"actor": str(config.model.model_name_or_path)}
+
+
+SFT_METHOD = Method(build=build_sft_job, uses=sft_uses, models=_models)
 
 
 class TextSource:

@@ -176,7 +176,6 @@ class SpreadRole:
     def mix(self, source: Role, rate: float) -> None:
         """See `LocalRole`; every rank mixes its boxes. All processes of both roles call it, once prepared."""
         assert isinstance(source, SpreadRole)
-        self.is_mixed = True
         move = self._mixes[source.name]
         if move is None:
             return

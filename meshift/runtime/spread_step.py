@@ -108,6 +108,8 @@ class SpreadStep:
                 self._loops[call.name].help(now)
             if isinstance(call, ModelCall) and call.kind == "train":
                 metrics.update(self.roles[call.role].publish())
+            if isinstance(call, SyncCall) and (now.step + 1) % call.every == 0:
+                self.roles[call.target].is_mixed = True  # also where it was not: process 0 keeps account of it
         if self.world.rank == HOST:
             for call in self.graph.order():
                 if call.name in lacking:

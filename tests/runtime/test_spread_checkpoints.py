@@ -137,6 +137,19 @@ def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_
     assert before
 
 
+def test_a_reference_that_moves_without_process_0_would_not_go_on(make_config, alone, tmp_path):
+    plan = {
+        "actor": {"train": {"mesh": "1", "layout": "d1"}},
+        "critic": {"train": {"mesh": "0", "layout": "d1"}},
+        "reference": {"infer": {"mesh": "2", "layout": "d1"}},
+    }
+    killer = KillerObserver(3, "values")
+    run_ppo(make_config(tmp_path / "run", plan=plan), killer)
+    assert killer.done
+    assert any("going on after step 3" in text for text in killer.messages)
+    close(tmp_path / "run", alone)
+
+
 def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path):
     run, file = tmp_path / "run", tmp_path / "config.yaml"
     config = make_config(run, plan=PLAN, save_steps=None)

@@ -44,7 +44,14 @@ REFUSALS = {
         "`plan.actor.generate` is set, but the actor has no such call",
     ),
     "a gap": (Case(RewardRunConfig, {"reward": placed(train="d1@2")}), "uses the device 1; number the devices"),
-    "sharded": (Case(DPORunConfig, {"actor": placed(train="d2s@0-1")}), "sharded state is not there yet"),
+    "stages": (
+        Case(DPORunConfig, {"actor": placed(train="p3@0-2")}),
+        r"`plan\.actor\.(train|infer)`: The layout d1t1p3 has more pipeline stages than the model has",
+    ),
+    "parts": (
+        Case(RewardRunConfig, {"reward": placed(train="t9@0-8")}),
+        r"`plan\.reward\.(train|infer)`: \d+ \w+.* cannot be cut into 9 parts",
+    ),
 }
 
 

@@ -131,7 +131,7 @@ class SpreadRole:
             if move.target == self.placements.get("generate"):
                 here = self._locals.get(self.home), self._locals.get(move.target)
                 where = f"the {self.name} at {move.target}", str(self.home)
-                metrics["sync/logprob_diff_max"] = probe(*here, move.peers, where)
+                metrics["sync/probe_diff_max"] = probe(*here, move.peers, where)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds

@@ -20,6 +20,7 @@ def bytes_to_write(roles: Mapping[str, KeptRole], *, with_checkpoints: bool) -> 
         if trained:
             fixed = sum(t.numel() for t in role.fixed_weights().values())
             total += MASTER_BYTES * (trained + fixed) + 2 * KEPT_BYTES * trained * with_checkpoints
+        role.leave()
     return total
 
 

@@ -40,7 +40,8 @@ class Method:
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     """The whole run. Raises `ConfigError` for a plan that cannot be."""
     if not config.plan.is_given:
-        return run_job(config, lambda whole: method.build(whole, LocalOpener(observer)), observer)
+        opener = LocalOpener(observer, config.plan.offloaded)
+        return run_job(config, lambda whole: method.build(whole, opener), observer)
     count = num_processes(planned(config, method))
     finished = finished_run(config, observer)
     if finished is not None:

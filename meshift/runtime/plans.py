@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from meshift.config.plan import PlanConfig, PPOPlan, RolePlan
+from meshift.config.plan import KINDS, PlanConfig, PPOPlan, RolePlan
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
 from meshift.layout.boxes import boxes_of
@@ -25,10 +25,10 @@ def uses_of(graph: Graph, *more: tuple[str, Kind]) -> dict[str, tuple[Kind, ...]
     """The kinds of calls that a graph makes of each role, and `more` that the run makes beside it."""
     found = {*more, *((call.role, call.kind) for call in _model_calls(graph.order()))}
     kinds = {
-        role: tuple(kind for kind in RolePlan.model_fields if (role, kind) in found)
+        role: tuple(kind for kind in KINDS if (role, kind) in found)
         for role in PPOPlan.model_fields  # all that there are
     }
-    return {role: used for role, used in kinds.items() if used}  # type: ignore[misc]
+    return {role: used for role, used in kinds.items() if used}
 
 
 def _model_calls(calls: Sequence[Call]) -> list[ModelCall]:
@@ -47,8 +47,8 @@ def placements_of(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placemen
 
     Raises `ConfigError` for a placement that cannot be, or that no call would use.
     """
-    for role in type(plan).model_fields:
-        if getattr(plan, role) is not None and role not in uses:
+    for role in plan.roles:
+        if role not in uses:
             raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
     return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
@@ -79,9 +79,9 @@ def in_words(placements: Placements) -> str:
 
 
 def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kind, Placement]:
-    if plan is None:
+    if plan is None or (plan.offload and not plan.placements):
         return dict.fromkeys(used, Placement(mesh=Mesh(devices=(Device(index=0),)), layout=Layout()))
-    given = {kind: p for kind in RolePlan.model_fields if (p := getattr(plan, kind)) is not None}
+    given = plan.placements
     if not given:
         raise ConfigError(f"`plan.{role}` names no placement; give it `train`, `infer` or `generate`")
     for kind in given:

@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +26,9 @@ from meshift.runtime.checkpoints import write_checkpoint
 from meshift.runtime.disk import bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
 from meshift.runtime.interrupts import StopRequest
+from meshift.runtime.models import device_for_run
 from meshift.runtime.observer import Observer
+from meshift.runtime.peaks import PeakMeter
 from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics
 from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
 from meshift.runtime.run_state import KeptRole, LocalRunState, RunState, environment
@@ -187,7 +188,7 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     _seed_generators(config.seed, step)
     before = {name: replace(role.work) for name, role in job.roles.items()}
     started = time.perf_counter()
-    advance = job.advance or partial(run_step, job.graph, job.roles)
+    advance = job.advance or _measured(job)
     outcome = advance(job.next_batch(step), step, lambda name: observer.on_call(step, name))
     seconds = time.perf_counter() - started
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
@@ -198,6 +199,21 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     folder.write_samples([*job.samples(step, outcome.batch), *job.fixed(step + 1)])
     observer.on_step(step, metrics)
     return metrics
+
+
+def _measured(job: Job) -> Advance:
+    """`run_step`, with the peak of memory in each call."""
+    meter = PeakMeter(device_for_run())
+
+    def advance(batch: Batch, step: int, on_call: Callable[[str], None]) -> Outcome:
+        def begin(name: str) -> None:
+            meter.begin(name)
+            on_call(name)
+
+        outcome = run_step(job.graph, job.roles, batch, step, begin)
+        return replace(outcome, metrics={**outcome.metrics, **meter.end()})
+
+    return advance
 
 
 def _utilisation(roles: Mapping[str, KeptRole], before: Mapping[str, Work]) -> dict[str, float]:

@@ -131,11 +131,17 @@ class SpreadRole:
             if move.target == self.placements.get("generate"):
                 here = self._locals.get(self.home), self._locals.get(move.target)
                 where = f"the {self.name} at {move.target}", str(self.home)
-                metrics["sync/logprob_diff_max"] = probe(*here, move.peers, where)
+                metrics["sync/probe_diff_max"] = probe(*here, move.peers, where)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds
+        self.leave()
         return metrics
+
+    def leave(self) -> None:
+        """See `LocalRole`: what is here of the role."""
+        for local in self._locals.values():
+            local.leave()
 
     def whole(self) -> Decoder | None:
         """The whole model with its weights of now, in process 0; every process calls this."""
@@ -289,6 +295,8 @@ class SpreadRole:
 
     def _parameters(self, placement: Placement) -> dict[str, torch.Tensor]:
         role = self._locals.get(placement)
+        if role is not None:
+            role.come()
         return {} if role is None else {name: p.detach() for name, p in role.model.named_parameters()}
 
     def _settle_version(self, move: Move) -> None:
@@ -333,6 +341,10 @@ class Everywhere:
     def infer(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
         return self._shared("infer", lambda: self.role.infer(task, batch))
+
+    def leave(self) -> None:
+        """See `SpreadRole`."""
+        self.role.leave()
 
     def whole(self) -> Decoder | None:
         """See `SpreadRole`."""

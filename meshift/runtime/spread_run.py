@@ -64,20 +64,24 @@ def run_share(argument: str, rank: int, num_ranks: int, observer: Observer) -> d
 def build_share(config: RunConfig, world: World, observer: Observer) -> tuple[Job, Mapping[str, SpreadRole]]:
     """What the method builds, with this process's part of each role; and those."""
     method = METHODS[type(config)]
-    opener = SpreadOpener(placements_of(config.plan, method.uses(config)), world, observer)
+    opener = SpreadOpener(placements_of(config.plan, method.uses(config)), world, observer, config.plan.offloaded)
     return spread_job(method.build(config, opener), world, config.launch)
 
 
 class SpreadOpener:
-    """Opens this process's part of a role."""
+    """Opens this process's part of a role; those named `offloaded` leave the device between calls."""
 
-    def __init__(self, placements: Placements, world: World, observer: Observer) -> None:
+    def __init__(
+        self, placements: Placements, world: World, observer: Observer, offloaded: frozenset[str] = frozenset()
+    ) -> None:
         self.observer = observer
+        self._offloaded = offloaded
         self._placements, self._world = placements, world
 
     def open(self, spec: RoleSpec) -> Everywhere:
         """See `Opener`."""
-        given = (self._placements[spec.name], self._world, spec.open_model, spec.make)
+        make = partial(spec.make, offload=spec.name in self._offloaded)
+        given = (self._placements[spec.name], self._world, spec.open_model, make)
         return Everywhere(SpreadRole(spec.name, *given, spec.config.num_frozen_layers))
 
 

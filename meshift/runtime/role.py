@@ -137,10 +137,11 @@ class LocalRole:
         assert self.generator is not None, f"role {self.name} has no generation engine"
         with self._here():
             completed = self._rollout(self.generator, task, batch, on_part)
-        if self.trainer.optimizer is not None:
-            self.generator.release_weights()  # an update will change them
-            if self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
-                self.generator.release()
+        is_trained = self.trainer.optimizer is not None
+        if is_trained or self.trainer.passes.is_sharded:
+            self.generator.release_weights()  # an update will change them, or only some rows are to be kept here
+        if is_trained and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
+            self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
 

@@ -29,6 +29,11 @@ OTHER = {
     "actor": {"generate": {"mesh": "1", "layout": "d1"}, "train": {"mesh": "0-1", "layout": "p2"}},
     "critic": {"train": {"mesh": "0-1", "layout": "d2"}},
 }
+SHARDED = {
+    "actor": {"generate": {"mesh": "0-1", "layout": "d2"}, "train": {"mesh": "0-2", "layout": "d3t1p1s"}},
+    "critic": {"train": {"mesh": "2,0", "layout": "d2t1p1s"}},
+    "reference": {"infer": {"mesh": "1-2", "layout": "d2t1p1s"}},
+}
 MEMORY = {
     "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
     "ppo": {"num_mini_batches": 2, "value_norm": "ema", "adaptive_kl": True, "kl_target": 0.1, "kl_horizon": 20},
@@ -113,8 +118,15 @@ def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(PLAN, None), (None, PLAN), (PLAN, OTHER), (OTHER, PLAN)],
-    ids=["one", "many", "to stages", "from stages"],
+    [
+        (PLAN, None),
+        (None, PLAN),
+        (PLAN, OTHER),
+        (OTHER, PLAN),
+        pytest.param(SHARDED, OTHER, marks=pytest.mark.slow),
+        pytest.param(None, SHARDED, marks=pytest.mark.slow),
+    ],
+    ids=["one", "many", "to stages", "from stages", "sharded", "one-sharded"],
 )
 def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_path, read_lines, first, then):
     run = tmp_path / "run"

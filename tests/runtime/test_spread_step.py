@@ -226,8 +226,14 @@ STREAMS = {
     "not on the same device": ("spread", 1, 0),
     "one of two": ("one-streams", 1, 1),
     "from stages": ("stages", 2, 2),
+    "to ranks that share out their state": ("sharded-streams", 2, 2),
 }
 PLANS["one-streams"] = PLANS["all-apart"] | {"reference": {"infer": ("0,3", "d1t2p1")}}
+PLANS["sharded-streams"] = {
+    "actor": {"generate": ("1,0", "d2t1p1"), "train": ("0-3", "d2t2p1s")},
+    "critic": {"infer": ("2-3", "d2t1p1s"), "train": ("2-3", "d2t1p1s")},
+    "reference": {"infer": ("3,2", "d2t1p1s")},
+}
 PLANS["streaming"] = {
     "actor": {"generate": ("1,0", "d2t1p1"), "train": ("0-3", "d2t2p1")},
     "critic": {"infer": ("2-3", "d1t2p1"), "train": ("2-3", "d1t2p1")},

@@ -43,18 +43,18 @@ def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResul
         opener = LocalOpener(observer, config.plan.offloaded)
         return run_job(config, lambda whole: method.build(whole, opener), observer)
     count = num_processes(planned(config, method))
-    finished = finished_run(config, observer)
-    if finished is not None:
-        return finished
     limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
 
-    def run(config: RunConfig, observer: Observer) -> Any:
+    def run(config: RunConfig, observer: Observer) -> RunResult:
+        finished = finished_run(config, observer)  # it may have been lost after the last thing it had to do
+        if finished is not None:
+            return finished
         told = json.dumps({"run": type(config).__name__, "config": config.model_dump_json()})
-        return run_gang(count, SHARE, told, observer, limits)
+        found = run_gang(count, SHARE, told, observer, limits)
+        folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
+        return RunResult(**folders, metrics=found["metrics"])
 
-    found = run_with_restarts(config, config.launch.max_restarts, run, observer)
-    folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
-    return RunResult(**folders, metrics=found["metrics"])
+    return run_with_restarts(config, config.launch.max_restarts, run, observer)
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:

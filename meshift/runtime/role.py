@@ -123,6 +123,13 @@ class LocalRole:
         """FLOP/s that the device reaches at best in the type that the model computes in."""
         return self._peak_rate(self.model.device, self.model.dtype)
 
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers that are trained, and those that are not."""
+        learns = self.trainer.optimizer is not None
+        sizes = [(p.numel(), learns and p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, trained in sizes if not trained)
+
     def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
         """Give the role a generation engine over its own weights."""
         stages = None if self.trainer.ranks is None else self.trainer.ranks.stages

@@ -23,7 +23,7 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
 from meshift.graph.calls import Graph
 from meshift.runtime.checkpoints import write_checkpoint
-from meshift.runtime.disk import bytes_to_write, space_note
+from meshift.runtime.disk import Sized, bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
 from meshift.runtime.interrupts import StopRequest
 from meshift.runtime.models import device_for_run
@@ -59,7 +59,8 @@ class Job:
     those made after so many steps without it; `advance` runs a step, if not `run_step`. `memories` are what an
     algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
     resumed run knows that they are the same; `make_state` makes what writes and reads checkpoints of all that.
-    `placements` says in which processes each call runs, where they are several.
+    `placements` says in which processes each call runs, where they are several, and `spread` are the roles that
+    are in these.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Job:
     rows: Sequence[Any] = ()
     make_state: Callable[..., RunState] = LocalRunState
     placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    spread: Sequence[Sized] = ()
     messages: tuple[str, ...] = field(default=())
 
 
@@ -139,7 +141,7 @@ def _finished_before(path: Path) -> RunResult:
 
 
 def _space(config: RunConfig, job: Job) -> tuple[str, ...]:
-    num_bytes = bytes_to_write(job.roles, with_checkpoints=config.save_steps is not None)
+    num_bytes = bytes_to_write([*job.roles.values(), *job.spread], with_checkpoints=config.save_steps is not None)
     note = space_note(Path(config.output_dir), num_bytes)
     return () if note is None else (note,)
 

@@ -44,6 +44,10 @@ class KeptRole(Role, FixedRole, Protocol):
     """A role that can be written into a checkpoint and read back, and that counts its work."""
 
     @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers of the whole model that are trained, and those that are not."""
+
+    @property
     def work(self) -> Work:
         """What training has computed so far, and in what time."""
 

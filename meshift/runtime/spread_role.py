@@ -21,7 +21,7 @@ from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_o
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
 from meshift.models.decoder import Decoder
-from meshift.models.shards import shard_table
+from meshift.models.shards import num_parameters, shard_table
 from meshift.parallel.exchange import gather_facts
 from meshift.parallel.groups import Peers, Place, join
 from meshift.parallel.pipeline import cut_for
@@ -98,6 +98,17 @@ class SpreadRole:
     def version(self) -> int:
         """Optimizer steps that the weights have seen."""
         return self._at(self.home).version
+
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers of the whole model that are trained, and those that are not; where something of it is here."""
+        if not self._locals:
+            return 0, 0
+        model, learns = next(iter(self._locals.values())).model, "train" in self.placements
+        table = shard_table(model.config, model.head_kind)
+        frozen = [name for name in table if not learns or is_frozen(name, self._num_frozen_layers)]
+        fixed = sum(table[name].num_elements for name in frozen)
+        return num_parameters(table) - fixed, fixed
 
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
         """See `LocalRole`. Of tensor ranks and stages, which have the same, the first one passes parts on."""

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from meshift.config.loading import dump_config
 from meshift.errors import LostWorkerError
+from meshift.runtime import planned_run
+from meshift.runtime.launch.local import run_gang
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
 from meshift.training.checkpoint import read_state
@@ -160,6 +162,32 @@ def test_a_reference_that_moves_without_process_0_would_not_go_on(make_config, a
     assert killer.done
     assert any("going on after step 3" in text for text in killer.messages)
     close(tmp_path / "run", alone)
+
+
+def test_the_report_of_a_hang_would_be_gone_with_the_run_that_hung(make_config, tmp_path):
+    killer = KillerObserver(0, "rollout", signal.SIGSTOP)
+    sections = {"save_steps": None, "max_steps": 1, "launch": {"heartbeat_timeout_s": 3}}
+    run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)
+    assert killer.done
+    assert "process 2" in (tmp_path / "run" / "hang_report.txt").read_text()
+
+
+def test_a_process_that_is_lost_when_all_is_done_would_fail_the_run(make_config, tmp_path, monkeypatch):
+    gone = []
+
+    def lost_at_the_end(*arguments):
+        found = run_gang(*arguments)
+        if not gone:
+            gone.append(found)
+            raise LostWorkerError("process 1 of the run was killed by SIGKILL")
+        return found
+
+    monkeypatch.setattr(planned_run, "run_gang", lost_at_the_end)
+    killer = KillerObserver(-1, "none")
+    sections = {"max_steps": 1, "launch": {"hang_timeout_s": 20, "max_restarts": 1}}
+    result = run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)
+    assert result.final_dir.is_dir()
+    assert any("is finished" in text for text in killer.messages)
 
 
 def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path):

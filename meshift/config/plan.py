@@ -46,7 +46,7 @@ class PlanConfig(Section):
     @property
     def is_given(self) -> bool:
         """Whether anything is planned; without a plan a run is one process."""
-        return any(plan.placements for plan in self.roles.values())
+        return any(plan.placements or not plan.offload for plan in self.roles.values())
 
     @property
     def roles(self) -> dict[str, RolePlan]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+PREFIX = "perf/peak_memory_gb/"
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -37,7 +38,7 @@ class PeakMeter:
     def _settle(self) -> None:
         peak = None if self._name is None else self._peak()
         if self._name is not None and peak is not None:
-            key = f"perf/peak_memory_gb/{self._name}"
+            key = f"{PREFIX}{self._name}"
             self._peaks[key] = max(self._peaks.get(key, 0.0), peak / 1e9)
 
     def _peak(self) -> int | None:

@@ -1,8 +1,8 @@
 """`python -m benchmarks.layouts`: one update, one reading and one rollout of a model in each layout, side by side.
 
 Every layout does the same work on the same rows, in as many processes as it has ranks; a call's time is its
-slowest process's. Processors are shared out to the processes, and where these are more than processors, so is their
-time: then what is measured is the work in all, communication and waiting included. It knows nothing of plans.
+slowest process's. Processors are shared out to the processes; where these are more than processors, so is their
+time, and then what is measured is the work in all, communication and waiting included. It knows nothing of plans.
 """
 
 from __future__ import annotations

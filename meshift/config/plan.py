@@ -5,6 +5,8 @@ It knows nothing of whether such devices exist or of how a model is cut; `runtim
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from meshift.config.section import Section
@@ -40,7 +42,15 @@ class PlanConfig(Section):
 
 
 class LaunchConfig(Section):
-    """The processes of a run by plan: what they pass on early, when one is taken to hang, and restarts."""
+    """The processes of a run by plan: who starts them, what they pass on early, hanging, and restarts."""
+
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="processes on this machine, or over Ray's nodes"
+    )
+    ray_address: str | None = Field(
+        None, description="null: a private Ray on this machine; auto: the cluster it belongs to; or host:port"
+    )
+    ray_wait_s: float = Field(120.0, ge=0, description="how long to wait for devices that the cluster lacks")
 
     stream: bool = Field(True, description="let other devices read completions while generation goes on")
     stream_size: int = Field(16, ge=1, description="completions that are passed on together, at least")

@@ -13,6 +13,7 @@ from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
+from meshift.runtime.hosts import named_devices, numbered, refuse_hosts
 
 USES: Mapping[str, tuple[Kind, ...]] = {
     "actor": ("generate", "train"),
@@ -26,15 +27,29 @@ Placements = Mapping[str, Mapping[Kind, Placement]]
 
 
 def placements_of(config: PPORunConfig, roles: Iterable[str]) -> dict[str, dict[Kind, Placement]]:
-    """Role -> kind of call -> placement, for a PPO run's roles.
+    """Role -> kind of call -> placement, for a PPO run's roles. Devices have the numbers of their processes.
 
     Raises `ConfigError` for a placement that cannot be, or that no call would use.
     """
+    return numbered(_as_written(config, roles))
+
+
+def mesh_of(config: PPORunConfig, roles: Iterable[str]) -> Mesh:
+    """The devices of the run, one to a process and in that order, with hosts where the plan names them."""
+    written = _as_written(config, roles)
+    named = named_devices(written)
+    return Mesh(devices=named or tuple(Device(index=i) for i in range(num_processes(written))))
+
+
+def _as_written(config: PPORunConfig, roles: Iterable[str]) -> dict[str, dict[Kind, Placement]]:
     roles = list(roles)
     for role in type(config.plan).model_fields:
         if getattr(config.plan, role) is not None and role not in roles:
             raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
-    return {role: _of_role(role, getattr(config.plan, role), USES[role]) for role in roles}
+    written = {role: _of_role(role, getattr(config.plan, role), USES[role]) for role in roles}
+    if config.launch.launcher == "local":
+        refuse_hosts(written)
+    return written
 
 
 def num_processes(placements: Placements) -> int:
@@ -67,8 +82,6 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
 
 
 def _check(where: str, placement: Placement) -> None:
-    if any(placement.mesh.hosts):
-        raise ConfigError(f"`{where}.mesh` names hosts, but all processes run on this machine; give numbers only")
     if placement.layout.pipeline > 1 or placement.layout.sharded:
         raise ConfigError(
             f"`{where}.layout` is {placement.layout}: pipeline stages and sharded state are not there yet; use d "

@@ -14,12 +14,11 @@ import torch
 from meshift.algorithms.ppo import PPO
 from meshift.config.runs import PPORunConfig
 from meshift.models.hf.save import save_model
-from meshift.runtime.launch.local import run_gang
+from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
-from meshift.runtime.launch.watch import Limits
 from meshift.runtime.models import compute_dtype, open_model
 from meshift.runtime.observer import Observer
-from meshift.runtime.plans import num_processes, placements_of
+from meshift.runtime.plans import mesh_of, num_processes, placements_of
 from meshift.runtime.role import LocalRole
 from meshift.runtime.rollout_prompts import PromptSource
 from meshift.runtime.rollout_run import (
@@ -47,14 +46,13 @@ def run_ppo(config: PPORunConfig, observer: Observer) -> RunResult:
     """
     if not config.plan.is_given:
         return run_job(config, build_ppo_job, observer)
-    count = num_processes(placements_of(config, role_models(config)))
+    mesh = mesh_of(config, role_models(config))
     finished = finished_run(config, observer)
     if finished is not None:
         return finished
-    limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
 
     def run(config: PPORunConfig, observer: Observer) -> Any:
-        return run_gang(count, SHARE, config.model_dump_json(), observer, limits)
+        return launch(config, mesh, SHARE, observer)
 
     found = run_with_restarts(config, config.launch.max_restarts, run, observer)
     folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}

@@ -20,6 +20,8 @@ from meshift.runtime.launch.watch import Limits, Watch
 from meshift.runtime.observer import Observer
 
 HEAR_S = 1.0
+GRACE_S = 300.0
+"""How much longer than a hang's limit a process waits for another before it gives up by itself."""
 
 
 def conduct(gang: Gang, observer: Observer, limits: Limits) -> Any:

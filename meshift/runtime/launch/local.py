@@ -18,15 +18,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from meshift.kernels.library import built
-from meshift.runtime.launch.conduct import conduct
+from meshift.runtime.launch.conduct import GRACE_S, conduct
 from meshift.runtime.launch.gang import Ending, stacks_of, state_of
 from meshift.runtime.launch.member import LOST_PEER, Post, run_member
 from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import Observer
 
 PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_ppo"]
-GRACE_S = 300.0
-"""How much longer than a hang's limit a process waits for another before it gives up by itself."""
 PARENT_DIED = 1  # PR_SET_PDEATHSIG
 
 

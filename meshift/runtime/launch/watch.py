@@ -98,7 +98,7 @@ class Watch:
 
     def _lost(self, what: str, rank: int) -> LostWorkerError:
         states, stacks = zip(*self._gang.look(), strict=True)
-        frame = FRAME.search(stacks[rank])
+        frame = FRAME.search(stacks[rank].rpartition("hread 0x")[2])  # the main thread is written last
         at = "" if frame is None else f", in {frame['name']} at {_short(frame['file'])}:{frame['line']}"
         said = f"{what} ({states[rank]}; {self._place(rank)}{at}), and all were ended"
         parts = [

@@ -6,6 +6,14 @@ from meshift.errors import LostWorkerError, WorkerError
 from meshift.runtime.launch.gang import Ending, state_of
 from meshift.runtime.launch.watch import Limits, Watch
 
+STACKS = """Thread 0x1 (most recent call first):
+  File "/x/meshift/runtime/launch/member.py", line 78 in beat
+
+Current thread 0x2 (most recent call first):
+  File "/x/python/threading.py", line 9 in hold
+  File "/x/meshift/step.py", line NUMBER in wait
+"""
+
 
 class PretendedGang:
     def __init__(self, size, endings=None):
@@ -18,7 +26,7 @@ class PretendedGang:
         return self.endings.get(rank)
 
     def look(self):
-        return [("sleeping", f'  File "/x/meshift/step.py", line {rank} in wait') for rank in range(self.size)]
+        return [("sleeping", STACKS.replace("NUMBER", str(rank))) for rank in range(self.size)]
 
 
 class Clock:
@@ -46,7 +54,8 @@ def test_a_silent_process_is_named_with_its_state_and_line():
     watch, clock = watch_of(PretendedGang(2), heartbeat_s=10)
     watch.beat(1, [1, 2, "rollout"])
     with pytest.raises(
-        LostWorkerError, match=r"process 1 .*11 s \(sleeping; in step 3, call rollout, in wait at "
+        LostWorkerError,
+        match=r"process 1 .*11 s \(sleeping; in step 3, call rollout, in wait at meshift/step.py:1",
     ):
         go_on(watch, clock, 12, speaking=[0])
 

@@ -97,7 +97,15 @@ class RewardPlan(PlanConfig):
 
 
 class LaunchConfig(Section):
-    """The processes of a run by plan: what they pass on early, when one is taken to hang, and restarts."""
+    """The processes of a run by plan: who starts them, what they pass on early, hanging, and restarts."""
+
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="processes on this machine, or over Ray's nodes"
+    )
+    ray_address: str | None = Field(
+        None, description="null: a private Ray on this machine; auto: the cluster it belongs to; or host:port"
+    )
+    ray_wait_s: float = Field(120.0, ge=0, description="how long to wait for devices that the cluster lacks")
 
     stream: bool = Field(True, description="let other devices read completions while generation goes on")
     stream_size: int = Field(16, ge=1, description="completions that are passed on together, at least")

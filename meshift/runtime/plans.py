@@ -15,6 +15,7 @@ from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.shards import shard_table
+from meshift.runtime.hosts import named_devices, numbered
 
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
@@ -43,10 +44,22 @@ def _model_calls(calls: Sequence[Call]) -> list[ModelCall]:
 
 
 def placements_of(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]:
-    """Role -> kind of call -> placement, for a run's roles.
+    """Role -> kind of call -> placement, for a run's roles. Devices have the numbers of their processes.
 
     Raises `ConfigError` for a placement that cannot be, or that no call would use.
     """
+    return numbered(as_written(plan, uses))
+
+
+def mesh_of(plan: PlanConfig, uses: Uses) -> Mesh:
+    """The devices of the run, one to a process and in that order, with hosts where the plan names them."""
+    written = as_written(plan, uses)
+    named = named_devices(written)
+    return Mesh(devices=named or tuple(Device(index=i) for i in range(num_processes(written))))
+
+
+def as_written(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]:
+    """As `placements_of`, with hosts where the plan names them."""
     for role in plan.roles:
         if role not in uses:
             raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
@@ -96,10 +109,4 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
             placements[kind] = Placement.parse(given[name].mesh, given[name].layout)
         except LayoutError as error:
             raise ConfigError(f"`plan.{role}.{name}`: {error}") from None
-        _check(f"plan.{role}.{name}", placements[kind])
     return placements
-
-
-def _check(where: str, placement: Placement) -> None:
-    if any(placement.mesh.hosts):
-        raise ConfigError(f"`{where}.mesh` names hosts, but all processes run on this machine; give numbers only")

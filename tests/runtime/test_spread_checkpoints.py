@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from meshift.config.loading import dump_config
 from meshift.errors import LostWorkerError
 from meshift.runtime import planned_run
-from meshift.runtime.launch.local import run_gang
+from meshift.runtime.launch.launcher import launch
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
 from meshift.training.checkpoint import read_state
@@ -176,13 +176,13 @@ def test_a_process_that_is_lost_when_all_is_done_would_fail_the_run(make_config,
     gone = []
 
     def lost_at_the_end(*arguments):
-        found = run_gang(*arguments)
+        found = launch(*arguments)
         if not gone:
             gone.append(found)
             raise LostWorkerError("process 1 of the run was killed by SIGKILL")
         return found
 
-    monkeypatch.setattr(planned_run, "run_gang", lost_at_the_end)
+    monkeypatch.setattr(planned_run, "launch", lost_at_the_end)
     killer = KillerObserver(-1, "none")
     sections = {"max_steps": 1, "launch": {"hang_timeout_s": 20, "max_restarts": 1}}
     result = run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)

@@ -7,6 +7,7 @@ and gets the same outcome. It knows nothing of graphs or of who waits for whom.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,8 +284,9 @@ class SpreadRole:
         memory = None
         if own is not None and NearMemory.is_possible():
             held = self._parameters(self.home)
-            memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
-            where = memory.where
+            with suppress(OSError, RuntimeError):  # not allowed here: parameters are sent then
+                memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
+                where = memory.where
         told = gather_facts([machine(), where], everybody)
         homes = [told[self.world.ranks[device]][1] for device in self.home.mesh.devices]
         if len({name for name, _ in told}) == 1 and None not in homes:
@@ -292,10 +294,15 @@ class SpreadRole:
                 for name, parameter in own.model.named_parameters():
                     memory.tensors[name].copy_(parameter.detach())
                     parameter.data = memory.tensors[name]
+            with suppress(OSError, RuntimeError):  # not allowed here either
+                for move in self._moves:
+                    forms = move.reallocation.senders()
+                    near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
+                    move.reallocation.near = near
+        # All have mapped what they need, or nobody reads there: the others would wait for what is not sent.
+        if not all(gather_facts(all(move.reallocation.near is not None for move in self._moves), everybody)):
             for move in self._moves:
-                forms = move.reallocation.senders()
-                move.reallocation.near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
-        gather_facts(None, everybody)  # all have mapped what they need
+                move.reallocation.near = None
         if memory is not None:
             memory.close()
 

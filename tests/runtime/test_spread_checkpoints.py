@@ -190,19 +190,25 @@ def test_a_process_that_is_lost_when_all_is_done_would_fail_the_run(make_config,
     assert any("is finished" in text for text in killer.messages)
 
 
-def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path):
+@pytest.mark.parametrize("to", ["one", "the group"])
+def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path, to):
     run, file = tmp_path / "run", tmp_path / "config.yaml"
     config = make_config(run, plan=PLAN, save_steps=None)
     file.write_text(dump_config(config), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "meshift.cli.main", "ppo", "--config", str(file)]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
-        process.terminate()
+        if to == "one":
+            process.terminate()
+        else:  # as GNU timeout, systemd and Slurm do
+            os.killpg(process.pid, signal.SIGTERM)
         said = process.stderr.read()
         code = process.wait(60)
     if code == 0:

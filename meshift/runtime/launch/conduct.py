@@ -37,9 +37,13 @@ def conduct(gang: Gang, observer: Observer, limits: Limits) -> Any:
                     gang.terminate()
                 return _listen(gang, observer, Watch(gang, limits))
             except errors.LostWorkerError as error:
-                if asked:
+                if not asked:
+                    raise
+                if "SIGTERM" in str(error):
                     raise StoppedRunError(f"ended by SIGTERM before a step was done ({error})") from None
-                raise
+                raise StoppedRunError(
+                    f"after SIGTERM {error}; --resume goes on from the last checkpoint, if there is one"
+                ) from None
     finally:
         gang.end()
 
@@ -53,7 +57,7 @@ def _listen(gang: Gang, observer: Observer, watch: Watch) -> Any:
             if message is None:
                 speaking.discard(rank)
                 if rank not in results:
-                    raise watch.death_of(rank)
+                    raise _cause(gang, watch.death_of(rank))
                 continue
             what, content = json.loads(message)
             watch.heard(rank)
@@ -66,11 +70,20 @@ def _listen(gang: Gang, observer: Observer, watch: Watch) -> Any:
                 case "failed":
                     raise _error_of(rank, *content)
                 case "lost":
-                    raise watch.death_of(rank, content)
+                    raise _cause(gang, watch.death_of(rank, content))
                 case _:
                     getattr(observer, what)(*content)
         watch.check()
     return results[0]
+
+
+def _cause(gang: Gang, death: WorkerError) -> MeshiftError:
+    """What ended the gang: an error that one of them told of, and its victims before it could be heard."""
+    while heard := list(gang.hear(0.0)):
+        for rank, message in heard:
+            if message is not None and (told := json.loads(message))[0] == "failed":
+                return _error_of(rank, *told[1])
+    return death
 
 
 def _error_of(rank: int, name: str, text: str) -> MeshiftError:

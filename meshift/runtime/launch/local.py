@@ -13,6 +13,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -20,12 +22,14 @@ from typing import Any
 from meshift.kernels.library import built
 from meshift.runtime.launch.conduct import GRACE_S, conduct
 from meshift.runtime.launch.gang import Ending, stacks_of, state_of
-from meshift.runtime.launch.member import LOST_PEER, Post, run_member
+from meshift.runtime.launch.member import LOST_PEER, PASSED_ON, Post, run_member
 from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import Observer
 
 PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_run"]
 PARENT_DIED = 1  # PR_SET_PDEATHSIG
+WITH_SERVER = 255
+"""The exit code, as multiprocessing gives it, of a process whose forkserver has gone and could not say."""
 
 
 def run_gang(
@@ -73,6 +77,8 @@ class LocalGang:
         """See `Gang`."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        with _sigterm_held_back():  # else whoever ends a group of processes would end those that serve this one
+            forkserver.ensure_running()
         for post in self._posts:
             ear, mouth = context.Pipe(duplex=False)
             process = context.Process(target=_member, args=(post, mouth), daemon=True)
@@ -97,6 +103,8 @@ class LocalGang:
         code = self._processes[rank].exitcode
         if code is None:
             return None
+        if code == WITH_SERVER:
+            return Ending(kind="killed", how="was killed, or the process that starts the others was")
         if code < 0:
             return Ending(kind="killed", how=f"was killed by {signal.Signals(-code).name}")
         if code == LOST_PEER:
@@ -115,7 +123,7 @@ class LocalGang:
         """See `Gang`."""
         first = self._processes[0] if self._processes else None
         if first is not None and first.pid is not None and first.is_alive():
-            os.kill(first.pid, signal.SIGTERM)
+            os.kill(first.pid, PASSED_ON)
 
     def end(self) -> None:
         """See `Gang`."""
@@ -125,9 +133,21 @@ class LocalGang:
             process.join()
 
 
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """What is started meanwhile never gets SIGTERM; this process gets it after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _member(post: Post, mouth: Connection) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+        if os.getppid() == 1:  # it had died before
+            os._exit(1)
     code = run_member(post, mouth)
     if code:
         os._exit(code)

@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from meshift.errors import MeshiftError
 
 BEAT_S = 1.0
+PASSED_ON = signal.SIGUSR2
+"""SIGTERM, as who started the processes passes it on to the first: it ends the run after its step."""
 LOST_PEER = 3
 """The exit code of a process that could not reach another: the other is to blame."""
 ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
@@ -117,8 +120,9 @@ def run_member(post: Post, mouth: Connection, listener: int | None = None) -> in
     `listener` is a bound socket, where the others meet this process, if it is the first on several machines.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells everybody; who started them decides
-    if post.rank != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first one ends the run after its step
+    # Whoever ends a group of processes tells each of them: only what the one that started them passes on counts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(PASSED_ON, _terminate if post.rank == 0 else signal.SIG_IGN)
     teller, ended = Teller(mouth=mouth, is_first=post.rank == 0), threading.Event()
     # Open as long as the process lives: a signal may come after it has returned.
     stacks = os.open(post.stack_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -137,6 +141,16 @@ def run_member(post: Post, mouth: Connection, listener: int | None = None) -> in
     finally:
         ended.set()
     return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """What SIGTERM would do, had this process got it itself."""
+    do = signal.getsignal(signal.SIGTERM)
+    if callable(do):
+        do(signal.SIGTERM, frame)
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _run(post: Post, teller: Teller, listener: int | None) -> Any:

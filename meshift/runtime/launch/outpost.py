@@ -26,7 +26,7 @@ from typing import Any
 import meshift
 from meshift.kernels.library import built
 from meshift.runtime.launch.gang import stacks_of, state_of
-from meshift.runtime.launch.member import Post, run_member
+from meshift.runtime.launch.member import PASSED_ON, Post, run_member
 
 GONE = ("gone", "zombie", "dead")
 LEAVING_S, KILLED_S = 1.0, 5.0
@@ -120,8 +120,8 @@ class Keeper:
         return json.dumps([(rank, state_of(pid), stacks[rank]) for rank, pid in pids.items()])
 
     def terminate(self, rank: int) -> None:
-        """SIGTERM for one of them."""
-        self._kill([pid for own, pid in self._pids.items() if own == rank], signal.SIGTERM)
+        """Let one of them end the run after its step."""
+        self._kill([pid for own, pid in self._pids.items() if own == rank], PASSED_ON)
 
     def end(self) -> None:
         """Wait until all have gone, and kill those that have not. The folder goes with them."""

@@ -304,7 +304,7 @@ class RayGang:
             missing, _, _, version = json.loads(answer)
             if missing is not None:
                 raise ConfigError(
-                    f"the node {nodes[node_id]} does not see {missing} as this machine does; its working "
+                    f"the node {nodes[node_id]} does not see {missing} as this machine does; the run's working "
                     "directory, models, data and `output_dir` have to be on a file system that all nodes share"
                 )
             if version != meshift.__version__:

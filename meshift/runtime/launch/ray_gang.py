@@ -7,6 +7,7 @@ Ray starts the processes, says which have died, and carries text between this pr
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -188,14 +189,14 @@ class RayGang:
         try:
             code = ray.get(self._runs[rank], timeout=0)
         except GetTimeoutError:
-            if time.monotonic() - self._asked[node.id][1] > QUIET_S:
+            if self._quiet_s(node.id) > QUIET_S:
                 return Ending(kind="killed", how=f"was lost with its node {node.name}, which does not answer")
             return None
         except RayTaskError as error:
             self._observer.on_message(str(error))
             return Ending(kind="failed", how=f"failed on {node.name} (its traceback stands above)")
-        except RayError:
-            dead = not any(row["Alive"] for row in ray.nodes() if row["NodeID"] == node.id)
+        except RayError:  # Ray may say that an actor is dead long before it says so of the node
+            dead = self._quiet_s(node.id) > 2 * POLL_S
             return Ending(kind="killed", how=f"was {'lost with its node' if dead else 'killed on'} {node.name}")
         kinds = {0: Ending(kind="done"), LOST_PEER: Ending(kind="deserted", how="could not reach another")}
         return kinds.get(code, Ending(kind="failed", how=f"failed on {node.name}"))
@@ -237,6 +238,8 @@ class RayGang:
             lack = self._take([node for node in nodes if node.id not in silent], kind, silent)
             if lack is None:
                 return kind
+            if silent:
+                continue  # without them
             lack += f" (nodes and their devices: {', '.join(map(str, nodes)) or 'none'})"
             if self._term_asked:
                 raise LostWorkerError(f"the run was waiting for devices: {lack}")
@@ -279,7 +282,8 @@ class RayGang:
         for node_id in [node_id for node_id in self._keepers if node_id not in nodes]:
             ray.kill(self._keepers.pop(node_id))
         refs = {node_id: keeper.is_here.remote() for node_id, keeper in self._keepers.items()}
-        ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
+        ray.wait(list(refs.values()), timeout=ANSWER_S)
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=QUIET_S)
         fault = None
         for node_id, ref in refs.items():
             try:
@@ -321,6 +325,17 @@ class RayGang:
             raise WorkerError(f"a process could not be started: {_last(error)}") from error
         except (RayError, GetTimeoutError) as error:
             raise LostWorkerError(f"a process was lost while all were started ({_first(error)})") from None
+
+    def _quiet_s(self, node_id: str) -> float:
+        """How long a keeper has owed an answer."""
+        ref, asked = self._asked[node_id]
+        try:
+            ray.get(ref, timeout=0)
+        except GetTimeoutError:
+            return time.monotonic() - asked
+        except RayError:
+            return math.inf
+        return 0.0
 
     def _ask(self, node_id: str) -> None:
         self._asked[node_id] = self._keepers[node_id].hear.remote(POLL_S), time.monotonic()

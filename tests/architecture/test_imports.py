@@ -17,6 +17,7 @@ TORCH_FREE = (
     "meshift.layout.boxes",
     "meshift.realloc.plan",
     "meshift.realloc.rounds",
+    "meshift.planner.memory",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",

@@ -1,0 +1,155 @@
+"""How many numbers of a model each rank of a layout holds, by stage, from the shard table.
+
+Parameters that are cut alike are counted together, so that a model of 80 layers costs no more than one of 2. It
+knows nothing of bytes, of time or of devices.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from meshift.layout.boxes import held_box, num_elements
+from meshift.layout.layout import Coordinates, Layout
+from meshift.layout.shard import Shard
+from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.shards import shard_table
+
+
+class Held(NamedTuple):
+    """Numbers that a rank holds: those that are never trained, and those that are."""
+
+    frozen: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.frozen + self.trained
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Parameters of one shape and cut: how many there are in each layer, or outside of layers (`layers` empty)."""
+
+    shard: Shard
+    count: int
+    layers: tuple[int, ...] = ()
+
+
+class Sizes:
+    """Of one model. `trained` is false for a role without updates: all it holds is then frozen."""
+
+    def __init__(
+        self, config: DecoderConfig, head: HeadKind, *, trained: bool = False, num_frozen_layers: int = 0
+    ) -> None:
+        self.config = config
+        self.head: HeadKind = head
+        self._trained, self._num_frozen = trained, num_frozen_layers
+        self._found: dict[tuple[int, ...], Held] = {}
+
+    @cached_property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """All parameters, those of all layers that are alike together."""
+        found: dict[tuple[object, ...], list[Shard]] = defaultdict(list)
+        for shard in shard_table(self.config, self.head).values():
+            found[shard.shape, shard.split, shard.stage, shard.tied].append(shard)
+        return tuple(_pattern(shards) for shards in found.values())
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.config.num_layers
+
+    def held(self, layout: Layout, where: Coordinates) -> Held:
+        """What the rank at these coordinates keeps."""
+        key = (
+            *(layout.tensor, where.tensor, layout.pipeline, where.pipeline),
+            *((layout.data, where.data) if layout.sharded else (0, 0)),
+        )
+        if key not in self._found:
+            counts = [0, 0]
+            for pattern in self.patterns:
+                each = num_elements(held_box(pattern.shard, layout, where)) * pattern.count
+                for trained, copies in enumerate(self._copies(pattern, layout, where)):
+                    counts[trained] += each * copies
+            self._found[key] = Held(*counts)
+        return self._found[key]
+
+    def _copies(self, pattern: Pattern, layout: Layout, where: Coordinates) -> tuple[int, int]:
+        """How many layers (or, outside of layers, 0 or 1) of the pattern are here, frozen and trained."""
+        if pattern.layers:
+            here = layout.stage_layers(self.num_layers)[where.pipeline]
+            frozen = sum(layer in here and not self.trains(pattern.shard, layer) for layer in pattern.layers)
+            return frozen, sum(layer in here for layer in pattern.layers) - frozen
+        stage = pattern.shard.stage
+        is_here = where.pipeline == (0 if stage == "embedding" else layout.pipeline - 1)
+        is_here = is_here or (pattern.shard.tied and where.pipeline == layout.pipeline - 1)
+        trained = is_here and self.trains(pattern.shard, None)
+        return int(is_here and not trained), int(trained)
+
+    def trains(self, shard: Shard, layer: int | None) -> bool:
+        """Whether parameters of this shard, in this layer, are updated (as `training.optimizer.is_frozen`)."""
+        frozen = self._num_frozen > 0 and (
+            shard.stage == "embedding" or (layer is not None and layer < self._num_frozen)
+        )
+        return self._trained and not frozen
+
+    def layer(self, layout: Layout, where: Coordinates) -> int:
+        """Numbers of one layer, with what data ranks share out brought together."""
+        whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
+        return sum(
+            num_elements(held_box(p.shard, whole, where)) * p.count
+            for p in self.patterns
+            if p.shard.layer is not None
+        )
+
+    def largest(self, layout: Layout, where: Coordinates) -> int:
+        """Numbers of the largest trained parameter that is kept here."""
+        return max(
+            (
+                num_elements(held_box(pattern.shard, layout, where))
+                for pattern in self.patterns
+                if self._copies(pattern, layout, where)[1]
+            ),
+            default=0,
+        )
+
+    def kept_twice(self, home: Layout, at_home: Coordinates | None, other: Layout, there: Coordinates) -> int:
+        """Numbers that a device which stands in two placements of a role keeps beside those of the first.
+
+        A trained parameter with the same box in both is one tensor; frozen ones are not sent, and have their own.
+        """
+        if at_home is None:
+            return self.held(other, there).total
+        total = 0
+        for pattern in self.patterns:
+            box = held_box(pattern.shard, other, there)
+            frozen, trained = self._copies(pattern, other, there)
+            if box == held_box(pattern.shard, home, at_home):
+                trained -= self._both(pattern, (home, at_home), (other, there))
+            total += num_elements(box) * pattern.count * (frozen + trained)
+        return total
+
+    def _both(self, pattern: Pattern, one: tuple[Layout, Coordinates], other: tuple[Layout, Coordinates]) -> int:
+        """Trained layers (or 0 or 1) of the pattern that are here in both layouts."""
+        if not pattern.layers:
+            return min(self._copies(pattern, *one)[1], self._copies(pattern, *other)[1])
+        mine, theirs = (layout.stage_layers(self.num_layers)[where.pipeline] for layout, where in (one, other))
+        shared = range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
+        return sum(layer in shared and self.trains(pattern.shard, layer) for layer in pattern.layers)
+
+
+def _pattern(shards: Iterable[Shard]) -> Pattern:
+    given = list(shards)
+    layers = tuple(sorted({shard.layer for shard in given if shard.layer is not None}))
+    return Pattern(shard=given[0], count=len(given) // max(1, len(layers)), layers=layers)
+
+
+def widest(sizes: Sizes, layout: Layout, stage: int) -> Coordinates:
+    """The rank of a stage that holds the most: tensor ranks' parts differ, the first data rank has the most."""
+    ranks = (Coordinates(data=0, tensor=tensor, pipeline=stage) for tensor in range(layout.tensor))
+    return max(ranks, key=lambda where: sizes.held(layout, where).total)

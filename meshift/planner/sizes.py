@@ -74,12 +74,12 @@ class Sizes:
             counts = [0, 0]
             for pattern in self.patterns:
                 each = num_elements(held_box(pattern.shard, layout, where)) * pattern.count
-                for trained, copies in enumerate(self._copies(pattern, layout, where)):
+                for trained, copies in enumerate(self.copies(pattern, layout, where)):
                     counts[trained] += each * copies
             self._found[key] = Held(*counts)
         return self._found[key]
 
-    def _copies(self, pattern: Pattern, layout: Layout, where: Coordinates) -> tuple[int, int]:
+    def copies(self, pattern: Pattern, layout: Layout, where: Coordinates) -> tuple[int, int]:
         """How many layers (or, outside of layers, 0 or 1) of the pattern are here, frozen and trained."""
         if pattern.layers:
             here = layout.stage_layers(self.num_layers)[where.pipeline]
@@ -113,7 +113,7 @@ class Sizes:
             (
                 num_elements(held_box(pattern.shard, layout, where))
                 for pattern in self.patterns
-                if self._copies(pattern, layout, where)[1]
+                if self.copies(pattern, layout, where)[1]
             ),
             default=0,
         )
@@ -128,19 +128,29 @@ class Sizes:
         total = 0
         for pattern in self.patterns:
             box = held_box(pattern.shard, other, there)
-            frozen, trained = self._copies(pattern, other, there)
+            frozen, trained = self.copies(pattern, other, there)
             if box == held_box(pattern.shard, home, at_home):
-                trained -= self._both(pattern, (home, at_home), (other, there))
+                trained -= self.copies_in_both(pattern, (home, at_home), (other, there))
             total += num_elements(box) * pattern.count * (frozen + trained)
         return total
 
-    def _both(self, pattern: Pattern, one: tuple[Layout, Coordinates], other: tuple[Layout, Coordinates]) -> int:
-        """Trained layers (or 0 or 1) of the pattern that are here in both layouts."""
+    def copies_in_both(
+        self,
+        pattern: Pattern,
+        one: tuple[Layout, Coordinates],
+        other: tuple[Layout, Coordinates],
+        *,
+        everything: bool = False,
+    ) -> int:
+        """Trained layers (or 0 or 1) of the pattern that are here in both layouts; or `everything`."""
         if not pattern.layers:
-            return min(self._copies(pattern, *one)[1], self._copies(pattern, *other)[1])
+            counts = [self.copies(pattern, *where) for where in (one, other)]
+            return min(trained + frozen * everything for frozen, trained in counts)
         mine, theirs = (layout.stage_layers(self.num_layers)[where.pipeline] for layout, where in (one, other))
         shared = range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
-        return sum(layer in shared and self.trains(pattern.shard, layer) for layer in pattern.layers)
+        return sum(
+            layer in shared and (everything or self.trains(pattern.shard, layer)) for layer in pattern.layers
+        )
 
 
 def _pattern(shards: Iterable[Shard]) -> Pattern:

@@ -18,6 +18,8 @@ TORCH_FREE = (
     "meshift.realloc.plan",
     "meshift.realloc.rounds",
     "meshift.planner.memory",
+    "meshift.planner.moving",
+    "meshift.planner.cost",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",
@@ -33,6 +35,7 @@ MAKERS = {
     *("frozenset", "tuple", "dict", "float", "fromkeys", "maketrans", "partial", "uint64"),
     *("field", "compile", "getLogger"),
     *("_one", "_held_out"),  # shorthands for a Chart, in report/catalogue.py
+    "_gpu",  # for a Hardware, in planner/hardware.py
 }
 
 

@@ -95,9 +95,13 @@ class Costs:
         return sorted({(count, stage == len(counts) - 1) for stage, count in enumerate(counts)})
 
     def _joining(self, call: PlannedCall, layout: Layout) -> float:
-        """Data ranks bring their rows of the outcome together."""
+        """Every rank is sent the batch by one process, and data ranks bring their rows of the outcome together."""
         num_bytes = BATCH_BYTES * call.texts.num_rows(share_prefixes=False)
-        return self.hardware.gather_seconds(num_bytes, layout.data, layout.data * layout.tensor)
+        joined = self.hardware.gather_seconds(num_bytes, layout.data, layout.data * layout.tensor)
+        if call.kind == "generate":  # prompts are little
+            return joined
+        rate, delay = self.hardware.rate_between(layout.num_ranks)
+        return joined + layout.num_ranks * num_bytes / rate + delay
 
     # Reading and learning
 
@@ -151,7 +155,8 @@ class Costs:
             "data": reduced if layout.data > 1 else 0.0,
             "update": trained * UPDATE_BYTES / self._rate,
         }
-        return Cost({name: updates * seconds for name, seconds in parts.items()})
+        found = {name: updates * seconds for name, seconds in parts.items()}
+        return Cost({**found, "batch": self._joining(call, layout)})
 
     def _rows(self, call: PlannedCall, layout: Layout) -> float:
         """Of a mean micro-batch: all have nearly as many."""

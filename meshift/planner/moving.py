@@ -14,7 +14,7 @@ from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, Memory
 from meshift.planner.sizes import Pattern, Sizes
 
-MAX_RANKS = 64
+MAX_RANKS = 16
 """Of a larger target so many ranks are looked at, evenly spaced; their mean stands for all."""
 CHECK_PASSES = 2
 """Times that what is held is read for fingerprints, on both sides together."""
@@ -33,11 +33,12 @@ class Moving:
 
     def __init__(self, memory: Memory, hardware: Hardware) -> None:
         self.memory, self.hardware = memory, hardware
-        self._missing: dict[tuple[Layout, Layout, int | None, bool], Missing] = {}
+        self._missing: dict[tuple[Layout | None, Layout, int | None, bool], Missing] = {}
+        self._found: dict[tuple[object, ...], int] = {}
 
     def missing(self, home: Layout, target: Layout, shift: int | None, *, everything: bool = False) -> Missing:
         """Numbers of trained parameters (or of all) that target devices do not hold at home."""
-        key = home, target, shift, everything
+        key = None if shift is None else home, target, shift, everything
         if key not in self._missing:
             step = max(1, target.num_ranks // MAX_RANKS)
             ranks = range(0, target.num_ranks, step)
@@ -49,10 +50,13 @@ class Moving:
         there = target.coordinates(rank)
         own = None if shift is None else rank + shift
         at_home = home.coordinates(own) if own is not None and 0 <= own < home.num_ranks else None
-        sizes = self.memory.sizes
-        return sum(
-            _absent(sizes, pattern, (home, at_home), (target, there), everything) for pattern in sizes.patterns
-        )
+        key = _cut(home, at_home), _cut(target, there), everything
+        if key not in self._found:
+            sizes = self.memory.sizes
+            self._found[key] = sum(
+                _absent(sizes, pattern, (home, at_home), (target, there), everything) for pattern in sizes.patterns
+            )
+        return self._found[key]
 
     def seconds(self, home: Layout, target: Layout, shift: int | None, *, far: bool) -> float:
         """Of bringing new weights to the target and checking them; `far`: the two meshes span hosts."""
@@ -77,6 +81,14 @@ class Moving:
         near = shift is not None and home.pipeline == 1 and home.tensor <= self.hardware.per_host
         span = 1 if near or not far else self.hardware.per_host + 1
         return self.hardware.rate_between(span)
+
+
+def _cut(layout: Layout, where: Coordinates | None) -> tuple[int, ...] | None:
+    """All that what a rank holds depends on: replicas hold the same."""
+    if where is None:
+        return None
+    data = (layout.data, where.data) if layout.sharded else ()
+    return (layout.tensor, where.tensor, layout.pipeline, where.pipeline, *data)
 
 
 def _absent(

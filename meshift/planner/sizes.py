@@ -6,6 +6,7 @@ knows nothing of bytes, of time or of devices.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,20 +84,17 @@ class Sizes:
         """How many layers (or, outside of layers, 0 or 1) of the pattern are here, frozen and trained."""
         if pattern.layers:
             here = layout.stage_layers(self.num_layers)[where.pipeline]
-            frozen = sum(layer in here and not self.trains(pattern.shard, layer) for layer in pattern.layers)
-            return frozen, sum(layer in here for layer in pattern.layers) - frozen
+            trained = self._count(pattern, here, everything=False)
+            return self._count(pattern, here, everything=True) - trained, trained
         stage = pattern.shard.stage
         is_here = where.pipeline == (0 if stage == "embedding" else layout.pipeline - 1)
         is_here = is_here or (pattern.shard.tied and where.pipeline == layout.pipeline - 1)
-        trained = is_here and self.trains(pattern.shard, None)
+        trained = is_here and self._trains(pattern.shard)
         return int(is_here and not trained), int(trained)
 
-    def trains(self, shard: Shard, layer: int | None) -> bool:
-        """Whether parameters of this shard, in this layer, are updated (as `training.optimizer.is_frozen`)."""
-        frozen = self._num_frozen > 0 and (
-            shard.stage == "embedding" or (layer is not None and layer < self._num_frozen)
-        )
-        return self._trained and not frozen
+    def _trains(self, shard: Shard) -> bool:
+        """Whether a parameter outside of layers is updated (as `training.optimizer.is_frozen` says)."""
+        return self._trained and not (self._num_frozen > 0 and shard.stage == "embedding")
 
     def layer(self, layout: Layout, where: Coordinates) -> int:
         """Numbers of one layer, with what data ranks share out brought together."""
@@ -148,18 +146,17 @@ class Sizes:
             return min(trained + frozen * everything for frozen, trained in counts)
         mine, theirs = (layout.stage_layers(self.num_layers)[where.pipeline] for layout, where in (one, other))
         shared = range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
-        return sum(
-            layer in shared and (everything or self.trains(pattern.shard, layer)) for layer in pattern.layers
-        )
+        return self._count(pattern, shared, everything=everything)
+
+    def _count(self, pattern: Pattern, here: range, *, everything: bool) -> int:
+        """Layers of the pattern among these: the trained ones, or all."""
+        if not (everything or self._trained):
+            return 0
+        first = here.start if everything else max(here.start, self._num_frozen)
+        return max(0, bisect_left(pattern.layers, here.stop) - bisect_left(pattern.layers, first))
 
 
 def _pattern(shards: Iterable[Shard]) -> Pattern:
     given = list(shards)
     layers = tuple(sorted({shard.layer for shard in given if shard.layer is not None}))
     return Pattern(shard=given[0], count=len(given) // max(1, len(layers)), layers=layers)
-
-
-def widest(sizes: Sizes, layout: Layout, stage: int) -> Coordinates:
-    """The rank of a stage that holds the most: tensor ranks' parts differ, the first data rank has the most."""
-    ranks = (Coordinates(data=0, tensor=tensor, pipeline=stage) for tensor in range(layout.tensor))
-    return max(ranks, key=lambda where: sizes.held(layout, where).total)

@@ -26,6 +26,7 @@ TORCH_FREE = (
     "meshift.planner.evaluate",
     "meshift.planner.strategies",
     "meshift.planner.written",
+    "meshift.planner.explain",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",

@@ -17,6 +17,16 @@ TORCH_FREE = (
     "meshift.layout.boxes",
     "meshift.realloc.plan",
     "meshift.realloc.rounds",
+    "meshift.planner.memory",
+    "meshift.planner.moving",
+    "meshift.planner.cost",
+    "meshift.planner.steps",
+    "meshift.planner.search",
+    "meshift.planner.prove",
+    "meshift.planner.evaluate",
+    "meshift.planner.strategies",
+    "meshift.planner.written",
+    "meshift.planner.explain",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",
@@ -32,6 +42,7 @@ MAKERS = {
     *("frozenset", "tuple", "dict", "float", "fromkeys", "maketrans", "partial", "uint64"),
     *("field", "compile", "getLogger"),
     *("_one", "_held_out"),  # shorthands for a Chart, in report/catalogue.py
+    "_gpu",  # for a Hardware, in planner/hardware.py
 }
 
 

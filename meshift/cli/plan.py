@@ -31,6 +31,7 @@ from meshift.planner.planning import Planned, make_plan, shortage
 from meshift.planner.steps import Lengths, role_names, step_of
 from meshift.planner.workload import ComputeType, Step
 from meshift.planner.written import plan_values
+from meshift.report.plan_page import plan_page
 from meshift.yaml_values import apply_override, read_yaml
 
 WHAT_IF = ("devices", "network", "batch", "completion")
@@ -76,7 +77,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=A,B",
         help="plan again with other devices, network (2x), batch or completion",
     )
-    parser.add_argument("--out", metavar="FILE", help="write the plan as YAML or JSON, for `plan:` of a run")
+    parser.add_argument("--out", metavar="FILE", help="write the plan: .yaml or .json for a run, .html to look at")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key, over what the file says")
 
 
@@ -224,7 +225,7 @@ def _show_variants(found: Sequence[tuple[str, Planned]]) -> None:
 
 
 def _write(path: Path, planned: Planned) -> None:
-    """The plan, and in JSON what was predicted too."""
+    """The plan, in JSON with what was predicted, or as a page."""
     values: dict[str, Any] = {"plan": plan_values(planned.problem, planned.choice)}
     if path.suffix == ".json":
         values["predicted"] = {
@@ -237,6 +238,8 @@ def _write(path: Path, planned: Planned) -> None:
             ],
         }
         text = json.dumps(values, indent=2)
+    elif path.suffix == ".html":
+        text = plan_page(planned)
     else:
         text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     try:

@@ -102,7 +102,9 @@ class PackedAttention:
         if self._whole is None:
             return self._attend(layer, query, key, value)
         rows, own = self._whole.rows.to(query.device), self._whole.own.to(query.device)
-        return self._attend(layer, query[rows], key[rows], value[rows])[own]
+        # Gradients of rows that several sequences share add up in order so, at any number of threads.
+        parts = (part.index_select(0, rows) for part in (query, key, value))
+        return self._attend(layer, *parts).index_select(0, own)
 
     def _attend(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same over whole sequences."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from meshift.graph.calls import Kind
@@ -12,10 +13,15 @@ from meshift.planner.timeline import Choice, Spot
 
 
 def placements_of(problem: Problem, choice: Choice) -> dict[str, dict[Kind, Placement]]:
-    """Role -> kind of call -> placement. Devices have hosts where there are several: `node0`, `node1`, ..."""
+    """Role -> kind of call -> placement. Devices have hosts where there are several: `node0`, `node1`, ...
+
+    On one host devices without work are left out of the numbers, since a run starts a process for each.
+    """
+    used = sorted({i for spot in choice.values() for i in range(spot.first, spot.stop)})
+    numbers = {device: number for number, device in enumerate(used)}
     found: dict[str, dict[Kind, Placement]] = {}
     for use, spot in choice.items():
-        placement = Placement(mesh=_mesh(problem, spot), layout=spot.candidate.layout)
+        placement = Placement(mesh=_mesh(problem, spot, numbers), layout=spot.candidate.layout)
         found.setdefault(use.role, {})[use.kind] = placement
     return found
 
@@ -31,10 +37,10 @@ def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _mesh(problem: Problem, spot: Spot) -> Mesh:
+def _mesh(problem: Problem, spot: Spot, numbers: Mapping[int, int]) -> Mesh:
     per_host = problem.hardware.per_host
     if problem.num_devices <= per_host:
-        return Mesh(devices=tuple(Device(index=i) for i in range(spot.first, spot.stop)))
+        return Mesh(devices=tuple(Device(index=numbers[i]) for i in range(spot.first, spot.stop)))
     return Mesh(
         devices=tuple(
             Device(host=f"node{i // per_host}", index=i % per_host) for i in range(spot.first, spot.stop)

@@ -64,7 +64,8 @@ class MicroBatch:
     def read(self, model: Decoder, hidden: Tensor, chunk: int) -> Mapping[str, Ragged]:
         """The reading's outputs, by the model's head, `chunk` rows of logits at a time."""
         if not torch.equal(self.back, torch.arange(len(self.rows))):  # several sequences', or in another order
-            hidden = hidden[self.back.to(hidden.device)]
+            # Its gradient adds up rows in their order, at any number of threads; that of an index does not.
+            hidden = hidden.index_select(0, self.back.to(hidden.device))
         return self.reading.read(model.head, hidden, self.batch, chunk)
 
     def flops(self, model: Decoder) -> float:

@@ -27,6 +27,7 @@ TORCH_FREE = (
     "meshift.planner.strategies",
     "meshift.planner.written",
     "meshift.planner.explain",
+    "meshift.report.plan_page",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",

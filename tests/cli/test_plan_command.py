@@ -60,6 +60,15 @@ def test_what_is_predicted_is_written_too(run_file, tmp_path, capsys):
     assert "step" in capsys.readouterr().out
 
 
+def test_a_plan_is_a_page_to_look_at(run_file, tmp_path):
+    out = tmp_path / "plan.html"
+    assert plan(run_file, "--devices", "4", "--out", str(out)) == 0
+    page = out.read_text()
+    assert "device 3" in page
+    assert "<title>train_critic: " in page
+    assert "(actor.generate) runs as" in page
+
+
 def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, capsys):
     assert plan(run_file, "--devices", "1", "--what-if", "devices=2", "--what-if", "completion=64,250") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "sequences a second" in line]

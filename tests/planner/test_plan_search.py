@@ -162,3 +162,13 @@ def test_a_plan_is_written_as_a_run_reads_it():
         for role, plan in written.roles.items()
     }
     assert read == placements_of(given, choice)
+
+
+def test_devices_without_work_get_no_number():
+    given = problem("dpo", 4, sharding=False)
+    apart = {
+        use: next(spot for spot in all_spots(given, use) if spot.candidate.size == 1 and spot.first == first)
+        for use, first in zip(given.uses, (1, 3), strict=True)
+    }
+    meshes = {str(p.mesh) for kinds in placements_of(given, apart).values() for p in kinds.values()}
+    assert meshes == {"0", "1"}

@@ -18,7 +18,8 @@ def files_of(run):
     names = ("final/model.safetensors", "final_critic/model.safetensors")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [
-        {k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/t", "perf/mfu"))} for row in rows
+        {k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/t", "perf/mfu", "perf/peak"))}
+        for row in rows
     ]
     return [(run / name).read_bytes() for name in names], kept
 

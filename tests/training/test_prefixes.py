@@ -1,5 +1,6 @@
 """Common beginnings run once: which are found, how they are laid out, and that nothing but time depends on it."""
 
+import hashlib
 import itertools
 
 import pytest
@@ -252,3 +253,23 @@ def test_the_layout_of_two_texts_would_be_another(short):
     assert found.lengths == [9, 3, 3]
     assert found.spans == [(0, 9), (9, 3), (9, 3)]
     assert found.place.tolist() == [*range(12), *range(9), 12, 13, 14]
+
+
+def test_shared_rows_would_learn_otherwise_each_time_with_several_threads():
+    """Gradients of rows that several texts share add up in an order that does not depend on the threads."""
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(13, (40,), generator=draw).tolist()
+    texts = [prompt + torch.randint(13, (20,), generator=draw).tolist() for _ in range(16)]
+    lengths = Ragged.scalars([20] * len(texts), torch.int64)
+    batch = Batch({"tokens": Ragged.from_rows(texts, torch.int64), "completion_lengths": lengths})
+    found, threads = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            engine = TrainingEngine(tiny_model(hidden_size=128), TrainableConfig(), trainable=True)
+            engine.forward(TokenLogprobs(), batch)["new_logprobs"].values.sum().backward()
+            bits = [p.grad.numpy().tobytes() for p in engine.model.parameters()]
+            found.add(hashlib.sha256(b"".join(bits)).digest())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1

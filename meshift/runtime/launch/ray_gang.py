@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -85,24 +86,32 @@ def _connected(settings: LaunchConfig, num_devices: int) -> Iterator[None]:
         return
     on_term = signal.getsignal(signal.SIGTERM)  # Ray puts in its own
     folder = tempfile.mkdtemp(prefix="meshift-ray-") if wanted is None else None
+    try:
+        _join(wanted, folder, num_devices)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)
+        yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str | None, folder: str | None, num_devices: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if folder is not None:
             quiet |= {"include_dashboard": False, "object_store_memory": OBJECTS, "num_cpus": num_devices}
             ray.init(address="local", _temp_dir=folder, **quiet)
-        else:
-            ray.init(address=wanted, **quiet)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_term)
-        yield
-    except (ConnectionError, ValueError) as error:
+            return
+        if address != "auto":  # Ray tries for minutes where nobody answers
+            host, _, port = str(address).rpartition(":")
+            socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(
-            f"`launch.ray_address` is {wanted}, and there is no joining it ({_first(error)})"
+            f"`launch.ray_address` is {address or 'not set'}, and Ray could not be joined ({_first(error)})"
         ) from None
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class RayGang:

@@ -175,7 +175,7 @@ def test_a_stopped_worker_would_be_waited_for(two_nodes, make_config, local, tmp
 def test_a_run_without_its_devices_would_wait_for_ever(two_nodes, make_config, tmp_path):
     plan = {"actor": {"train": {"mesh": "0-4", "layout": "d5"}}}
     launch = on_ray(two_nodes, ray_wait_s=1)
-    with pytest.raises(WorkerError, match=r"alpha \(2\), beta \(2\)\); the run waited 1 s .* for 5 devices"):
+    with pytest.raises(WorkerError, match=r"alpha \(2\), beta \(2\).*; the run waited 1 s .* for 5 devices"):
         run_ppo(make_config(tmp_path / "run", plan=plan, launch=launch), SilentObserver())
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.glob(".meshift-*"))
@@ -187,10 +187,9 @@ def test_a_bounded_number_of_restarts_is_all(two_nodes, make_config, tmp_path):
         run_ppo(make_config(tmp_path / "run", launch=on_ray(two_nodes, max_restarts=0)), breaker)
 
 
-def test_no_cluster_at_the_address_is_one_sentence(two_nodes, make_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
+def test_no_cluster_at_the_address_is_one_sentence(two_nodes, make_config, tmp_path):
     launch = on_ray(two_nodes, ray_address="127.0.0.1:1")
-    with pytest.raises(ConfigError, match=r"`launch\.ray_address` is 127\.0\.0\.1:1, and there is no joining it"):
+    with pytest.raises(ConfigError, match=r"`launch\.ray_address` is 127\.0\.0\.1:1, and Ray could not be joined"):
         run_ppo(make_config(tmp_path / "run", launch=launch), SilentObserver())
 
 

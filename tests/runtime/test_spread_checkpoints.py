@@ -95,7 +95,7 @@ def test_what_a_run_carries_from_step_to_step_would_be_other_than_in_one_process
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("call", ["rollout", "train_actor"])
+@pytest.mark.parametrize("call", [pytest.param("rollout", marks=pytest.mark.slow), "train_actor"])
 def test_a_killed_process_would_change_the_final_weights(make_config, unbroken, tmp_path, call, dtype):
     expected = unbroken
     if dtype == "bfloat16":

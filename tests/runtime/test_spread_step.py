@@ -241,7 +241,12 @@ PLANS["streaming"] = {
 }
 
 
-@pytest.mark.parametrize("case", STREAMS)
+MORE = ("larger parts", "one part")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in MORE else case for case in STREAMS]
+)
 def test_streaming_would_give_another_step(case, tmp_path):
     name, part_size, num_streams = STREAMS[case]
     run_gang(4, check_ppo, tmp_path, name, SECTIONS, part_size, num_streams)

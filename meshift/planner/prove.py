@@ -23,8 +23,6 @@ TICKS = 10_000
 """Of the best step known; with some ten ops rounding costs a bound a tenth of a percent."""
 MAX_PAIRS = 3000
 """Pairs of candidates of a move that are told apart at first; with more, moves take no time."""
-FIRST_SHARE = 0.25
-"""Of the time that is left, for a model until plans no longer get better: then it has all of it."""
 CLOSE = 0.001
 """A smaller gap is what rounding may leave."""
 NUM_WORKERS = 2
@@ -62,18 +60,13 @@ def prove(problem: Problem, known: Choice, *, seconds: float, workers: int = NUM
     least = least_seconds(problem, candidates)
     if found.excess > 0 or not has_solver():
         return Proof(known, found.seconds, least, False)
-    share = FIRST_SHARE
     while (left := deadline - time.monotonic()) > 0:
         model = _Model(problem, candidates, known, found.seconds, Limits(limit, time.monotonic() + left / 3))
-        choice, bound = model.solve(share * left, workers)
+        choice, bound = model.solve(left, workers)
         least = max(least, min(bound, found.seconds))
-        before = found.seconds
         if choice is not None and score(problem, choice) < found:
             known, found = choice, score(problem, choice)
-        if found.seconds < before * (1 - CLOSE):
             candidates = reduced(problem, candidates, found.seconds)
-        elif not model.ended and share < 1:
-            share = 1.0
         elif model.is_exact or found.seconds <= least * (1 + CLOSE):
             break
         else:
@@ -100,7 +93,6 @@ class _Model:
         self.problem, self.candidates, self.known = problem, candidates, known
         self.tick, self.limits, self.is_exact = seconds / TICKS, limits, True
         self.model: Any = cp_model.CpModel()
-        self.ended = False
         self.chosen = {
             use: [self.model.NewBoolVar(f"{use} {one.layout}") for one in candidates[use]] for use in candidates
         }
@@ -287,7 +279,6 @@ class _Model:
         solver.parameters.max_time_in_seconds = seconds
         solver.parameters.num_workers = workers
         status = solver.Solve(self.model)
-        self.ended = status in (self.solver_module.OPTIMAL, self.solver_module.INFEASIBLE)
         bound = max(0.0, solver.BestObjectiveBound()) * self.tick
         if status not in (self.solver_module.OPTIMAL, self.solver_module.FEASIBLE):
             # Nothing within the known plan's seconds but that one, which rounding may hide.

@@ -18,11 +18,14 @@ from meshift.models.shards import shard_table
 from meshift.planner.cost import Cost, Costs
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, Memory
-from meshift.planner.workload import PlannedCall, Step
+from meshift.planner.moving import Moving
+from meshift.planner.workload import PlannedCall, Role, Step
 from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.plan import plan
 
 Placements = Mapping[str, Mapping[Kind, Placement]]
+MAX_PLANNED = 256
+"""Ranks up to which moves are planned in full; beyond, sharded sources make for millions of transfers."""
 FIRST_PART = 0.1
 
 
@@ -101,7 +104,9 @@ def _moves(step: Step, hardware: Hardware, of_role: Mapping[Kind, Placement], ca
         if kind == "train":
             continue
         seconds = 0.0
-        if target != home:
+        if target != home and max(home.layout.num_ranks, target.layout.num_ranks) > MAX_PLANNED:
+            seconds = _counted(role, hardware, home, target)
+        elif target != home:
             made = plan(home, target, table, dtypes=dtypes, leave_out=left_out)
             seconds = _sending(hardware, made.sent, made.received, home, target)
             held = max(Memory(role).kept(target.layout, target.layout.coordinates(0)).weights, 1)
@@ -110,6 +115,19 @@ def _moves(step: Step, hardware: Hardware, of_role: Mapping[Kind, Placement], ca
         name = f"{call.role} to {kind}"
         tasks.append(_Task(name=name, kind="move", seconds=seconds, devices=devices, waits={call.name}))
     return tasks
+
+
+def _counted(role: Role, hardware: Hardware, home: Placement, target: Placement) -> float:
+    """By the bytes of some ranks, of a move between many."""
+    shift = home.mesh.rank_of(target.mesh.devices[0])
+    far = len({device.host for device in (*home.mesh.devices, *target.mesh.devices)}) > 1
+    return Moving(Memory(role), hardware).seconds(home.layout, target.layout, shift, far=far)
+
+
+def _counted_mixing(role: Role, hardware: Hardware, source: Placement, target: Placement) -> float:
+    shift = source.mesh.rank_of(target.mesh.devices[0])
+    far = len({device.host for device in (*source.mesh.devices, *target.mesh.devices)}) > 1
+    return Moving(Memory(role), hardware).mixing_seconds(source.layout, target.layout, shift, far=far)
 
 
 def _sending(
@@ -133,10 +151,13 @@ def _mixings(step: Step, hardware: Hardware, placements: Placements, tasks: Sequ
         target = next(iter(placements[mixing.target].values()))
         role = step.roles[mixing.source]
         exact = Dtypes(source="float32", target="float32")
-        made = plan(source, target, shard_table(role.config, role.head), dtypes=exact, mix=True)
-        held = Memory(role).sizes.held(target.layout, target.layout.coordinates(0)).total
-        seconds = _sending(hardware, made.sent, made.received, source, target)
-        seconds += 4 * FP32 * held / (hardware.memory_rate * hardware.memory_share)
+        if max(source.layout.num_ranks, target.layout.num_ranks) > MAX_PLANNED:
+            seconds = _counted_mixing(role, hardware, source, target)
+        else:
+            made = plan(source, target, shard_table(role.config, role.head), dtypes=exact, mix=True)
+            held = Memory(role).sizes.held(target.layout, target.layout.coordinates(0)).total
+            seconds = _sending(hardware, made.sent, made.received, source, target)
+            seconds += 4 * FP32 * held / (hardware.memory_rate * hardware.memory_share)
         devices = frozenset((*source.mesh.devices, *target.mesh.devices))
         name = f"{mixing.source} into {mixing.target}"
         waits = {task.name for task in tasks}

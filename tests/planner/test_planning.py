@@ -3,7 +3,8 @@
 import pytest
 from tiny_steps import device, llama, step, texts
 
-from meshift.planner.evaluate import peak_bytes
+from meshift.layout.layout import Placement
+from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
 from meshift.planner.planning import make_plan, shortage
 from meshift.planner.prove import has_solver
@@ -56,3 +57,20 @@ def test_any_number_of_devices_has_a_plan(num_devices):
     planned = make_plan(step("grpo"), device(), num_devices, seconds=1)
     assert planned.lacking == 0
     assert all(spot.first >= 0 and spot.stop <= num_devices for spot in planned.choice.values())
+
+
+@pytest.mark.parametrize("pair", [("d8t1p1", "d2t4p1"), ("d2t2p2", "d4t2p1"), ("d8t1p1s", "d4t2p1")])
+def test_moves_between_many_ranks_are_counted_as_plans_of_few_have_them(pair, monkeypatch):
+    given, placed = (
+        step("ppo"),
+        {"infer": ("0-7", "d8t1p1"), "train": ("0-7", pair[0]), "generate": ("0-7", pair[1])},
+    )
+    placed = {kind: Placement.parse(*where) for kind, where in placed.items()}
+    placements = dict.fromkeys(given.roles, placed)
+    seconds = []
+    for most in (256, 1):
+        monkeypatch.setattr("meshift.planner.evaluate.MAX_PLANNED", most)
+        events = evaluate(given, device(), placements)
+        seconds.append({event.name: event.end - event.start for event in events if event.kind == "move"})
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.25)
+    assert max(seconds[0].values()) > 0

@@ -105,6 +105,16 @@ def test_processes_talk_to_each_other_in_few_places(meshift_sources):
     assert not [name for name in found if not name.startswith(TALKING)]
 
 
+def test_one_file_knows_ray(meshift_sources):
+    found = {
+        s.name
+        for s in meshift_sources
+        for _, module in imported_modules(s.tree)
+        if module == "ray" or module.startswith("ray.")
+    }
+    assert found == {"meshift/runtime/launch/ray_gang.py"}
+
+
 def test_no_collective_pickles_what_it_sends(all_sources):
     found = [
         f"{s.name}:{node.lineno} {node.attr}"

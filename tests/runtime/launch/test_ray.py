@@ -14,7 +14,11 @@ from ray_clusters import TwoNodes, actors, descendants
 from safetensors.torch import load_file
 
 from meshift.config.loading import dump_config
-from meshift.errors import ConfigError, LostWorkerError, WorkerError
+from meshift.config.plan import LaunchConfig
+from meshift.errors import ConfigError, DataError, LostWorkerError, StoppedRunError, WorkerError
+from meshift.layout.mesh import Mesh
+from meshift.runtime.launch.outpost import Surroundings
+from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
 
@@ -191,6 +195,52 @@ def test_no_cluster_at_the_address_is_one_sentence(two_nodes, make_config, tmp_p
     launch = on_ray(two_nodes, ray_address="127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"`launch\.ray_address` is 127\.0\.0\.1:1, and Ray could not be joined"):
         run_ppo(make_config(tmp_path / "run", launch=launch), SilentObserver())
+
+
+def run_members(nodes, entry, limits=None, observer=None, *, mesh="1-2", shared=(), **settings):
+    """A function of `gang_members` in a process on each node."""
+    from meshift.runtime.launch.ray_gang import run_on_ray
+
+    return run_on_ray(
+        LaunchConfig(**on_ray(nodes, **settings)),
+        Mesh.parse(mesh),
+        (f"gang_members:{entry}", "2"),
+        Surroundings(directory=os.getcwd(), variables={}, modules=tuple(sys.path), shared=shared, token=None),
+        observer or SilentObserver(),
+        limits or Limits(),
+    )
+
+
+def test_processes_that_wait_for_each_other_would_do_so_for_ever(two_nodes):
+    with pytest.raises(LostWorkerError, match="no process of the run has gone on for 2 s") as caught:
+        run_members(two_nodes, "wait_for_ever", Limits(hang_s=2.5))
+    report = caught.value.report
+    assert "in step 5, call train_critic" in report
+    assert "in step 5, call train_actor" in report
+    assert " on alpha; " in report
+    assert " on beta; " in report
+    assert report.count("in wait_for_ever") == 2, "both stacks are in it"
+
+
+def test_errors_keep_their_class_and_accidents_their_traceback(two_nodes):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3 is no row$"):
+        run_members(two_nodes, "refuse")
+    breaker = Breaker()
+    with pytest.raises(WorkerError, match=r"process 1 of the run failed on beta \(its traceback stands above\)"):
+        run_members(two_nodes, "crash", observer=breaker)
+    assert breaker.heard("an accident", "gang_members.py")
+
+
+def test_a_node_that_does_not_see_the_model_is_named(two_nodes):
+    with pytest.raises(ConfigError, match=r"the node alpha does not see /no/model as this machine does"):
+        run_members(two_nodes, "add_up", shared=("/no/model",))
+
+
+def test_sigterm_would_not_be_heard_while_devices_are_waited_for(two_nodes):
+    breaker = Breaker()
+    breaker.answers["waiting for up to 60 s"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StoppedRunError, match="was waiting for devices"):
+        run_members(two_nodes, "add_up", observer=breaker, mesh="gamma:0")
 
 
 def begin(config, folder, until):

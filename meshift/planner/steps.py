@@ -6,7 +6,8 @@ A test holds it equal to the graphs of `algorithms/`, which a planner must not i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from meshift.config.plan import Kind
 from meshift.config.policy_runs import DAPORunConfig, PolicyRunConfig, ReMaxRunConfig
@@ -26,14 +27,20 @@ from meshift.planner.workload import ComputeType, Mixing, PlannedCall, Role, Ste
 HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
 USUAL_SHARE = 0.5
 """Of a length limit that texts have in the mean, where nothing is said."""
+USUAL_SIGNAL = 0.5
+"""Of prompts, those whose completions differ in score, where nothing is said: DAPO draws others for the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Mean tokens of prompts and completions; None: half of what the config allows."""
+    """Mean tokens of prompts and completions; None: half of what the config allows.
+
+    `signal` is the share of prompts whose completions differ in score; None: a half (only DAPO asks).
+    """
 
     prompt: int | None = None
     completion: float | None = None
+    signal: float | None = None
 
 
 def role_names(config: RunConfig) -> dict[str, str]:
@@ -65,10 +72,8 @@ def role_names(config: RunConfig) -> dict[str, str]:
 def step_of(
     config: RunConfig, models: Mapping[str, DecoderConfig], dtype: ComputeType, lengths: Lengths | None = None
 ) -> Step:
-    """The step. `models` has every role of `role_names`. `ConfigError` for a method that draws in rounds."""
+    """The step. `models` has every role of `role_names`."""
     lengths = lengths or Lengths()
-    if isinstance(config, DAPORunConfig | ReMaxRunConfig):
-        raise ConfigError("DAPO and ReMax draw in rounds, which the planner cannot foresee; plan them as GRPO")
     if isinstance(config, RolloutRunConfig):
         calls = _rollout_calls(config, models, lengths)
         trained = {"actor": config.actor}
@@ -120,8 +125,38 @@ def _rollout_calls(
     config: RolloutRunConfig, models: Mapping[str, DecoderConfig], lengths: Lengths
 ) -> tuple[PlannedCall, ...]:
     """Drawing, readings of what was drawn, and updates."""
+    texts = _drawn_texts(config, lengths)
+    drawing = _drawing(config, models, texts)
+    drawn = frozenset(call.name for call in drawing)
+
+    def call(name: str, role: str, kind: Kind, waits: frozenset[str] = drawn) -> PlannedCall:
+        read = PlannedCall(name=name, role=role, kind=kind, texts=texts, waits=waits, num_read=texts.completion)
+        if kind != "train":
+            return read
+        return replace(read, num_passes=config.num_passes, num_updates=config.num_mini_batches)
+
+    calls = list(drawing)
+    if isinstance(config, DAPORunConfig) and config.dapo.dynamic_sampling:
+        calls += _further_rounds(config, drawing, USUAL_SIGNAL if lengths.signal is None else lengths.signal)
+        drawn = frozenset(call.name for call in calls)
+    if isinstance(config, ReMaxRunConfig):
+        calls += _greedy(drawing)
+    if "reference" in models:
+        calls.append(call("reference", "reference", "infer", _after(drawing, drawn)))
+    if "critic" in models:
+        calls.append(call("values", "critic", "infer", _after(drawing, drawn)))
+    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
+        calls.append(call("old_logprobs", "actor", "infer", _after(drawing, drawn)))
+    known = frozenset(one.name for one in calls)
+    calls.append(call("train_actor", "actor", "train", known))
+    if "critic" in models:
+        calls.append(call("train_critic", "critic", "train", known))
+    return tuple(calls)
+
+
+def _drawn_texts(config: RolloutRunConfig, lengths: Lengths) -> Texts:
     longest, most = config.data.max_prompt_length, config.generation.max_completion_length
-    texts = Texts(
+    return Texts(
         num_prompts=config.data.batch_size,
         per_prompt=config.generation.num_generations,
         prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
@@ -129,38 +164,66 @@ def _rollout_calls(
         completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
         longest_completion=most,
     )
-    drawn = frozenset(("rollout",))
 
-    def call(
-        name: str, role: str, kind: Kind, waits: frozenset[str], num_read: float | None = None
-    ) -> PlannedCall:
-        training = kind == "train"
-        return PlannedCall(
-            name=name,
-            role=role,
-            kind=kind,
-            texts=texts,
-            waits=waits,
-            num_read=texts.completion if num_read is None else num_read,
-            num_passes=config.num_passes if training else 1,
-            num_updates=config.num_mini_batches if training else 1,
-            num_slots=config.generation.num_slots,
+
+def _drawing(
+    config: RolloutRunConfig, models: Mapping[str, DecoderConfig], texts: Texts
+) -> tuple[PlannedCall, ...]:
+    """The rollout and, where there is a reward model, its scores."""
+    slots = config.generation.num_slots
+    rollout = PlannedCall(name="rollout", role="actor", kind="generate", texts=texts, num_slots=slots)
+    if "reward" not in models:
+        return (rollout,)
+    waits = frozenset((rollout.name,))
+    return rollout, PlannedCall(name="score", role="reward", kind="infer", texts=texts, waits=waits)
+
+
+def _after(drawing: Sequence[PlannedCall], drawn: frozenset[str]) -> frozenset[str]:
+    """What a reading of completions waits for: the rollout, or all rounds of drawing where they are several."""
+    return drawn if len(drawn) > len(drawing) else frozenset((drawing[0].name,))
+
+
+def _further_rounds(config: DAPORunConfig, drawing: Sequence[PlannedCall], signal: float) -> list[PlannedCall]:
+    """DAPO's rounds after the first, each after all calls of the one before."""
+    counts = prompts_by_round(config.data.batch_size, signal, config.dapo.max_sampling_rounds)
+    calls: list[PlannedCall] = []
+    before = frozenset(call.name for call in drawing)
+    for number, count in enumerate(counts[1:], start=2):
+        again = _again(drawing, f"round {number}", before)
+        fewer = [replace(call, texts=replace(call.texts, num_prompts=count)) for call in again]
+        calls, before = [*calls, *fewer], frozenset(call.name for call in fewer)
+    return calls
+
+
+def prompts_by_round(num_prompts: int, signal: float, most: int) -> list[int]:
+    """Prompts drawn in each round of DAPO's dynamic sampling, if that share of each round's has signal."""
+    counts, missing = [num_prompts], num_prompts * (1 - signal)
+    while missing >= 0.5 and len(counts) < most:  # less than half a prompt is missing in fewer than half of steps
+        counts.append(num_prompts if signal == 0 else min(num_prompts, ceil(missing / signal)))
+        missing -= signal * counts[-1]
+    return counts
+
+
+def _greedy(drawing: Sequence[PlannedCall]) -> list[PlannedCall]:
+    """ReMax's completion of each prompt once more, by the most probable tokens."""
+    again = _again(drawing, "greedy", frozenset())
+    return [
+        replace(call, texts=replace(call.texts, per_prompt=1), metric="greedy_baseline") for call in again
+    ]
+
+
+def _again(drawing: Sequence[PlannedCall], said: str, waits: frozenset[str]) -> list[PlannedCall]:
+    """The same calls under names of their own; the first waits for `waits`."""
+    named = {call.name: f"{call.name} ({said})" for call in drawing}
+    return [
+        replace(
+            call,
+            name=named[call.name],
+            metric=call.name,
+            waits=frozenset(named[name] for name in call.waits) or waits,
         )
-
-    calls = [call("rollout", "actor", "generate", frozenset())]
-    if "reward" in models:
-        calls.append(call("score", "reward", "infer", drawn, 1.0))
-    if "reference" in models:
-        calls.append(call("reference", "reference", "infer", drawn))
-    if "critic" in models:
-        calls.append(call("values", "critic", "infer", drawn))
-    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
-        calls.append(call("old_logprobs", "actor", "infer", drawn))
-    known = frozenset(one.name for one in calls)
-    calls.append(call("train_actor", "actor", "train", known))
-    if "critic" in models:
-        calls.append(call("train_critic", "critic", "train", known))
-    return tuple(calls)
+        for call in drawing
+    ]
 
 
 def _reads_old_logprobs(config: PolicyRunConfig) -> bool:

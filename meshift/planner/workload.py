@@ -108,6 +108,7 @@ class PlannedCall:
 
     `num_passes` goes through all texts, `num_updates` optimizer steps in each. `num_read` is how many rows of a
     sequence the head reads: completion tokens, or 1. `num_slots`: sequences that one engine decodes at a time.
+    `metric` is the call in whose `timing_s/` a run counts its seconds, where that is another (rounds of a loop).
     """
 
     name: str
@@ -119,6 +120,12 @@ class PlannedCall:
     num_updates: int = 1
     num_read: float = 1.0
     num_slots: int = 64
+    metric: str = ""
+
+    @property
+    def timed_as(self) -> str:
+        """The call in a run's metrics that this one is, or is a part of."""
+        return self.metric or self.name
 
 
 @dataclass(frozen=True, kw_only=True)

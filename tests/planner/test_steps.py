@@ -1,16 +1,18 @@
 """The step that is planned has the calls of the algorithm's graph, and waits where that does."""
 
 import pytest
+import torch
 
 from meshift.algorithms.dpo import dpo_graph
+from meshift.algorithms.dynamic_sampling import DynamicSampling
 from meshift.algorithms.policy_graph import Drawing
 from meshift.algorithms.ppo import PPO
-from meshift.config.policy_runs import DAPORunConfig, GRPORunConfig, RLOORunConfig
+from meshift.batch import Batch, Outcome, Ragged
+from meshift.config.policy_runs import DAPORunConfig, GRPORunConfig, ReMaxRunConfig, RLOORunConfig
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
-from meshift.errors import ConfigError
-from meshift.graph.calls import ModelCall, SyncCall
+from meshift.graph.calls import LoopCall, ModelCall, SyncCall
 from meshift.models.hf.families import read_config
-from meshift.planner.steps import Lengths, role_names, step_of
+from meshift.planner.steps import Lengths, prompts_by_round, role_names, step_of
 from meshift.runtime.policy_run import METHODS, policy_models
 from meshift.runtime.ppo_run import role_models
 from meshift.runtime.rollout_run import sketched_sampling
@@ -94,7 +96,61 @@ def test_lengths_are_half_of_the_limits_unless_they_are_told():
     assert (told.prompt, told.completion) == (100, 128)
 
 
-def test_methods_that_draw_in_rounds_are_refused():
-    given = config(DAPORunConfig, reward=FUNCTION)
-    with pytest.raises(ConfigError, match="rounds"):
-        step_of(given, {"actor": LLAMA}, "bfloat16")
+def within(graph):
+    """Model calls, those of loops among them, by the call in whose seconds a run counts them."""
+    found = []
+    for call in graph.order():
+        if isinstance(call, LoopCall):
+            inner = [(one.role, one.kind) for one in call.graph.order() if isinstance(one, ModelCall)]
+            found += [(call.name, *one) for one in inner]
+        elif isinstance(call, ModelCall):
+            found.append((call.name, call.role, call.kind))
+    return found
+
+
+def test_the_greedy_completions_of_remax_are_planned():
+    given = config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, generation={"num_generations": 3})
+    planned = step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16")
+    assert [(c.timed_as, c.role, c.kind) for c in planned.calls] == within(graph_of(given))
+    greedy = {c.name: c for c in planned.calls if c.timed_as == "greedy_baseline"}
+    assert {c.texts.num_sequences for c in greedy.values()} == {8}
+    assert greedy["score (greedy)"].waits == {"rollout (greedy)"}
+    training = planned.calls[-1]
+    assert training.waits == {c.name for c in planned.calls[:-1]}
+    assert training.texts.num_sequences == 24
+
+
+def test_each_round_of_dapo_is_planned_after_the_one_before():
+    given = config(DAPORunConfig, reward={"model_name_or_path": "r"}, generation={"num_generations": 4})
+    planned = step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16", Lengths(signal=0.4))
+    assert [(c.timed_as, c.texts.num_prompts) for c in planned.calls[:-1]] == [
+        (name, count) for count in (8, 8, 4) for name in ("rollout", "score")
+    ]
+    calls = {call.name: call for call in planned.calls}
+    assert calls["rollout (round 2)"].waits == {"rollout", "score"}
+    assert calls["score (round 3)"].waits == {"rollout (round 3)"}
+    assert calls["train_actor"].texts.num_prompts == 8
+    without = config(DAPORunConfig, reward=FUNCTION, dapo={"dynamic_sampling": False})
+    assert [c.name for c in step_of(without, {"actor": LLAMA}, "bfloat16").calls] == ["rollout", "train_actor"]
+
+
+@pytest.mark.parametrize("signal", [1.0, 0.75, 0.5, 0.25, 0.0])
+def test_rounds_are_those_that_dynamic_sampling_draws(signal):
+    """Against the call itself, fed with rounds of which exactly that share of prompts has signal."""
+    size = 64
+    sampling = DynamicSampling(
+        num_groups=size, num_generations=2, max_rounds=5, weight=1.0, more_prompts=lambda step, round_, n: rows(n)
+    )
+    counts, outcomes, signals = [], [], 0.0
+    while (fed := sampling.feed(rows(size), outcomes)) is not None:
+        counts.append(len(fed) // 2)
+        told, signals = round(signals + signal * counts[-1]) - round(signals), signals + signal * counts[-1]
+        scores = [float(i % 2 and i // 2 < told) for i in range(len(fed))]
+        written = {"function_scores": Ragged.scalars(torch.tensor(scores))}
+        outcomes.append(Outcome(batch=fed.union(Batch(written))))
+    assert prompts_by_round(size, signal, 5) == counts
+
+
+def rows(num_prompts):
+    """Two rows for each prompt."""
+    return Batch({"index": Ragged.scalars(torch.arange(2 * num_prompts))})

@@ -20,7 +20,7 @@ from rich.text import Text
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
 from meshift.cli.tables import make_console, print_rows
-from meshift.config.loading import load_config
+from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError, ModelError
 from meshift.models.config import DecoderConfig
@@ -32,7 +32,6 @@ from meshift.planner.steps import Lengths, role_names, step_of
 from meshift.planner.workload import ComputeType, Step
 from meshift.planner.written import plan_values
 from meshift.report.plan_page import plan_page
-from meshift.yaml_values import apply_override, read_yaml
 
 WHAT_IF = ("devices", "network", "batch", "completion")
 
@@ -105,9 +104,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> Asked:
     commands = training_commands()
-    values = read_yaml(Path(args.config))
-    for override in args.overrides:
-        apply_override(values, override)
+    values = read_values(args.config, args.overrides)
     if args.command is not None and args.command not in commands:
         raise UsageError(f"--command {args.command} trains nothing; give one of {', '.join(commands)}")
     names = [args.command] if args.command else commands_for(values, args.config, commands)

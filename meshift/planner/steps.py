@@ -207,9 +207,7 @@ def prompts_by_round(num_prompts: int, signal: float, most: int) -> list[int]:
 def _greedy(drawing: Sequence[PlannedCall]) -> list[PlannedCall]:
     """ReMax's completion of each prompt once more, by the most probable tokens."""
     again = _again(drawing, "greedy", frozenset())
-    return [
-        replace(call, texts=replace(call.texts, per_prompt=1), metric="greedy_baseline") for call in again
-    ]
+    return [replace(call, texts=replace(call.texts, per_prompt=1), metric="greedy_baseline") for call in again]
 
 
 def _again(drawing: Sequence[PlannedCall], said: str, waits: frozenset[str]) -> list[PlannedCall]:

@@ -120,10 +120,15 @@ class Ranks:
 
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The norm of the whole model's gradient; what several ranks hold counts once."""
-        squares = [g.double().square().sum() / self._num_holders[name] for name, g in gradients.items()]
+        squares = [_squared(g) / self._num_holders[name] for name, g in gradients.items()]
         own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
         total = sum_of(sum_of(own, self.place.tensor), self.place.pipeline)
         return math.sqrt(float(sum_of(total, self.place.data) if self._is_sharded else total))
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """The sum of its squares in fp64, with no more than `BUCKET` of them in memory."""
+    return torch.stack([part.double().square().sum() for part in gradient.flatten().split(BUCKET)]).sum()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -43,7 +43,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    commands = _training_commands()
+    commands = training_commands()
     if args.command is not None:
         _check_command(args.command, f"--command {args.command}", commands)
     overrides = [word for word in args.words if "=" in word and not Path(word).exists()]
@@ -58,7 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _training_commands() -> dict[str, Training]:
+def training_commands() -> dict[str, Training]:
+    """Those that train, by name."""
     from meshift.cli.main import COMMANDS
 
     return {name: command.run for name, command in COMMANDS.items() if isinstance(command.run, Training)}
@@ -88,7 +89,7 @@ def check_file(
             apply_override(values, override)
     except InputError as error:
         return Verdict(command="config", problems=[str(error)])
-    fitting = [named] if named is not None else _fitting(values, file, commands)
+    fitting = [named] if named is not None else commands_for(values, file, commands)
     if len(fitting) > 1:
         return _undecided(fitting, commands, values, file)
     return _verdict(fitting[0], commands[fitting[0]], values, file)
@@ -129,7 +130,7 @@ def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str
     return Verdict(command=name, problems=() if fits else [sentence], rows=rows)
 
 
-def _fitting(values: Mapping[str, Any], file: str, commands: Mapping[str, Training]) -> list[str]:
+def commands_for(values: Mapping[str, Any], file: str, commands: Mapping[str, Training]) -> list[str]:
     """The commands that a config may be of: by fewest unknown keys, fewest problems, its name, its comments.
 
     Where these leave several, the columns of its data decide.

@@ -18,13 +18,17 @@ from meshift.cli.command import DOCS, Command, Parser, UsageError, did_you_mean,
 from meshift.cli.convert import CONVERT
 from meshift.cli.env import ENV
 from meshift.cli.generate import GENERATE
+from meshift.cli.plan import PLAN
 from meshift.cli.policy_commands import POLICY_COMMANDS
 from meshift.cli.report import REPORT
 from meshift.cli.train import DPO, PPO, REWARD, SFT
 from meshift.errors import MeshiftError
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {c.name: c for c in (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, GENERATE, CHAT, REPORT, CONVERT, CHECK, ENV)}
+    {
+        c.name: c
+        for c in (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, GENERATE, CHAT, REPORT, CONVERT, CHECK, PLAN, ENV)
+    }
 )
 
 EXAMPLE = """\
@@ -32,6 +36,7 @@ examples:
   meshift reward --config recipes/quickstart_reward.yaml --dry-run
   meshift ppo --config run.yaml actor.learning_rate=1e-6 max_steps=100
   meshift check recipes/quickstart_sft.yaml
+  meshift plan --config run.yaml --devices 64 --hardware h100 --explain
   meshift chat --model runs/ppo/final --system "Be brief."
 """
 

@@ -5,9 +5,14 @@ It knows nothing of whether such devices exist or of how a model is cut; `runtim
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from meshift.config.section import Section
+
+Kind = Literal["generate", "infer", "train"]  # as `graph.calls` has them, which is above this
+KINDS: tuple[Kind, ...] = ("generate", "infer", "train")
 
 
 class PlacementConfig(Section):
@@ -18,11 +23,21 @@ class PlacementConfig(Section):
 
 
 class RolePlan(Section):
-    """A role's placements by kind of call. One that is not given is that of `train`, or the only one there is."""
+    """A role's placements by kind of call. One that is not given is that of `train`, or the only one there is.
+
+    `offload` needs no placement, and no second process.
+    """
 
     generate: PlacementConfig | None = Field(None, description="where completions are sampled")
     infer: PlacementConfig | None = Field(None, description="where log-probs, values or scores are read")
     train: PlacementConfig | None = Field(None, description="where the role is trained, and its weights live")
+    offload: bool = Field(False, description="leave the GPU for the host's memory while no call uses the role")
+
+    @property
+    def placements(self) -> dict[Kind, PlacementConfig]:
+        """Those that are given."""
+        found = {kind: getattr(self, kind) for kind in KINDS}
+        return {kind: placement for kind, placement in found.items() if placement is not None}
 
 
 class PlanConfig(Section):
@@ -31,7 +46,18 @@ class PlanConfig(Section):
     @property
     def is_given(self) -> bool:
         """Whether anything is planned; without a plan a run is one process."""
-        return any(getattr(self, role) is not None for role in type(self).model_fields)
+        return any(plan.placements or not plan.offload for plan in self.roles.values())
+
+    @property
+    def roles(self) -> dict[str, RolePlan]:
+        """Those that anything is said of."""
+        found = {role: getattr(self, role) for role in type(self).model_fields}
+        return {role: plan for role, plan in found.items() if plan is not None}
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """Roles that leave the device between calls."""
+        return frozenset(role for role, plan in self.roles.items() if plan.offload)
 
 
 class PPOPlan(PlanConfig):
@@ -71,7 +97,15 @@ class RewardPlan(PlanConfig):
 
 
 class LaunchConfig(Section):
-    """The processes of a run by plan: what they pass on early, when one is taken to hang, and restarts."""
+    """The processes of a run by plan: who starts them, what they pass on early, hanging, and restarts."""
+
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="processes on this machine, or over Ray's nodes"
+    )
+    ray_address: str | None = Field(
+        None, description="null: a private Ray on this machine; auto: the cluster it belongs to; or host:port"
+    )
+    ray_wait_s: float = Field(120.0, ge=0, description="how long to wait for devices that the cluster lacks")
 
     stream: bool = Field(True, description="let other devices read completions while generation goes on")
     stream_size: int = Field(16, ge=1, description="completions that are passed on together, at least")

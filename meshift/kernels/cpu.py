@@ -243,6 +243,11 @@ class Kernels(ProductKernels):
         )
         return found
 
+    def copy_rows(self, table: Tensor) -> None:
+        """Copy rows of bytes between memory that is here, as int64 [count, 6] says: see `copy_rows.c`."""
+        assert table.is_contiguous()
+        self._library.copy_rows(table.data_ptr(), len(table), threads())
+
     def bit_sums(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of each row and column of int16 or int32 [rows, columns], in int64. Raises `MemoryError`."""
         assert bits.is_contiguous()

@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "logprobs": ("pllfpppppi", None),
     "logprob_gradients": ("pllfppppi", None),
     "bit_sums": ("pllippi", _INT),
+    "copy_rows": ("pli", None),
 }
 """Arguments of each kernel: p a pointer, l a long, i an int, f a float."""
 _TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}

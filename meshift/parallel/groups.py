@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from meshift.layout.layout import Coordinates, Layout, Placement
@@ -71,6 +72,16 @@ def join(placement: Placement, device: Device, ranks: Mapping[Device, int]) -> P
     return None if own is None else Place(layout=layout, coordinates=layout.coordinates(own), **found)
 
 
+def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup | None:
+    """As torch's, which waits half an hour for a peer, whatever this run was told: this one as long as the run."""
+    whole = dist.group.WORLD
+    timeout = None
+    if whole is not None and dist.get_backend() == "gloo":
+        timeout = whole._get_backend(torch.device("cpu")).options._timeout
+    group: dist.ProcessGroup | None = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+    return group
+
+
 def _lines(layout: Layout, axis: str) -> list[list[int]]:
     """Ranks that differ on one axis only, for every place on the others."""
     size = getattr(layout, axis)
@@ -80,5 +91,5 @@ def _lines(layout: Layout, axis: str) -> list[list[int]]:
 
 def _form(ranks: list[int], index: int | None) -> Peers | None:
     """The group of these ranks of the world; None where this process is not of them."""
-    group = dist.new_group(ranks) if len(ranks) > 1 else None
+    group = new_group(ranks) if len(ranks) > 1 else None
     return None if index is None else Peers(ranks=tuple(ranks), index=index, group=group)

@@ -37,6 +37,9 @@ class Next(IntEnum):
 class Passes:
     """Passes over a model whose weights are all here: each is made as its caller likes."""
 
+    is_sharded = False
+    """Whether only some rows are here between calls."""
+
     def forward(self) -> None:
         """To be called before each forward pass."""
 
@@ -58,6 +61,8 @@ class Passes:
 
 class ShardedPasses(Passes):
     """See the module. Passes are those of the model's data ranks, each of which has one of these."""
+
+    is_sharded = True
 
     def __init__(self, model: Decoder, peers: Peers) -> None:
         """Let the model keep its own rows only."""

@@ -19,6 +19,7 @@ from meshift.layout.boxes import Box, boxes_of, shape_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.layout.shard import Shard
+from meshift.realloc.copies import Copies
 from meshift.realloc.fingerprint import fingerprint
 from meshift.realloc.near import Form
 from meshift.realloc.rounds import Round, rounds_of
@@ -70,6 +71,7 @@ class Reallocation:
         self._rounds: tuple[Round, ...] = rounds_of(plan, site.device, site.max_bytes)
         names = {name for moves in plan.moves for name in moves.names}
         self._names = [name for name in shards if name in names]
+        self._from_here, self._from_near = Copies(), Copies()
         self._held = self._boxes(plan.source)
         self._wanted = self._boxes(plan.target)
 
@@ -94,7 +96,7 @@ class Reallocation:
         self._check(held, into, rate)
         started = time.perf_counter()
         new = self._memory(held, into)
-        self._copy([(copy, held) for copy in self._share.copies], new, rate)
+        self._copy(self._from_here, [(copy, held) for copy in self._share.copies], new, rate)
         if self.near is not None:
             self._read_near(self.near, new, rate)
         for part in self._rounds if self.near is None else ():
@@ -141,18 +143,24 @@ class Reallocation:
     def _read_near(self, near: Mapping[int, Shards], new: Shards, rate: float | None) -> None:
         """Copy what would be received from where it lies, while nobody changes it."""
         dist.barrier(group=self.site.group)
-        self._copy([(transfer, near[transfer.source]) for transfer in self._share.receives], new, rate)
+        self._copy(self._from_near, [(t, near[t.source]) for t in self._share.receives], new, rate)
         dist.barrier(group=self.site.group)
 
-    def _copy(self, transfers: Sequence[tuple[Transfer, Shards]], new: Shards, rate: float | None) -> None:
+    def _copy(
+        self,
+        copies: Copies,
+        transfers: Sequence[tuple[Transfer, Shards]],
+        new: Shards,
+        rate: float | None,
+    ) -> None:
         """Write boxes from memory that is here, each with the shards it comes from.
 
         By way of the type that is sent, lest replicas that mix differ by how their numbers came.
         """
         data = [held[transfer.name][transfer.source_slices].to(self._wire) for transfer, held in transfers]
         views = [new[transfer.name][transfer.target_slices] for transfer, _ in transfers]
-        if rate is None and views:
-            torch._foreach_copy_(views, data)  # one call for hundreds of small copies
+        if rate is None:
+            copies.run(list(zip(views, data, strict=True)))
             return
         for view, numbers in zip(views, data, strict=True):
             _write(view, numbers, rate)

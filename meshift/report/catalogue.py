@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 HIDDEN = ("timing_s/", "start_s/", "training/global_step")
 """Shown by the timeline, or the axis itself."""
 BY_SOURCE = "Reward by source"
+PEAKS = "perf/peak_memory_gb/"
 EXACT = frozenset(("lr", "actor/lr", "critic/lr", "objective/kl_coef", "sync/version", "num_tokens"))
 """Set, not measured: there is no noise to smooth away."""
 
@@ -111,6 +112,7 @@ _POLICY = Group(
             lines=(("sync/logprob_diff_mean", "mean"), ("sync/logprob_diff_max", "largest")),
             note="difference of log-probs, nats",
         ),
+        _one("Layout of sampling against layout of training", "sync/probe_diff_max", "log-probs of a few tokens"),
         Chart(title="Learning rates", lines=(("actor/lr", "actor"), ("critic/lr", "critic"))),
     ),
 )
@@ -144,7 +146,7 @@ _LENGTHS = Group(
     ),
 )
 _SPEED = Group(
-    title="Speed",
+    title="Speed and memory",
     charts=(
         _one("Time per step", "perf/time_per_step", "seconds"),
         _one("Throughput", "perf/tokens_per_s", "trained tokens per second"),
@@ -168,6 +170,10 @@ def charts_for(keys: Iterable[str]) -> list[Group]:
             sources = sorted(key for key in left if key.startswith("reward/"))
             left -= set(sources)
             charts += [_by_source(sources)] if sources else []
+        if group is _SPEED:
+            peaks = sorted(key for key in left if key.startswith(PEAKS))
+            left -= set(peaks)
+            charts += [_peaks(peaks)] if peaks else []
         if charts:
             found.append(Group(title=group.title, charts=tuple(charts)))
     more = tuple(_one(key, key) for key in sorted(left))
@@ -176,6 +182,11 @@ def charts_for(keys: Iterable[str]) -> list[Group]:
 
 def _with_lines(chart: Chart, keys: set[str]) -> Chart:
     return replace(chart, lines=tuple(line for line in chart.lines if line[0] in keys))
+
+
+def _peaks(keys: list[str]) -> Chart:
+    lines = tuple((key, key.removeprefix(PEAKS)) for key in keys)
+    return Chart(title="Peak of memory in each call", lines=lines, note="GB, of the call's first process")
 
 
 def _by_source(keys: list[str]) -> Chart:

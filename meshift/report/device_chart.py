@@ -47,8 +47,8 @@ def bars_of(run: RunData) -> list[Bar]:
     ]
 
 
-def device_chart(bars: Sequence[Bar]) -> Markup:
-    """One row a process, time from left to right."""
+def device_chart(bars: Sequence[Bar], row_name: str = "process") -> Markup:
+    """One row a process (or what else the numbers of `processes` are), time from left to right."""
     rows = 1 + max(process for bar in bars for process in bar.processes)
     end = max(bar.start + bar.seconds for bar in bars)
     scale = (WIDTH - LEFT) / end
@@ -62,7 +62,7 @@ def device_chart(bars: Sequence[Bar]) -> Markup:
         parts.append(element("text", text, x=x, y=height - 6, class_="x"))
     for process in range(rows):
         y = process * (ROW + GAP)
-        parts.append(element("text", f"process {process}", x=0, y=y + 0.66 * ROW))
+        parts.append(element("text", f"{row_name} {process}", x=0, y=y + 0.66 * ROW))
         for bar in bars:
             if process in bar.processes:
                 parts.append(_bar(bar, y, scale))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
-from meshift.runtime.run_state import KeptRole
-
-MASTER = "master/"
 MASTER_BYTES, KEPT_BYTES = 4, 12  # of a trained number: in a model at most; in a checkpoint, with Adam's moments
 
 
-def bytes_to_write(roles: Mapping[str, KeptRole], *, with_checkpoints: bool) -> int:
+class Sized(Protocol):
+    """A role that knows how large it is, wherever its parts are."""
+
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers of the whole model that are trained, and those that are not."""
+
+
+def bytes_to_write(roles: Iterable[Sized], *, with_checkpoints: bool) -> int:
     """Upper bound of the models that are trained, and of two checkpoints: a new one stands beside the last."""
     total = 0
-    for role in roles.values():
-        trained = sum(t.numel() for name, t in role.state().tensors.items() if name.startswith(MASTER))
+    for trained, fixed in (role.num_numbers for role in roles):
         if trained:
-            fixed = sum(t.numel() for t in role.fixed_weights().values())
             total += MASTER_BYTES * (trained + fixed) + 2 * KEPT_BYTES * trained * with_checkpoints
     return total
 

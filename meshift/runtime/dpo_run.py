@@ -79,7 +79,7 @@ def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
 
     A reference that is read once is read and dropped in here, telling the opener's observer.
     """
-    opener = opener or LocalOpener()
+    opener = opener or LocalOpener(None, config.plan.offloaded)
     data, names = _check(config), role_models(config)
     max_steps = steps_of(config, len(data.train.pairs))
     source = PairSource(config.data, data.train.pairs, config.seed)

@@ -1,4 +1,4 @@
-"""The most memory that was in use in each call of a step: `memory/peak_gb/<call>`.
+"""The most memory that was in use in each call of a step: `perf/peak_memory_gb/<call>`.
 
 On a GPU what torch had allocated at most, else what this process had in memory at most, as Linux says. It knows
 nothing of what the calls do.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+PREFIX = "perf/peak_memory_gb/"
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -28,7 +29,7 @@ class PeakMeter:
         self._reset()
 
     def end(self) -> dict[str, float]:
-        """The last call has ended: peaks in GB (10^9 bytes) by `memory/peak_gb/<call>`, forgotten here."""
+        """The last call has ended: peaks in GB (10^9 bytes) by `perf/peak_memory_gb/<call>`, forgotten here."""
         self._settle()
         self._name = None
         found, self._peaks = self._peaks, {}
@@ -37,7 +38,7 @@ class PeakMeter:
     def _settle(self) -> None:
         peak = None if self._name is None else self._peak()
         if self._name is not None and peak is not None:
-            key = f"memory/peak_gb/{self._name}"
+            key = f"{PREFIX}{self._name}"
             self._peaks[key] = max(self._peaks.get(key, 0.0), peak / 1e9)
 
     def _peak(self) -> int | None:

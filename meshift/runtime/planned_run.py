@@ -13,12 +13,12 @@ from typing import Any
 
 from meshift.config.runs import RunConfig
 from meshift.models.hf.load import load_config
-from meshift.runtime.launch.local import run_gang
+from meshift.runtime.hosts import refuse_hosts
+from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
-from meshift.runtime.launch.watch import Limits
 from meshift.runtime.models import HEADS, model_folder
 from meshift.runtime.observer import Observer
-from meshift.runtime.plans import Placements, Uses, check_cuts, in_words, num_processes, placements_of
+from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
 from meshift.runtime.role_spec import LocalOpener, Opener
 from meshift.runtime.run import Job, RunResult, finished_run, run_job
 
@@ -40,20 +40,21 @@ class Method:
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     """The whole run. Raises `ConfigError` for a plan that cannot be."""
     if not config.plan.is_given:
-        return run_job(config, lambda whole: method.build(whole, LocalOpener(observer)), observer)
-    count = num_processes(planned(config, method))
-    finished = finished_run(config, observer)
-    if finished is not None:
-        return finished
-    limits = Limits(heartbeat_s=config.launch.heartbeat_timeout_s, hang_s=config.launch.hang_timeout_s)
+        opener = LocalOpener(observer, config.plan.offloaded)
+        return run_job(config, lambda whole: method.build(whole, opener), observer)
+    planned(config, method)
+    mesh = mesh_of(config.plan, method.uses(config))
 
-    def run(config: RunConfig, observer: Observer) -> Any:
+    def run(config: RunConfig, observer: Observer) -> RunResult:
+        finished = finished_run(config, observer)  # it may have been lost after the last thing it had to do
+        if finished is not None:
+            return finished
         told = json.dumps({"run": type(config).__name__, "config": config.model_dump_json()})
-        return run_gang(count, SHARE, told, observer, limits)
+        found = launch(config, mesh, SHARE, told, observer)
+        folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
+        return RunResult(**folders, metrics=found["metrics"])
 
-    found = run_with_restarts(config, config.launch.max_restarts, run, observer)
-    folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}
-    return RunResult(**folders, metrics=found["metrics"])
+    return run_with_restarts(config, config.launch.max_restarts, run, observer)
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
@@ -65,6 +66,8 @@ def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
 
 def planned(config: RunConfig, method: Method) -> Placements:
     """The plan's placements, found right for the models. Raises `ConfigError`."""
+    if config.launch.launcher == "local":
+        refuse_hosts(as_written(config.plan, method.uses(config)))
     placements = placements_of(config.plan, method.uses(config))
     for role, name in method.models(config).items():
         check_cuts(role, load_config(model_folder(name)), HEADS.get(role, "lm"), placements[role])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from meshift.config.plan import PlanConfig, PPOPlan, RolePlan
+from meshift.config.plan import KINDS, PlanConfig, PPOPlan, RolePlan
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
 from meshift.layout.boxes import boxes_of
@@ -15,6 +15,7 @@ from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.shards import shard_table
+from meshift.runtime.hosts import named_devices, numbered
 
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
@@ -25,10 +26,10 @@ def uses_of(graph: Graph, *more: tuple[str, Kind]) -> dict[str, tuple[Kind, ...]
     """The kinds of calls that a graph makes of each role, and `more` that the run makes beside it."""
     found = {*more, *((call.role, call.kind) for call in _model_calls(graph.order()))}
     kinds = {
-        role: tuple(kind for kind in RolePlan.model_fields if (role, kind) in found)
+        role: tuple(kind for kind in KINDS if (role, kind) in found)
         for role in PPOPlan.model_fields  # all that there are
     }
-    return {role: used for role, used in kinds.items() if used}  # type: ignore[misc]
+    return {role: used for role, used in kinds.items() if used}
 
 
 def _model_calls(calls: Sequence[Call]) -> list[ModelCall]:
@@ -43,12 +44,24 @@ def _model_calls(calls: Sequence[Call]) -> list[ModelCall]:
 
 
 def placements_of(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]:
-    """Role -> kind of call -> placement, for a run's roles.
+    """Role -> kind of call -> placement, for a run's roles. Devices have the numbers of their processes.
 
     Raises `ConfigError` for a placement that cannot be, or that no call would use.
     """
-    for role in type(plan).model_fields:
-        if getattr(plan, role) is not None and role not in uses:
+    return numbered(as_written(plan, uses))
+
+
+def mesh_of(plan: PlanConfig, uses: Uses) -> Mesh:
+    """The devices of the run, one to a process and in that order, with hosts where the plan names them."""
+    written = as_written(plan, uses)
+    named = named_devices(written)
+    return Mesh(devices=named or tuple(Device(index=i) for i in range(num_processes(written))))
+
+
+def as_written(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]:
+    """As `placements_of`, with hosts where the plan names them."""
+    for role in plan.roles:
+        if role not in uses:
             raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
     return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
@@ -79,9 +92,9 @@ def in_words(placements: Placements) -> str:
 
 
 def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kind, Placement]:
-    if plan is None:
+    if plan is None or (plan.offload and not plan.placements):
         return dict.fromkeys(used, Placement(mesh=Mesh(devices=(Device(index=0),)), layout=Layout()))
-    given = {kind: p for kind in RolePlan.model_fields if (p := getattr(plan, kind)) is not None}
+    given = plan.placements
     if not given:
         raise ConfigError(f"`plan.{role}` names no placement; give it `train`, `infer` or `generate`")
     for kind in given:
@@ -96,10 +109,4 @@ def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kin
             placements[kind] = Placement.parse(given[name].mesh, given[name].layout)
         except LayoutError as error:
             raise ConfigError(f"`plan.{role}.{name}`: {error}") from None
-        _check(f"plan.{role}.{name}", placements[kind])
     return placements
-
-
-def _check(where: str, placement: Placement) -> None:
-    if any(placement.mesh.hosts):
-        raise ConfigError(f"`{where}.mesh` names hosts, but all processes run on this machine; give numbers only")

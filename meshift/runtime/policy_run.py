@@ -85,7 +85,7 @@ def _check(config: PolicyRunConfig) -> Checked:
 
 def build_policy_job(config: PolicyRunConfig, opener: Opener | None = None) -> Job:
     """Roles, prompts, rewards and graph. Without an opener the roles are in this process."""
-    opener = opener or LocalOpener()
+    opener = opener or LocalOpener(None, config.plan.offloaded)
     checked = _check(config)
     title, make_graph = METHODS[type(config)]
     source = PromptSource(config, checked.data.prompts, checked.columns)

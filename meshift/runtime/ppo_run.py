@@ -61,7 +61,7 @@ def _check(config: PPORunConfig) -> Checked:
 
 def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
     """Roles, prompts, rewards and graph. Without an opener the roles are in this process."""
-    opener = opener or LocalOpener()
+    opener = opener or LocalOpener(None, config.plan.offloaded)
     checked = _check(config)
     algorithm = PPO(config, run_sampling(config, checked))
     graph = algorithm.graph(checked.reward_functions(), checked.reward_keys)

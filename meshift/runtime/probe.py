@@ -32,6 +32,7 @@ def probe(trainer: LocalRole | None, target: LocalRole | None, peers: Peers, whe
     read = None if trainer is None else trainer.infer(READING, batch).batch[READING.key].values.tolist()
     drawn = None
     if target is not None and target.generator is not None:
+        target.come()
         with target.trainer.passes.gathered():
             drawn = target.generator.logprobs([row.tolist() for row in batch["tokens"].rows()])
     told = gather_facts([read, drawn], peers)

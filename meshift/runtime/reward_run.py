@@ -71,7 +71,7 @@ def build_reward_job(config: RewardRunConfig, opener: Opener | None = None) -> J
         seed=config.seed,
         head_seed=config.seed,
     )
-    role = (opener or LocalOpener()).open(spec)
+    role = (opener or LocalOpener(None, config.plan.offloaded)).open(spec)
     source = PairSource(config.data, data.train.pairs, config.seed)
 
     def evaluate(step: int) -> dict[str, float]:

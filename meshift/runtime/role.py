@@ -6,7 +6,8 @@ of algorithms; `step.py` calls its verbs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +25,7 @@ from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
 from meshift.training.flops import Work
+from meshift.training.offload import Offload, pays_on
 from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
 
@@ -55,7 +57,9 @@ class LocalRole:
         max_steps: int = 1,
         seed: int = 0,
         place: Place | None = None,
+        offload: bool = False,
     ) -> None:
+        """With `offload`, all of the role is in the host's memory between calls, where that is another memory."""
         self.name = name
         self.model = model
         self.config = config
@@ -66,6 +70,43 @@ class LocalRole:
         self._peak_rate = PeakRate()
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
+        self._offload: Offload | None = None
+        if offload and pays_on(model.device):
+            self._offload = Offload(tensors=self._held, blanks=self._gradients)
+            self.leave()
+
+    @property
+    def offload(self) -> Offload | None:
+        """What moves the role between its device and the host, if anything does."""
+        return self._offload
+
+    def come(self) -> None:
+        """Be on the device, until the next call ends."""
+        if self._offload is not None:
+            self._offload.come()
+
+    def leave(self) -> None:
+        """Leave the device, if the role is one that does."""
+        if self._offload is not None:
+            if self.generator is not None:
+                self.generator.release()
+            self._offload.leave()
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        self.come()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def _held(self) -> list[torch.Tensor]:
+        optimizer = self.trainer.optimizer
+        kept = [] if optimizer is None else optimizer.held()
+        return [*self.model.parameters(), *kept, *self._mixed.values()]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [] if self.trainer.optimizer is None else self.trainer.optimizer.gradients()
 
     @property
     def version(self) -> int:
@@ -82,6 +123,13 @@ class LocalRole:
         """FLOP/s that the device reaches at best in the type that the model computes in."""
         return self._peak_rate(self.model.device, self.model.dtype)
 
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers that are trained, and those that are not."""
+        learns = self.trainer.optimizer is not None
+        sizes = [(p.numel(), learns and p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, trained in sizes if not trained)
+
     def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
         """Give the role a generation engine over its own weights."""
         stages = None if self.trainer.ranks is None else self.trainer.ranks.stages
@@ -94,11 +142,13 @@ class LocalRole:
         `on_part` gets this process's rows as they end, by their numbers in the batch.
         """
         assert self.generator is not None, f"role {self.name} has no generation engine"
-        completed = self._rollout(self.generator, task, batch, on_part)
-        if self.trainer.optimizer is not None:
-            self.generator.release_weights()  # an update will change them
-            if self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
-                self.generator.release()
+        with self._here():
+            completed = self._rollout(self.generator, task, batch, on_part)
+        is_trained = self.trainer.optimizer is not None
+        if is_trained or self.trainer.passes.is_sharded:
+            self.generator.release_weights()  # an update will change them, or only some rows are to be kept here
+        if is_trained and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
+            self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})
 
@@ -121,7 +171,8 @@ class LocalRole:
 
     def infer(self, task: Reading, batch: Batch) -> Outcome:
         """Read without gradients."""
-        return Outcome(batch=self.trainer.infer(task, batch))
+        with self._here():
+            return Outcome(batch=self.trainer.infer(task, batch))
 
     def train(self, task: TrainTask, batch: Batch, *, step: int) -> Outcome:
         """Update. Raises `StaleWeightsError` if other weights than these drew the batch.
@@ -137,7 +188,8 @@ class LocalRole:
                 )
         rate = learning_rate(self.config, step, self.max_steps)
         try:
-            updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
+            with self._here():
+                updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {step + 1}: {error}") from None
         metrics = task.loss.summarise(updates)
@@ -152,10 +204,12 @@ class LocalRole:
 
     def whole(self) -> Decoder:
         """The model, to be saved."""
+        self.come()
         return self.model
 
     def master_weights(self) -> Mapping[str, torch.Tensor]:
-        """Every parameter by name, the trained ones from their fp32 masters."""
+        """Every parameter by name, the trained ones from their fp32 masters; on the device until the next call."""
+        self.come()
         return self.trainer.master_weights()
 
     @torch.no_grad()
@@ -165,12 +219,14 @@ class LocalRole:
         for name, average in self.averages(weights).items():
             average.lerp_(weights[name].to(average), rate)
         self.settle_averages()
+        self.leave()
 
     def averages(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Of these parameters what is mixed into, in fp32: in place where the model is in fp32, else a copy.
 
         A slow average in bfloat16 would never move: an update of 0.1 % is below its resolution.
         """
+        self.come()
         own = {name: p.detach() for name, p in self.model.named_parameters()}
         for name in names:
             self._moved.add(name)
@@ -187,6 +243,7 @@ class LocalRole:
 
     def state(self) -> State:
         """What a checkpoint keeps: weights that moved, in fp32, and the optimizer. Not copies."""
+        self.come()
         own = dict(self.model.named_parameters())
         averages = {f"average/{name}": self._mixed.get(name, own[name]) for name in sorted(self._moved)}
         trained = self.trainer.state()
@@ -196,6 +253,7 @@ class LocalRole:
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         """Continue from a checkpoint. Raises `CheckpointError` where it is of another model or compute type."""
+        self.come()
         if state.values["compute_type"] != self._compute_type():
             raise CheckpointError(
                 f"the {self.name} computed in {state.values['compute_type']}, and here `dtype` makes it "
@@ -217,6 +275,7 @@ class LocalRole:
 
     def fixed_weights(self) -> dict[str, torch.Tensor]:
         """The parameters that are as the model was loaded: not trained, and not mixed so far."""
+        self.come()
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()

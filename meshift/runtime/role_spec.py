@@ -50,7 +50,9 @@ class RoleSpec:
             model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
         return model
 
-    def make(self, model: Decoder, place: Place | None = None, trainable: bool | None = None) -> LocalRole:
+    def make(
+        self, model: Decoder, place: Place | None = None, trainable: bool | None = None, *, offload: bool = False
+    ) -> LocalRole:
         """The role with this model, or its part of it at `place`; trained if the spec says so, or as given."""
         role = LocalRole(
             self.name,
@@ -60,6 +62,7 @@ class RoleSpec:
             max_steps=self.max_steps or 1,
             seed=self.seed,
             place=place,
+            offload=offload,
         )
         return role if self.decode is None else role.can_generate(self.num_slots, self.decode)
 
@@ -77,14 +80,15 @@ class Opener(Protocol):
 
 
 class LocalOpener:
-    """Opens roles in this process."""
+    """Opens roles in this process; those named `offloaded` leave the device between calls."""
 
-    def __init__(self, observer: Observer | None = None) -> None:
+    def __init__(self, observer: Observer | None = None, offloaded: frozenset[str] = frozenset()) -> None:
         self.observer = observer or SilentObserver()
+        self._offloaded = offloaded
 
     def open(self, spec: RoleSpec) -> LocalRole:
         """See `Opener`."""
-        return spec.make(spec.open_model())
+        return spec.make(spec.open_model(), offload=spec.name in self._offloaded)
 
 
 def frozen_like(trained: TrainableConfig) -> TrainableConfig:

@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +23,12 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
 from meshift.graph.calls import Graph
 from meshift.runtime.checkpoints import write_checkpoint
-from meshift.runtime.disk import bytes_to_write, space_note
+from meshift.runtime.disk import Sized, bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
 from meshift.runtime.interrupts import StopRequest
+from meshift.runtime.models import device_for_run
 from meshift.runtime.observer import Observer
+from meshift.runtime.peaks import PeakMeter
 from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics
 from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
 from meshift.runtime.run_state import KeptRole, LocalRunState, RunState, environment
@@ -58,7 +59,8 @@ class Job:
     those made after so many steps without it; `advance` runs a step, if not `run_step`. `memories` are what an
     algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
     resumed run knows that they are the same; `make_state` makes what writes and reads checkpoints of all that.
-    `placements` says in which processes each call runs, where they are several.
+    `placements` says in which processes each call runs, where they are several, and `spread` are the roles that
+    are in these.
     """
 
     title: str
@@ -76,6 +78,7 @@ class Job:
     rows: Sequence[Any] = ()
     make_state: Callable[..., RunState] = LocalRunState
     placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    spread: Sequence[Sized] = ()
     messages: tuple[str, ...] = field(default=())
 
 
@@ -138,7 +141,7 @@ def _finished_before(path: Path) -> RunResult:
 
 
 def _space(config: RunConfig, job: Job) -> tuple[str, ...]:
-    num_bytes = bytes_to_write(job.roles, with_checkpoints=config.save_steps is not None)
+    num_bytes = bytes_to_write([*job.roles.values(), *job.spread], with_checkpoints=config.save_steps is not None)
     note = space_note(Path(config.output_dir), num_bytes)
     return () if note is None else (note,)
 
@@ -187,7 +190,7 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     _seed_generators(config.seed, step)
     before = {name: replace(role.work) for name, role in job.roles.items()}
     started = time.perf_counter()
-    advance = job.advance or partial(run_step, job.graph, job.roles)
+    advance = job.advance or _measured(job)
     outcome = advance(job.next_batch(step), step, lambda name: observer.on_call(step, name))
     seconds = time.perf_counter() - started
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
@@ -198,6 +201,21 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     folder.write_samples([*job.samples(step, outcome.batch), *job.fixed(step + 1)])
     observer.on_step(step, metrics)
     return metrics
+
+
+def _measured(job: Job) -> Advance:
+    """`run_step`, with the peak of memory in each call."""
+    meter = PeakMeter(device_for_run())
+
+    def advance(batch: Batch, step: int, on_call: Callable[[str], None]) -> Outcome:
+        def begin(name: str) -> None:
+            meter.begin(name)
+            on_call(name)
+
+        outcome = run_step(job.graph, job.roles, batch, step, begin)
+        return replace(outcome, metrics={**outcome.metrics, **meter.end()})
+
+    return advance
 
 
 def _utilisation(roles: Mapping[str, KeptRole], before: Mapping[str, Work]) -> dict[str, float]:

@@ -36,9 +36,16 @@ class FixedRole(Protocol):
     def fixed_weights(self) -> Mapping[str, Tensor]:
         """The parameters that no step has changed."""
 
+    def leave(self) -> None:
+        """Leave the device, if the role is one that does between calls."""
+
 
 class KeptRole(Role, FixedRole, Protocol):
     """A role that can be written into a checkpoint and read back, and that counts its work."""
+
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers of the whole model that are trained, and those that are not."""
 
     @property
     def work(self) -> Work:
@@ -146,6 +153,7 @@ class RunState(ABC):
         key = (name, frozenset(weights))
         if key not in self._fingerprints:
             self._fingerprints[key] = fingerprint(weights)
+        self._roles[name].leave()
         return self._fingerprints[key]
 
 
@@ -163,6 +171,7 @@ class LocalRunState(RunState):
     def _write_roles(self, folder: Path) -> None:
         for name, role in self._kept.items():
             write_state(folder / name, role.state())
+            role.leave()
 
     def _load_roles(self, folder: Path) -> None:
         for name, role in self._kept.items():

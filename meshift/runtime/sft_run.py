@@ -91,7 +91,7 @@ def build_sft_job(config: SFTRunConfig, opener: Opener | None = None) -> Job:
         max_steps=max_steps,
         seed=config.seed,
     )
-    role = (opener or LocalOpener()).open(spec)
+    role = (opener or LocalOpener(None, config.plan.offloaded)).open(spec)
     source = TextSource(config.data, texts, config.seed)
 
     def measure(step: int) -> dict[str, float]:

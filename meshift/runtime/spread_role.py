@@ -7,6 +7,7 @@ and gets the same outcome. It knows nothing of graphs or of who waits for whom.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_o
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
 from meshift.models.decoder import Decoder
-from meshift.models.shards import shard_table
+from meshift.models.shards import num_parameters, shard_table
 from meshift.parallel.exchange import gather_facts
 from meshift.parallel.groups import Peers, Place, join
 from meshift.parallel.pipeline import cut_for
@@ -99,6 +100,17 @@ class SpreadRole:
         """Optimizer steps that the weights have seen."""
         return self._at(self.home).version
 
+    @property
+    def num_numbers(self) -> tuple[int, int]:
+        """Numbers of the whole model that are trained, and those that are not; where something of it is here."""
+        if not self._locals:
+            return 0, 0
+        model, learns = next(iter(self._locals.values())).model, "train" in self.placements
+        table = shard_table(model.config, model.head_kind)
+        frozen = [name for name in table if not learns or is_frozen(name, self._num_frozen_layers)]
+        fixed = sum(table[name].num_elements for name in frozen)
+        return num_parameters(table) - fixed, fixed
+
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
         """See `LocalRole`. Of tensor ranks and stages, which have the same, the first one passes parts on."""
         role = self._at(self.placements["generate"])
@@ -131,11 +143,17 @@ class SpreadRole:
             if move.target == self.placements.get("generate"):
                 here = self._locals.get(self.home), self._locals.get(move.target)
                 where = f"the {self.name} at {move.target}", str(self.home)
-                metrics["sync/logprob_diff_max"] = probe(*here, move.peers, where)
+                metrics["sync/probe_diff_max"] = probe(*here, move.peers, where)
             moved = arrived.sent_bytes + arrived.received_bytes
             metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
             metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds
+        self.leave()
         return metrics
+
+    def leave(self) -> None:
+        """See `LocalRole`: what is here of the role."""
+        for local in self._locals.values():
+            local.leave()
 
     def whole(self) -> Decoder | None:
         """The whole model with its weights of now, in process 0; every process calls this."""
@@ -266,8 +284,9 @@ class SpreadRole:
         memory = None
         if own is not None and NearMemory.is_possible():
             held = self._parameters(self.home)
-            memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
-            where = memory.where
+            with suppress(OSError, RuntimeError):  # not allowed here: parameters are sent then
+                memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
+                where = memory.where
         told = gather_facts([machine(), where], everybody)
         homes = [told[self.world.ranks[device]][1] for device in self.home.mesh.devices]
         if len({name for name, _ in told}) == 1 and None not in homes:
@@ -275,10 +294,15 @@ class SpreadRole:
                 for name, parameter in own.model.named_parameters():
                     memory.tensors[name].copy_(parameter.detach())
                     parameter.data = memory.tensors[name]
+            with suppress(OSError, RuntimeError):  # not allowed here either
+                for move in self._moves:
+                    forms = move.reallocation.senders()
+                    near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
+                    move.reallocation.near = near
+        # All have mapped what they need, or nobody reads there: the others would wait for what is not sent.
+        if not all(gather_facts(all(move.reallocation.near is not None for move in self._moves), everybody)):
             for move in self._moves:
-                forms = move.reallocation.senders()
-                move.reallocation.near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
-        gather_facts(None, everybody)  # all have mapped what they need
+                move.reallocation.near = None
         if memory is not None:
             memory.close()
 
@@ -289,6 +313,8 @@ class SpreadRole:
 
     def _parameters(self, placement: Placement) -> dict[str, torch.Tensor]:
         role = self._locals.get(placement)
+        if role is not None:
+            role.come()
         return {} if role is None else {name: p.detach() for name, p in role.model.named_parameters()}
 
     def _settle_version(self, move: Move) -> None:
@@ -333,6 +359,10 @@ class Everywhere:
     def infer(self, task: Any, batch: Batch) -> Outcome:
         """See `LocalRole`."""
         return self._shared("infer", lambda: self.role.infer(task, batch))
+
+    def leave(self) -> None:
+        """See `SpreadRole`."""
+        self.role.leave()
 
     def whole(self) -> Decoder | None:
         """See `SpreadRole`."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch.distributed as dist
-
 from meshift.config.plan import LaunchConfig
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
 from meshift.layout.mesh import Device
+from meshift.parallel.groups import new_group
 from meshift.runtime import dpo_run, policy_run, ppo_run, reward_run, sft_run
 from meshift.runtime.observer import Observer, SilentObserver
 from meshift.runtime.planned_run import Method
@@ -47,7 +46,7 @@ def run_share(argument: str, rank: int, num_ranks: int, observer: Observer) -> d
     schema = next(schema for schema in METHODS if schema.__name__ == told["run"])
     config = schema.model_validate_json(told["config"])
     ranks = {Device(index=i): i for i in range(num_ranks)}
-    world = World(rank=rank, ranks=ranks, group=dist.new_group(list(range(num_ranks)), backend="gloo"))
+    world = World(rank=rank, ranks=ranks, group=new_group(range(num_ranks), backend="gloo"))
     if rank == HOST:
         result = run_job(config, lambda whole: build_share(whole, world, observer)[0], observer)
         return {
@@ -64,20 +63,24 @@ def run_share(argument: str, rank: int, num_ranks: int, observer: Observer) -> d
 def build_share(config: RunConfig, world: World, observer: Observer) -> tuple[Job, Mapping[str, SpreadRole]]:
     """What the method builds, with this process's part of each role; and those."""
     method = METHODS[type(config)]
-    opener = SpreadOpener(placements_of(config.plan, method.uses(config)), world, observer)
+    opener = SpreadOpener(placements_of(config.plan, method.uses(config)), world, observer, config.plan.offloaded)
     return spread_job(method.build(config, opener), world, config.launch)
 
 
 class SpreadOpener:
-    """Opens this process's part of a role."""
+    """Opens this process's part of a role; those named `offloaded` leave the device between calls."""
 
-    def __init__(self, placements: Placements, world: World, observer: Observer) -> None:
+    def __init__(
+        self, placements: Placements, world: World, observer: Observer, offloaded: frozenset[str] = frozenset()
+    ) -> None:
         self.observer = observer
+        self._offloaded = offloaded
         self._placements, self._world = placements, world
 
     def open(self, spec: RoleSpec) -> Everywhere:
         """See `Opener`."""
-        given = (self._placements[spec.name], self._world, spec.open_model, spec.make)
+        make = partial(spec.make, offload=spec.name in self._offloaded)
+        given = (self._placements[spec.name], self._world, spec.open_model, make)
         return Everywhere(SpreadRole(spec.name, *given, spec.config.num_frozen_layers))
 
 
@@ -93,6 +96,7 @@ def spread_job(job: Job, world: World, launch: LaunchConfig) -> tuple[Job, Mappi
         advance=step.run,
         make_state=partial(_state, roles, world),
         placements=step.placements,
+        spread=tuple(roles.values()),
     )
     return spread, roles
 

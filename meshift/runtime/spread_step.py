@@ -13,8 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from meshift.batch import Batch, Outcome
 from meshift.graph.calls import Call, Graph, LoopCall, ModelCall, SyncCall
+from meshift.runtime.peaks import PeakMeter
 from meshift.runtime.spread_role import SpreadRole
 from meshift.runtime.streaming import Streams
 from meshift.runtime.world import World
@@ -57,6 +60,7 @@ class SpreadStep:
             if isinstance(call, SyncCall):
                 roles[call.target].prepare_mix(roles[call.source])
         self._members = {call.name: self._members_of(call) for call in calls}
+        self._meter = PeakMeter(torch.device("cpu"))  # where all processes of a plan are so far
         self._tags = {call.name: tag for tag, call in enumerate(calls, start=first_tag)}
         self._writers = {key: call.name for call in calls for key in _given(call, graph)}
         self._streams = Streams(graph, self._members, world, part_size, first_tag + len(calls))
@@ -100,7 +104,9 @@ class SpreadStep:
                     batch, found = self._fetch(batch, call, lacking)
                     metrics.update(found)
                 now.on_call(call.name)
+                self._meter.begin(call.name)
                 outcome = self._run(call, batch, now)
+                outcome = replace(outcome, metrics={**outcome.metrics, **self._meter.end()})
                 lacking.discard(call.name)
                 batch, metrics = self._joined(call.name, batch, outcome), {**metrics, **outcome.metrics}
                 self._pass_on(call, outcome)

@@ -17,7 +17,7 @@ from torch import Tensor
 from meshift.batch import Batch, Outcome
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
-from meshift.parallel.groups import Peers
+from meshift.parallel.groups import Peers, new_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class World:
 
     def peers(self, members: tuple[int, ...]) -> Peers | None:
         """A group of these processes; None for one that is not of them. Every process of the world calls this."""
-        group = dist.new_group(list(members)) if len(members) > 1 else None
+        group = new_group(members) if len(members) > 1 else None
         index = members.index(self.rank) if self.rank in members else None
         return None if index is None else Peers(ranks=members, index=index, group=group)
 

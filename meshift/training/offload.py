@@ -94,6 +94,11 @@ class Offload:
         self.moved.num_bytes += sum(size for _, size, _ in copies)
 
 
+def pays_on(device: torch.device) -> bool:
+    """Whether leaving a device frees anything: a CPU's memory is the host's."""
+    return device.type != "cpu"
+
+
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Every storage once, in order, those left out that are empty."""
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}

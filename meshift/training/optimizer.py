@@ -130,6 +130,15 @@ class MasterAdamW:
             if master is not parameter:
                 parameter.copy_(master)
 
+    def held(self) -> list[Tensor]:
+        """Everything that it keeps between steps but gradients: masters and moments, the tensors themselves."""
+        moments = [value for state in self._adamw.state.values() for value in state.values()]
+        return [*self.masters, *moments]
+
+    def gradients(self) -> list[Tensor]:
+        """The buffers in which gradients add up; zeros between steps."""
+        return [master.grad for master in self.masters if master.grad is not None]
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: `master/<parameter>` and, once it was updated, `<ADAM_STATE>/<parameter>`.
 

@@ -17,6 +17,17 @@ TORCH_FREE = (
     "meshift.layout.boxes",
     "meshift.realloc.plan",
     "meshift.realloc.rounds",
+    "meshift.planner.memory",
+    "meshift.planner.moving",
+    "meshift.planner.cost",
+    "meshift.planner.steps",
+    "meshift.planner.search",
+    "meshift.planner.prove",
+    "meshift.planner.evaluate",
+    "meshift.planner.strategies",
+    "meshift.planner.written",
+    "meshift.planner.explain",
+    "meshift.report.plan_page",
     "meshift.models.config",
     "meshift.models.shards",
     "meshift.models.hf.families",
@@ -32,6 +43,7 @@ MAKERS = {
     *("frozenset", "tuple", "dict", "float", "fromkeys", "maketrans", "partial", "uint64"),
     *("field", "compile", "getLogger"),
     *("_one", "_held_out"),  # shorthands for a Chart, in report/catalogue.py
+    "_gpu",  # for a Hardware, in planner/hardware.py
 }
 
 
@@ -91,6 +103,16 @@ def test_processes_talk_to_each_other_in_few_places(meshift_sources):
     }
     assert "meshift/realloc/execute.py" in found
     assert not [name for name in found if not name.startswith(TALKING)]
+
+
+def test_one_file_knows_ray(meshift_sources):
+    found = {
+        s.name
+        for s in meshift_sources
+        for _, module in imported_modules(s.tree)
+        if module == "ray" or module.startswith("ray.")
+    }
+    assert found == {"meshift/runtime/launch/ray_gang.py"}
 
 
 def test_no_collective_pickles_what_it_sends(all_sources):

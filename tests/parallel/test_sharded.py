@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 from gang import run_gang
-from test_ranks import CONFIG, READING, assert_batches_agree, place_in, role_of, rollouts
-from tiny_families import MODELS
+from test_ranks import CONFIG, READING, SAMPLING, assert_batches_agree, place_in, prompts, role_of, rollouts
+from tiny_families import MODELS, family_model
 from tiny_rl import tiny_model
 
 from meshift.algorithms.losses import PolicyLoss
@@ -234,6 +234,22 @@ def check_bfloat16(rank):
             for parameter, weight in ours.master_weights().items():
                 assert weight.dtype == (torch.float32 if parameter in trained(ours) else torch.bfloat16)
                 assert torch.allclose(weight, theirs[parameter], atol=2e-4, rtol=1e-3), (name, layout, parameter)
+
+
+def check_rollouts(rank):
+    """Of a role that only generates: nothing of the whole model is kept in between."""
+    place, expected = place_in("d3t1p1s", rank), role_of("phi3", None).generate(SAMPLING, prompts())
+    if place is None:
+        return
+    role = LocalRole("actor", family_model("phi3"), CONFIG, place=place).can_generate(3, str)
+    for _ in range(2):
+        assert_batches_agree(role.generate(SAMPLING, prompts()).batch, expected.batch, "sampled")
+        assert role.generator.num_packed_bytes == 0
+        assert_freed(role)
+
+
+def test_a_rollout_would_keep_the_whole_model(tmp_path):
+    run_gang(3, check_rollouts, tmp_path)
 
 
 def trained(role):

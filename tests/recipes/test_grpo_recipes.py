@@ -8,6 +8,8 @@ from meshift.config.policy_runs import GRPORunConfig
 from meshift.config.runs import PPORunConfig
 from meshift.config.sections import RewardFunctionConfig
 from meshift.rewards.configured import load_functions
+from meshift.runtime.plans import num_processes, placements_of
+from meshift.runtime.policy_run import POLICY_METHOD
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -27,6 +29,11 @@ def test_both_methods_start_from_the_same_quickstart_models_on_as_many_completio
     assert grpo.reward.model_name_or_path == ppo.reward.model_name_or_path
     assert grpo.num_sequences == ppo.num_sequences == 48
     assert grpo.generation.temperature == ppo.generation.temperature
+
+
+def test_the_recipe_by_plan_would_ask_for_calls_that_grpo_does_not_make():
+    config = load_config(GRPORunConfig, RECIPES / "grpo_local2.yaml")
+    assert num_processes(placements_of(config.plan, POLICY_METHOD.uses(config))) == 2
 
 
 def test_words_of_praise_count_once_and_words_of_blame_against_them():

@@ -17,12 +17,12 @@ def files_of(folder):
 
 def test_the_bound_is_one_and_not_far_above_what_a_run_writes(ppo_config_on_disk, tmp_path):
     config = ppo_config_on_disk(tmp_path / "run", max_steps=2, save_steps=1, report_to=[])
-    bound = bytes_to_write(build_ppo_job(config).roles, with_checkpoints=True)
+    bound = bytes_to_write(build_ppo_job(config).roles.values(), with_checkpoints=True)
     out = run_ppo(config, SilentObserver()).output_dir
     written = sum(files_of(out / name) for name in ("final", "final_critic")) + 2 * files_of(out / "checkpoint-1")
     small_files = 200_000  # tokenizers, configs, manifests
     assert written - small_files < bound < 1.2 * written
-    without = bytes_to_write(build_ppo_job(config).roles, with_checkpoints=False)
+    without = bytes_to_write(build_ppo_job(config).roles.values(), with_checkpoints=False)
     assert without < bound / 3
 
 

@@ -17,9 +17,8 @@ from meshift.runtime.ppo_run import build_ppo_job, run_ppo
 def files_of(run):
     names = ("final/model.safetensors", "final_critic/model.safetensors")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [
-        {k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/t", "perf/mfu"))} for row in rows
-    ]
+    timed = ("timing_s/", "perf/t", "perf/mfu", "perf/peak")
+    kept = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
     return [(run / name).read_bytes() for name in names], kept
 
 

@@ -23,9 +23,9 @@ def test_a_call_has_its_own_peak():
     meter.begin("after")
     meter.begin("small")
     found = meter.end()
-    assert set(found) == {f"memory/peak_gb/{name}" for name in ("small", "large", "after")}
-    assert found["memory/peak_gb/large"] > found["memory/peak_gb/small"] + 0.8 * MEGABYTES / 1000
-    assert found["memory/peak_gb/after"] < found["memory/peak_gb/large"] - 0.5 * MEGABYTES / 1000
+    assert set(found) == {f"perf/peak_memory_gb/{name}" for name in ("small", "large", "after")}
+    assert found["perf/peak_memory_gb/large"] > found["perf/peak_memory_gb/small"] + 0.8 * MEGABYTES / 1000
+    assert found["perf/peak_memory_gb/after"] < found["perf/peak_memory_gb/large"] - 0.5 * MEGABYTES / 1000
     assert meter.end() == {}
 
 

@@ -39,7 +39,7 @@ def check(rank):
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
         for train, generate in LAYOUTS:
             role = spread(world, train, generate, dtype)
-            assert 0 <= role.publish()["sync/logprob_diff_max"] < most
+            assert 0 <= role.publish()["sync/probe_diff_max"] < most
     role = spread(world, "d2", "t2", torch.float32)
     layer = role._at(role.placements["generate"]).model.layers[1]
     layer.attention.layer = replace(layer.attention.layer, scale=3.0)  # its weights are right, what it does is not

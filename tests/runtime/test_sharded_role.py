@@ -156,7 +156,14 @@ def check_from_one(rank, folder, name, dtype):
                 assert torch.allclose(ours, tensor, atol=room, rtol=room), (then, key)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("check", [check_checkpoints, check_from_one])
+@pytest.mark.parametrize(
+    ("check", "dtype"),
+    [
+        (check_checkpoints, torch.bfloat16),
+        (check_from_one, torch.float32),
+        pytest.param(check_checkpoints, torch.float32, marks=pytest.mark.slow),
+        pytest.param(check_from_one, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_would_be_of_one_layout(check, dtype, tmp_path):
     run_gang(4, check, tmp_path, tmp_path, "llama-tied", dtype)

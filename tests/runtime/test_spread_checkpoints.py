@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from meshift.config.loading import dump_config
 from meshift.errors import LostWorkerError
+from meshift.runtime import planned_run
+from meshift.runtime.launch.launcher import launch
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
 from meshift.training.checkpoint import read_state
@@ -28,6 +30,11 @@ PLAN = {
 OTHER = {
     "actor": {"generate": {"mesh": "1", "layout": "d1"}, "train": {"mesh": "0-1", "layout": "p2"}},
     "critic": {"train": {"mesh": "0-1", "layout": "d2"}},
+}
+SHARDED = {
+    "actor": {"generate": {"mesh": "0-1", "layout": "d2"}, "train": {"mesh": "0-2", "layout": "d3t1p1s"}},
+    "critic": {"train": {"mesh": "2,0", "layout": "d2t1p1s"}},
+    "reference": {"infer": {"mesh": "1-2", "layout": "d2t1p1s"}},
 }
 MEMORY = {
     "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
@@ -88,7 +95,7 @@ def test_what_a_run_carries_from_step_to_step_would_be_other_than_in_one_process
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("call", ["rollout", "train_actor"])
+@pytest.mark.parametrize("call", [pytest.param("rollout", marks=pytest.mark.slow), "train_actor"])
 def test_a_killed_process_would_change_the_final_weights(make_config, unbroken, tmp_path, call, dtype):
     expected = unbroken
     if dtype == "bfloat16":
@@ -113,8 +120,15 @@ def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(PLAN, None), (None, PLAN), (PLAN, OTHER), (OTHER, PLAN)],
-    ids=["one", "many", "to stages", "from stages"],
+    [
+        (PLAN, None),
+        (None, PLAN),
+        (PLAN, OTHER),
+        (OTHER, PLAN),
+        pytest.param(SHARDED, OTHER, marks=pytest.mark.slow),
+        pytest.param(None, SHARDED, marks=pytest.mark.slow),
+    ],
+    ids=["one", "many", "to stages", "from stages", "sharded", "one-sharded"],
 )
 def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_path, read_lines, first, then):
     run = tmp_path / "run"
@@ -150,19 +164,51 @@ def test_a_reference_that_moves_without_process_0_would_not_go_on(make_config, a
     close(tmp_path / "run", alone)
 
 
-def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path):
+def test_the_report_of_a_hang_would_be_gone_with_the_run_that_hung(make_config, tmp_path):
+    killer = KillerObserver(0, "rollout", signal.SIGSTOP)
+    sections = {"save_steps": None, "max_steps": 1, "launch": {"heartbeat_timeout_s": 3}}
+    run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)
+    assert killer.done
+    assert "process 2" in (tmp_path / "run" / "hang_report.txt").read_text()
+
+
+def test_a_process_that_is_lost_when_all_is_done_would_fail_the_run(make_config, tmp_path, monkeypatch):
+    gone = []
+
+    def lost_at_the_end(*arguments):
+        found = launch(*arguments)
+        if not gone:
+            gone.append(found)
+            raise LostWorkerError("process 1 of the run was killed by SIGKILL")
+        return found
+
+    monkeypatch.setattr(planned_run, "launch", lost_at_the_end)
+    killer = KillerObserver(-1, "none")
+    sections = {"max_steps": 1, "launch": {"hang_timeout_s": 20, "max_restarts": 1}}
+    result = run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)
+    assert result.final_dir.is_dir()
+    assert any("is finished" in text for text in killer.messages)
+
+
+@pytest.mark.parametrize("to", ["one", "the group"])
+def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path, to):
     run, file = tmp_path / "run", tmp_path / "config.yaml"
     config = make_config(run, plan=PLAN, save_steps=None)
     file.write_text(dump_config(config), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "meshift.cli.main", "ppo", "--config", str(file)]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
-        process.terminate()
+        if to == "one":
+            process.terminate()
+        else:  # as GNU timeout, systemd and Slurm do
+            os.killpg(process.pid, signal.SIGTERM)
         said = process.stderr.read()
         code = process.wait(60)
     if code == 0:

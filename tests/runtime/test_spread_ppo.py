@@ -22,6 +22,14 @@ PLAN = {
 }
 
 
+SHARDED = {
+    "actor": {"train": {"mesh": "1,0", "layout": "d2t1p1s"}},  # where it generates, too
+    "critic": {"train": {"mesh": "0-3", "layout": "d2t2p1s"}},
+    "reference": {"infer": {"mesh": "2-3", "layout": "d2t1p1s"}},
+    "reward": {"infer": {"mesh": 1, "layout": "d1"}},
+}
+
+
 class Listener(SilentObserver):
     def __init__(self):
         self.calls, self.steps = [], []
@@ -43,10 +51,15 @@ def make_config(ppo_config_on_disk, actor_folder):
     return make
 
 
-def test_four_processes_write_what_one_writes(make_config, tmp_path, read_lines):
-    alone = run_ppo(make_config(tmp_path / "alone"), SilentObserver())
+@pytest.fixture(scope="module")
+def alone(make_config, tmp_path_factory):
+    return run_ppo(make_config(tmp_path_factory.mktemp("alone") / "run"), SilentObserver())
+
+
+@pytest.mark.parametrize("plan", [PLAN, SHARDED], ids=["copies", "sharded"])
+def test_four_processes_write_what_one_writes(make_config, alone, tmp_path, read_lines, plan):
     listener = Listener()
-    spread = run_ppo(make_config(tmp_path / "spread", plan=PLAN), listener)
+    spread = run_ppo(make_config(tmp_path / "spread", plan=plan), listener)
     assert listener.steps == [0, 1, 2]
     assert {"rollout", "advantages"} <= set(listener.calls)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -56,7 +69,8 @@ def test_four_processes_write_what_one_writes(make_config, tmp_path, read_lines)
             for key in theirs.keys() - {"perf/mfu"}:
                 if not key.startswith(("timing_s/", "perf/")):
                     assert is_close(ours[key], theirs[key]), f"{name}: {key} is {ours[key]}, not {theirs[key]}"
-    assert all(row["sync/bytes"] > 0 for row in read_lines(spread.output_dir / "metrics.jsonl"))
+    moves = plan is PLAN  # else the actor generates where it is trained
+    assert all((row.get("sync/bytes", 0) > 0) == moves for row in read_lines(spread.output_dir / "metrics.jsonl"))
     for folder in ("final", "final_critic"):
         ours, theirs = (load_file(run.output_dir / folder / "model.safetensors") for run in (spread, alone))
         assert ours.keys() == theirs.keys()

@@ -226,8 +226,14 @@ STREAMS = {
     "not on the same device": ("spread", 1, 0),
     "one of two": ("one-streams", 1, 1),
     "from stages": ("stages", 2, 2),
+    "to ranks that share out their state": ("sharded-streams", 2, 2),
 }
 PLANS["one-streams"] = PLANS["all-apart"] | {"reference": {"infer": ("0,3", "d1t2p1")}}
+PLANS["sharded-streams"] = {
+    "actor": {"generate": ("1,0", "d2t1p1"), "train": ("0-3", "d2t2p1s")},
+    "critic": {"infer": ("2-3", "d2t1p1s"), "train": ("2-3", "d2t1p1s")},
+    "reference": {"infer": ("3,2", "d2t1p1s")},
+}
 PLANS["streaming"] = {
     "actor": {"generate": ("1,0", "d2t1p1"), "train": ("0-3", "d2t2p1")},
     "critic": {"infer": ("2-3", "d1t2p1"), "train": ("2-3", "d1t2p1")},
@@ -235,7 +241,12 @@ PLANS["streaming"] = {
 }
 
 
-@pytest.mark.parametrize("case", STREAMS)
+MORE = ("larger parts", "one part")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in MORE else case for case in STREAMS]
+)
 def test_streaming_would_give_another_step(case, tmp_path):
     name, part_size, num_streams = STREAMS[case]
     run_gang(4, check_ppo, tmp_path, name, SECTIONS, part_size, num_streams)

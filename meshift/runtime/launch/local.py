@@ -6,29 +6,30 @@ other goes over loopback. It knows nothing of what they compute.
 
 from __future__ import annotations
 
-import json
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
-from meshift import errors
-from meshift.errors import MeshiftError, StoppedRunError, WorkerError
 from meshift.kernels.library import built
-from meshift.runtime.launch.member import Post, run_member
-from meshift.runtime.launch.watch import Limits, Watch
+from meshift.runtime.launch.conduct import GRACE_S, conduct
+from meshift.runtime.launch.gang import Ending, stacks_of, state_of
+from meshift.runtime.launch.member import LOST_PEER, PASSED_ON, Post, run_member
+from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import Observer
 
 PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_run"]
-GRACE_S = 300.0
-"""How much longer than a hang's limit a process waits for another before it gives up by itself."""
+PARENT_DIED = 1  # PR_SET_PDEATHSIG
+WITH_SERVER = 255
+"""The exit code, as multiprocessing gives it, of a process whose forkserver has gone and could not say."""
 
 
 def run_gang(
@@ -44,12 +45,8 @@ def run_gang(
     """
     built()  # compiled once, not by every process
     limits = limits or Limits()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     with tempfile.TemporaryDirectory(prefix="meshift-") as folder:
-        ears: list[Connection] = []
-        processes: list[BaseProcess] = []
         posts = [
             Post(
                 entry=entry,
@@ -62,84 +59,95 @@ def run_gang(
             )
             for rank in range(num_processes)
         ]
-        try:
-            for post in posts:
-                ear, mouth = context.Pipe(duplex=False)
-                processes.append(context.Process(target=run_member, args=(post, mouth), daemon=True))
-                ears.append(ear)
-                processes[-1].start()
-                mouth.close()
-            with _terms_passed_on(processes[0]) as asked:
-                try:
-                    return _listen(ears, observer, Watch(processes, posts, limits))
-                except errors.LostWorkerError as error:
-                    if asked:
-                        raise StoppedRunError(f"ended by SIGTERM before a step was done ({error})") from None
-                    raise
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
+        return conduct(LocalGang(posts), observer, limits)
 
 
-def _listen(ears: Sequence[Connection], observer: Observer, watch: Watch) -> Any:
-    """Pass on what is said until everybody has returned."""
-    results: dict[int, Any] = {}
-    open_ears = {ear: rank for rank, ear in enumerate(ears)}
-    while open_ears:
-        for ear in wait(list(open_ears), timeout=1.0):
+class LocalGang:
+    """See `Gang`. The processes are children of a forkserver, which is a child of this one."""
+
+    def __init__(self, posts: list[Post]) -> None:
+        self._posts = posts
+        self._processes: list[BaseProcess] = []
+        self._ears: dict[Connection, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._posts)
+
+    def start(self) -> None:
+        """See `Gang`."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        with _sigterm_held_back():  # else whoever ends a group of processes would end those that serve this one
+            forkserver.ensure_running()
+        for post in self._posts:
+            ear, mouth = context.Pipe(duplex=False)
+            process = context.Process(target=_member, args=(post, mouth), daemon=True)
+            self._ears[ear] = post.rank
+            process.start()
+            self._processes.append(process)
+            mouth.close()
+
+    def hear(self, timeout_s: float) -> Iterator[tuple[int, bytes | None]]:
+        """See `Gang`."""
+        for ear in wait(list(self._ears), timeout_s):
             assert isinstance(ear, Connection)
-            rank = open_ears[ear]
             try:
-                what, content = json.loads(ear.recv_bytes())
+                message = ear.recv_bytes()
             except EOFError:
-                del open_ears[ear]
-                if rank not in results:
-                    raise watch.death_of(rank) from None
-                continue
-            watch.heard(rank)
-            match what:
-                case "beat":
-                    watch.beat(rank, content)
-                case "returned":
-                    results[rank] = content
-                    watch.returned(rank)
-                case "failed":
-                    raise _error_of(rank, *content)
-                case "lost":
-                    raise watch.death_of(rank)
-                case _:
-                    getattr(observer, what)(*content)
-        if not wait(list(open_ears), timeout=0):  # what was said while this process slept has been heard
-            watch.check()
-    return results[0]
+                yield self._ears.pop(ear), None
+            else:
+                yield self._ears[ear], message
 
+    def ending(self, rank: int) -> Ending | None:
+        """See `Gang`."""
+        code = self._processes[rank].exitcode
+        if code is None:
+            return None
+        if code == WITH_SERVER:
+            return Ending(kind="killed", how="was killed, or the process that starts the others was")
+        if code < 0:
+            return Ending(kind="killed", how=f"was killed by {signal.Signals(-code).name}")
+        if code == LOST_PEER:
+            return Ending(kind="deserted", how="could not reach another")
+        if code > 0:
+            return Ending(kind="failed", how=f"ended with code {code} (its traceback stands above)")
+        return Ending(kind="done")
 
-def _error_of(rank: int, name: str, text: str) -> MeshiftError:
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, MeshiftError):
-        return kind(text)
-    return WorkerError(f"process {rank} of the run failed: {text}")
+    def look(self) -> list[tuple[str, str]]:
+        """See `Gang`."""
+        pids = {rank: process.pid for rank, process in enumerate(self._processes) if process.pid is not None}
+        stacks = stacks_of(pids, {post.rank: post.stack_file for post in self._posts})
+        return [(state_of(pids[rank]), stacks[rank]) for rank in range(len(self))]
+
+    def terminate(self) -> None:
+        """See `Gang`."""
+        first = self._processes[0] if self._processes else None
+        if first is not None and first.pid is not None and first.is_alive():
+            os.kill(first.pid, PASSED_ON)
+
+    def end(self) -> None:
+        """See `Gang`."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
 
 
 @contextmanager
-def _terms_passed_on(first: BaseProcess) -> Iterator[list[int]]:
-    """SIGTERM goes to the first process, and into the list; a second one ends everything now."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        if first.pid is not None and first.is_alive():
-            os.kill(first.pid, signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, hear)
+def _sigterm_held_back() -> Iterator[None]:
+    """What is started meanwhile never gets SIGTERM; this process gets it after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield asked
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _member(post: Post, mouth: Connection) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+        if os.getppid() == 1:  # it had died before
+            os._exit(1)
+    code = run_member(post, mouth)
+    if code:
+        os._exit(code)

@@ -23,11 +23,13 @@ def run_with_restarts(config: C, max_restarts: int, run: Callable[[C, Observer],
     Where a process hung, what all of them were at is written into the run's folder. A run that was lost before it
     had a folder of its own begins as it was to begin: what lies there may be another run's.
     """
+    lost: LostWorkerError | None = None
     for number in range(max_restarts + 1):
-        heard = _Begun(observer)
+        heard = _Begun(observer, Path(config.output_dir), lost)
         try:
             return run(config, heard)
         except LostWorkerError as error:
+            lost = error
             told = str(error) + _write_report(Path(config.output_dir), error, has_folder=heard.begun)
             if number == max_restarts:
                 after = f" after {number} restart{'s' if number > 1 else ''}" if number else ""
@@ -51,10 +53,13 @@ def _write_report(folder: Path, error: LostWorkerError, *, has_folder: bool) -> 
 
 
 class _Begun:
-    """Passes everything on, and notes whether the run began."""
+    """Passes everything on, and notes whether the run began.
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    The report of what was `lost` before is written again then: a run that begins anew has removed what was there.
+    """
+
+    def __init__(self, observer: Observer, folder: Path, lost: LostWorkerError | None) -> None:
+        self._observer, self._folder, self._lost = observer, folder, lost
         self.begun = False
 
     def on_message(self, text: str) -> None:
@@ -64,6 +69,8 @@ class _Begun:
     def on_start(self, total_steps: int, title: str) -> None:
         """See `Observer`."""
         self.begun = True
+        if self._lost is not None:
+            _write_report(self._folder, self._lost, has_folder=True)
         self._observer.on_start(total_steps, title)
 
     def on_call(self, step: int, name: str) -> None:

@@ -81,3 +81,20 @@ def wait_for_term(argument, rank, num_processes, observer):
         time.sleep(0.05)
     dist.barrier()
     return heard
+
+
+def refuse_late(argument, rank, num_processes, observer):
+    """Process 1 says what is wrong; process 0, which is heard first, can only say that it has lost it."""
+    observer.on_message("busy")
+    dist.barrier()
+    if rank == 1:
+        raise DataError("rows.jsonl:3 is no row")
+    dist.all_reduce(torch.ones(1))
+    time.sleep(60)
+
+
+def kill_the_server(argument, rank, num_processes, observer):
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)

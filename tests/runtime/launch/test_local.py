@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 
 import pytest
 
@@ -81,6 +82,21 @@ def test_processes_that_wait_for_each_other_would_do_so_for_ever():
 
 def test_a_process_that_gets_on_would_be_taken_to_hang():
     assert run_gang(2, "gang_members:work_slowly", "", SilentObserver(), Limits(hang_s=2.0)) == "done"
+
+
+def test_the_error_of_one_would_be_hidden_by_those_who_lost_it():
+    class Busy(SilentObserver):
+        def on_message(self, text):
+            time.sleep(0.7)
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:3 is no row"):
+        run_gang(2, "gang_members:refuse_late", "", Busy())
+
+
+def test_a_lost_server_would_not_be_a_lost_process():
+    with pytest.raises(LostWorkerError, match="was killed, or the process that starts the others was"):
+        run_gang(2, "gang_members:kill_the_server", "", SilentObserver())
+    assert run_gang(2, "gang_members:add_up", "2", SilentObserver()) == [2, 5.0]  # another one serves
 
 
 def test_sigterm_would_not_reach_the_first_process():

@@ -1,0 +1,28 @@
+"""Every plan there is, on few devices: what other searches are tested against.
+
+It shares the problem's numbers with them, but neither their code nor their ideas.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from meshift.planner.candidates import Problem, Use
+from meshift.planner.timeline import Spot, excess_bytes, step_seconds
+
+
+def all_spots(problem: Problem, use: Use) -> list[Spot]:
+    """Every layout that fits alone or not, dominated or not, at every aligned place."""
+    candidates = [problem.candidate(use, layout) for layout in problem.layouts(use)]
+    return [Spot(one, first) for one in candidates for first in problem.offsets(one.size)]
+
+
+def brute_force(problem: Problem) -> tuple[float, dict[Use, Spot]] | None:
+    """Seconds and choice of a fastest plan that fits; None: none fits."""
+    best: tuple[float, dict[Use, Spot]] | None = None
+    for spots in product(*(all_spots(problem, use) for use in problem.uses)):
+        choice = dict(zip(problem.uses, spots, strict=True))
+        seconds = step_seconds(problem, choice)
+        if (best is None or seconds < best[0]) and excess_bytes(problem, choice) == 0:
+            best = seconds, choice
+    return best

@@ -1,0 +1,272 @@
+"""What a planner chooses among: for each use of a role the layouts that can be best, by size of mesh.
+
+A use is a role with a kind of call, since all its calls of a kind run in one place (`config.plan`). A layout is
+left out only where another of as many devices is at least as fast, whatever its parameters' moves cost, and takes
+no more memory. It knows nothing of where meshes lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from meshift.graph.calls import Kind
+from meshift.layout.layout import Coordinates, Layout
+from meshift.planner.cost import Cost, Costs
+from meshift.planner.hardware import Hardware
+from meshift.planner.memory import Memory
+from meshift.planner.moving import Moving
+from meshift.planner.workload import Mixing, PlannedCall, Step
+
+GRAIN = 0.01
+"""Of a device's memory: finer differences do not decide between layouts."""
+MAX_STAGES = 32
+"""More stages than this do not pay for themselves, and make for many layouts."""
+
+
+@dataclass(frozen=True, order=True)
+class Use:
+    """A role and a kind of call."""
+
+    role: str
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.role}.{self.kind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout for a use: what its calls cost, and bytes of the rank that needs the most of each.
+
+    `kept` is what a rank keeps where the role lives in this layout, `copy` where it lives in another; `working`
+    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`).
+    """
+
+    layout: Layout
+    costs: Mapping[str, Cost]
+    kept: int
+    copy: int
+    working: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return self.layout.num_ranks
+
+    @cached_property
+    def seconds(self) -> Mapping[str, float]:
+        """Of each call."""
+        return {name: cost.seconds for name, cost in self.costs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """Something that takes devices for a time: a call, a move of new weights to another use, or a mixing.
+
+    `uses` are one use for a call, else where weights come from and where they go. `waits` are earlier ops.
+    """
+
+    name: str
+    kind: str
+    uses: tuple[Use, ...]
+    waits: tuple[int, ...]
+    streams: tuple[int, ...] = ()
+
+
+class Problem:
+    """A step, on so many devices of one kind. Ops are in program order, as every process makes them."""
+
+    def __init__(
+        self, step: Step, hardware: Hardware, num_devices: int, *, streaming: bool = True, sharding: bool = True
+    ) -> None:
+        """`streaming`: readings elsewhere may begin before generation ends. `sharding`: `s` may be chosen."""
+        self.step, self.hardware, self.num_devices = step, hardware, num_devices
+        self.streaming, self.sharding = streaming, sharding
+        self.memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
+        self.costs = {name: Costs(step.roles[name], hardware, memory) for name, memory in self.memories.items()}
+        self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
+        self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
+        self.ops = tuple(_ops(step, self))
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of each device that roles and calls may take."""
+        return self.hardware.usable
+
+    def home(self, role: str) -> Use:
+        """Where a role's weights live: where it is trained, else where its first call is."""
+        uses = [use for use in self.uses if use.role == role]
+        return next((use for use in uses if use.kind == "train"), uses[0])
+
+    def calls(self, use: Use) -> list[PlannedCall]:
+        """The calls of a use."""
+        return [call for call in self.step.calls if Use(call.role, call.kind) == use]
+
+    @cached_property
+    def candidates(self) -> Mapping[Use, tuple[Candidate, ...]]:
+        """Of every use, the smallest first; those that are dominated are left out."""
+        every = {use: [self.candidate(use, layout) for layout in self.layouts(use)] for use in self.uses}
+        fitting = {use: self._fitting(use, found) for use, found in every.items()}
+        found: dict[Use, tuple[Candidate, ...]] = {}
+        for use in sorted(self.uses, key=lambda use: use != self.home(use.role)):
+            found[use] = tuple(self._undominated(use, fitting, found))
+        return {use: found[use] for use in self.uses}
+
+    def sizes(self) -> list[int]:
+        """Sizes of meshes: within a host all (on one host), else those that divide it; and whole hosts."""
+        per_host, num_devices = self.hardware.per_host, self.num_devices
+        if num_devices <= per_host:
+            return list(range(1, num_devices + 1))
+        hosts = num_devices // per_host
+        wholes = {k for i in range(hosts.bit_length()) for k in (1 << i, 3 << i) if k <= hosts} | {hosts}
+        return [n for n in range(1, per_host) if per_host % n == 0] + [per_host * k for k in sorted(wholes)]
+
+    def offsets(self, size: int) -> range:
+        """First devices of aligned meshes of a size."""
+        return range(0, self.num_devices - size + 1, size)
+
+    def layouts(self, use: Use) -> Iterator[Layout]:
+        """Every layout that could carry the use's calls."""
+        config = self.step.roles[use.role].config
+        rows = min(call.texts.num_sequences // call.num_updates for call in self.calls(use))
+        for size in self.sizes():
+            for tensor in _divisors(size):
+                if tensor > min(self.hardware.per_host, config.num_heads):
+                    continue
+                for pipeline in _divisors(size // tensor):
+                    data = size // tensor // pipeline
+                    if pipeline > min(config.num_layers, MAX_STAGES) or data > rows:
+                        continue
+                    yield Layout(data=data, tensor=tensor, pipeline=pipeline)
+                    if self.sharding and data > 1 and use.kind != "generate":
+                        yield Layout(data=data, tensor=tensor, pipeline=pipeline, sharded=True)
+
+    def candidate(self, use: Use, layout: Layout) -> Candidate:
+        """A layout with its seconds and bytes, whether or not it fits."""
+        memory, ranks = self.memories[use.role], _telling_ranks(layout)
+        calls, grain = self.calls(use), GRAIN * self.capacity
+        return Candidate(
+            layout=layout,
+            costs={call.name: self.costs[use.role].of(call, layout) for call in calls},
+            kept=_round_up((memory.kept(layout, rank).total for rank in ranks), grain),
+            copy=_round_up((memory.kept(layout, rank).weights for rank in ranks), grain),
+            working={
+                call.name: _round_up((memory.working(call, layout, rank).total for rank in ranks), grain)
+                for call in calls
+            },
+        )
+
+    def _fitting(self, use: Use, found: Sequence[Candidate]) -> list[Candidate]:
+        """Those that fit alone; if none does, those of the most devices that lack the least."""
+        is_home = use == self.home(use.role)
+
+        def needed(one: Candidate) -> float:
+            return (one.kept if is_home else one.copy) + max(one.working.values())
+
+        fitting = [one for one in found if needed(one) <= self.capacity]
+        return fitting or [min(found, key=needed)]
+
+    def _undominated(
+        self, use: Use, fitting: Mapping[Use, Sequence[Candidate]], found: Mapping[Use, Sequence[Candidate]]
+    ) -> Iterator[Candidate]:
+        """`found` has what is left of the homes, if this is none."""
+        by_size: dict[int, list[Candidate]] = {}
+        moving: dict[Layout, float] = {}
+        home = self.home(use.role)
+        at_home = {one.layout for one in found.get(home, ())} if use != home else set()
+        alone = sum(other.role == use.role for other in self.uses) == 1
+        for one in sorted(fitting[use], key=lambda one: sum(one.seconds.values())):
+            others = by_size.setdefault(one.size, [])
+            # Where a role's uses are one placement, weights are there once: that is given up with the layout.
+            lost = 0 if alone or use != home else one.copy
+            if one.layout in at_home or not any(self._dominates(other, one, lost, moving) for other in others):
+                others.append(one)
+                moving[one.layout] = self._most_moving(use, one, fitting)
+        for size in sorted(by_size):
+            yield from by_size[size]
+
+    def _dominates(self, one: Candidate, other: Candidate, lost: int, moving: Mapping[Layout, float]) -> bool:
+        """Whether no plan is worse with `one` instead, even if moves cost it their most and the other nothing."""
+        if one.kept + lost > other.kept or one.copy > other.copy:
+            return False
+        if any(one.working[name] > other.working[name] for name in one.working):
+            return False
+        if any(one.costs[name].late > other.costs[name].late for name in one.costs):
+            return False
+        gains = [other.seconds[name] - one.seconds[name] for name in one.seconds]
+        return min(gains) >= 0 and max(gains) >= moving[one.layout]
+
+    def _most_moving(self, use: Use, one: Candidate, fitting: Mapping[Use, Sequence[Candidate]]) -> float:
+        """The most that all moves and mixings of this candidate together can take."""
+        total = 0.0
+        for op in self.ops:
+            if op.kind == "call" or use not in op.uses:
+                continue
+            others = fitting[next(u for u in op.uses if u != use)]
+            if op.uses[0] == use:
+                total += max(self.moving_seconds(op, one.layout, other.layout, None) for other in others)
+            else:
+                total += max(self.moving_seconds(op, other.layout, one.layout, None) for other in others)
+        return total
+
+    def moving_seconds(self, op: Op, source: Layout, target: Layout, shift: int | None) -> float:
+        """Of a move or a mixing; `shift` as in `Moving`, which only says here whether one mesh is in the other."""
+        far = max(source.num_ranks, target.num_ranks) > self.hardware.per_host
+        if shift is None:
+            far = self.num_devices > self.hardware.per_host
+        elif source == target and op.kind == "move":
+            return 0.0
+        moving = self.moving[op.uses[0].role]
+        if op.kind == "move":
+            return moving.seconds(source, target, shift, far=far)
+        return moving.mixing_seconds(source, target, shift, far=far) / self._every(op)
+
+    def _every(self, op: Op) -> int:
+        return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)
+
+
+def _ops(step: Step, problem: Problem) -> list[Op]:
+    """Calls, each training call followed by its role's moves; mixings at last."""
+    ops: list[Op] = []
+    place: dict[str, int] = {}
+    for call in step.calls:
+        use = Use(call.role, call.kind)
+        waits = tuple(sorted(place[name] for name in call.waits))
+        generations = tuple(i for i in waits if call.kind == "infer" and ops[i].uses[0].kind == "generate")
+        streams = generations if problem.streaming else ()
+        place[call.name] = len(ops)
+        ops.append(Op(name=call.name, kind="call", uses=(use,), waits=waits, streams=streams))
+        if call.kind == "train":
+            ops += [
+                Op(name=f"{call.role} to {other.kind}", kind="move", uses=(use, other), waits=(place[call.name],))
+                for other in problem.uses
+                if other.role == call.role and other != use
+            ]
+    return [*ops, *(_mixing(mixing, ops, problem) for mixing in step.mixings)]
+
+
+def _mixing(mixing: Mixing, ops: Sequence[Op], problem: Problem) -> Op:
+    uses = problem.home(mixing.source), problem.home(mixing.target)
+    waits = tuple(i for i, op in enumerate(ops) if op.kind == "call" and op.uses[0] in uses)
+    return Op(name=f"{mixing.source} into {mixing.target}", kind="mixing", uses=uses, waits=waits)
+
+
+def _round_up(numbers: Iterable[int], grain: float) -> int:
+    return int(ceil(max(numbers) / grain) * grain)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _telling_ranks(layout: Layout) -> list[Coordinates]:
+    """Ranks among which those that need the most are: at the ends, and in the first stage with a layer more."""
+    stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
+    return [
+        Coordinates(data=0, tensor=tensor, pipeline=stage)
+        for stage in sorted(stages)
+        for tensor in {0, layout.tensor - 1}
+    ]

@@ -1,0 +1,245 @@
+"""A plan played through: what each device does when, and what it must hold, from placements alone.
+
+Independent of the searches: devices work off what is theirs in program order as discrete events, weights are
+counted device by device, and moves take the bytes of real reallocation plans. It knows nothing of searches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from meshift.graph.calls import Kind
+from meshift.layout.layout import Placement
+from meshift.layout.mesh import Device
+from meshift.models.shards import shard_table
+from meshift.planner.cost import Cost, Costs
+from meshift.planner.hardware import Hardware
+from meshift.planner.memory import FP32, Memory
+from meshift.planner.moving import Moving
+from meshift.planner.workload import PlannedCall, Role, Step
+from meshift.realloc.dtypes import Dtypes
+from meshift.realloc.plan import plan
+
+Placements = Mapping[str, Mapping[Kind, Placement]]
+MAX_PLANNED = 256
+"""Ranks up to which moves are planned in full; beyond, sharded sources make for millions of transfers."""
+FIRST_PART = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that devices did. `peak` is bytes on the device that needed the most, of calls."""
+
+    name: str
+    kind: str
+    start: float
+    end: float
+    devices: frozenset[Device]
+    cost: Cost | None = None
+    peak: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Task:
+    """An event to be: what it waits for, and of which streaming generations it may begin to read."""
+
+    name: str
+    kind: str
+    seconds: float
+    devices: frozenset[Device]
+    waits: set[str]
+    cost: Cost | None = None
+    streams: bool = False
+    late: float = 1.0
+
+
+def evaluate(step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True) -> list[Event]:
+    """Every event of a step, in the order in which they begin."""
+    tasks = _tasks(step, hardware, placements, streaming)
+    events = _play(tasks)
+    peaks = peak_bytes(step, hardware, placements)
+    return [Event(**{**vars(event), "peak": peaks.get(event.name, 0.0)}) for event in events]
+
+
+def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bool) -> list[_Task]:
+    tasks: list[_Task] = []
+    for call in step.calls:
+        role, placement = step.roles[call.role], placements[call.role][call.kind]
+        cost = Costs(role, hardware).of(call, placement.layout)
+        home = placements[call.role].get("train") or next(iter(placements[call.role].values()))
+        memory = Memory(role, hardware.machine)
+        away = 2 * memory.kept(home.layout, home.layout.coordinates(0)).total / hardware.host_rate
+        tasks.append(
+            _Task(
+                name=call.name,
+                kind="call",
+                seconds=cost.seconds + away * role.offloaded,
+                devices=frozenset(placement.mesh.devices),
+                waits=set(call.waits),
+                cost=cost,
+                streams=streaming and call.kind == "infer",
+                late=cost.late if call.kind == "generate" else -1.0,
+            )
+        )
+        if call.kind == "train":
+            tasks += _moves(step, hardware, placements[call.role], call)
+    return [*tasks, *_mixings(step, hardware, placements, tasks)]
+
+
+def _moves(step: Step, hardware: Hardware, of_role: Mapping[Kind, Placement], call: PlannedCall) -> list[_Task]:
+    home, role = of_role["train"], step.roles[call.role]
+    table = shard_table(role.config, role.head)
+    frozen = role.num_frozen_layers
+    left_out = [
+        name
+        for name, shard in table.items()
+        if frozen and (shard.stage == "embedding" or (shard.layer is not None and shard.layer < frozen))
+    ]
+    dtypes = Dtypes(source=role.dtype, target=role.dtype)
+    tasks = []
+    for kind, target in of_role.items():
+        if kind == "train":
+            continue
+        seconds = 0.0
+        if target != home and max(home.layout.num_ranks, target.layout.num_ranks) > MAX_PLANNED:
+            seconds = _counted(role, hardware, home, target)
+        elif target != home:
+            made = plan(home, target, table, dtypes=dtypes, leave_out=left_out)
+            seconds = _sending(hardware, made.sent, made.received, home, target)
+            held = max(Memory(role).kept(target.layout, target.layout.coordinates(0)).weights, 1)
+            seconds += 2 * held / (hardware.memory_rate * hardware.memory_share)
+        devices = frozenset((*home.mesh.devices, *target.mesh.devices))
+        name = f"{call.role} to {kind}"
+        tasks.append(_Task(name=name, kind="move", seconds=seconds, devices=devices, waits={call.name}))
+    return tasks
+
+
+def _counted(role: Role, hardware: Hardware, home: Placement, target: Placement) -> float:
+    """By the bytes of some ranks, of a move between many."""
+    shift = home.mesh.rank_of(target.mesh.devices[0])
+    far = len({device.host for device in (*home.mesh.devices, *target.mesh.devices)}) > 1
+    return Moving(Memory(role), hardware).seconds(home.layout, target.layout, shift, far=far)
+
+
+def _counted_mixing(role: Role, hardware: Hardware, source: Placement, target: Placement) -> float:
+    shift = source.mesh.rank_of(target.mesh.devices[0])
+    far = len({device.host for device in (*source.mesh.devices, *target.mesh.devices)}) > 1
+    return Moving(Memory(role), hardware).mixing_seconds(source.layout, target.layout, shift, far=far)
+
+
+def _sending(
+    hardware: Hardware, sent: Sequence[int], received: Sequence[int], home: Placement, target: Placement
+) -> float:
+    """By the busiest device; between hosts, unless senders stand on every receiver's host."""
+    devices = {*home.mesh.devices, *target.mesh.devices}
+    hosts = {device.host for device in devices}
+    nested = set(target.mesh.devices) <= set(home.mesh.devices) or set(home.mesh.devices) <= set(
+        target.mesh.devices
+    )
+    local = nested and home.layout.pipeline == 1 and home.layout.tensor <= hardware.per_host
+    rate, delay = hardware.rate_between(1 if len(hosts) == 1 or local else hardware.per_host + 1)
+    return max(max(sent, default=0), max(received, default=0)) / rate + 2 * delay
+
+
+def _mixings(step: Step, hardware: Hardware, placements: Placements, tasks: Sequence[_Task]) -> list[_Task]:
+    found = []
+    for mixing in step.mixings:
+        source = placements[mixing.source]["train"]
+        target = next(iter(placements[mixing.target].values()))
+        role = step.roles[mixing.source]
+        exact = Dtypes(source="float32", target="float32")
+        if max(source.layout.num_ranks, target.layout.num_ranks) > MAX_PLANNED:
+            seconds = _counted_mixing(role, hardware, source, target)
+        else:
+            made = plan(source, target, shard_table(role.config, role.head), dtypes=exact, mix=True)
+            held = Memory(role).sizes.held(target.layout, target.layout.coordinates(0)).total
+            seconds = _sending(hardware, made.sent, made.received, source, target)
+            seconds += 4 * FP32 * held / (hardware.memory_rate * hardware.memory_share)
+        devices = frozenset((*source.mesh.devices, *target.mesh.devices))
+        name = f"{mixing.source} into {mixing.target}"
+        waits = {task.name for task in tasks}
+        found.append(_Task(name=name, kind="mixing", seconds=seconds / mixing.every, devices=devices, waits=waits))
+    return found
+
+
+def _play(tasks: Sequence[_Task]) -> list[Event]:
+    """Let every device work off its tasks in order, each as soon as its devices are free and may begin."""
+    queues: dict[Device, deque[_Task]] = {}
+    for task in tasks:
+        for device in task.devices:
+            queues.setdefault(device, deque()).append(task)
+    by_name = {task.name: task for task in tasks}
+    waiting, running, done = list(tasks), list[tuple[float, int, _Task]](), dict[str, Event]()
+    starts: dict[str, float] = {}
+    now = 0.0
+    while waiting or running:
+        while ready := [
+            t for t in waiting if all(queues[d][0] is t for d in t.devices) and _may(t, starts, done, by_name)
+        ]:  # a generation that begins may let others begin
+            for task in ready:
+                waiting.remove(task)
+                starts[task.name] = max(now, _stream_start(task, starts, by_name))
+                heappush(running, (starts[task.name] + task.seconds, len(starts), task))
+        now, _, ended = heappop(running)
+        for device in ended.devices:
+            queues[device].popleft()
+        done[ended.name] = Event(
+            name=ended.name,
+            kind=ended.kind,
+            start=starts[ended.name],
+            end=now,
+            devices=ended.devices,
+            cost=ended.cost,
+        )
+    return sorted(done.values(), key=lambda event: event.start)
+
+
+def _may(
+    task: _Task, starts: Mapping[str, float], done: Mapping[str, Event], by_name: Mapping[str, _Task]
+) -> bool:
+    """Whether all it waits for has ended; of a generation elsewhere that it reads from, whether it has begun."""
+    return all(name in (starts if _reads_early(task, by_name[name]) else done) for name in task.waits)
+
+
+def _reads_early(task: _Task, earlier: _Task) -> bool:
+    return task.streams and earlier.late >= 0 and not task.devices & earlier.devices
+
+
+def _stream_start(task: _Task, starts: Mapping[str, float], by_name: Mapping[str, _Task]) -> float:
+    """So late that the completions that end last are read after they have ended."""
+    earlier = [by_name[name] for name in task.waits if _reads_early(task, by_name[name])]
+    return max(
+        (
+            starts[one.name] + max(FIRST_PART * one.seconds, one.seconds - (1 - one.late) * task.seconds)
+            for one in earlier
+        ),
+        default=0.0,
+    )
+
+
+def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[str, float]:
+    """For each call, bytes on the device of its mesh that needs the most, counted device by device."""
+    memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
+    kept: dict[Device, dict[str, int]] = {}
+    for name, of_role in placements.items():
+        for device in {device for placement in of_role.values() for device in placement.mesh.devices}:
+            kept.setdefault(device, {})[name] = memories[name].on_device(of_role, device)
+    peaks = {}
+    for call in step.calls:
+        placement = placements[call.role][call.kind]
+        working: dict[tuple[int, int], int] = {}
+        most = 0
+        for rank, device in enumerate(placement.mesh.devices):
+            where = placement.layout.coordinates(rank)
+            key = where.tensor, where.pipeline
+            if key not in working:
+                working[key] = memories[call.role].working(call, placement.layout, where).total
+            resident = sum(
+                size for name, size in kept[device].items() if name == call.role or not step.roles[name].offloaded
+            )
+            most = max(most, resident + working[key])
+        peaks[call.name] = float(most)
+    return peaks

@@ -1,0 +1,107 @@
+"""Why a plan is what it is, in sentences with its figures. It knows nothing of how a plan is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshift.planner.candidates import Candidate, Op, Use
+from meshift.planner.evaluate import Event
+from meshift.planner.planning import Planned
+
+NOTABLE = 0.01
+"""Parts of a call below this share are not spoken of."""
+WORDS = {
+    "compute": "computing",
+    "decode": "decoding",
+    "prefill": "running prompts",
+    "tensor": "sums over tensor ranks",
+    "pipeline": "rows between stages",
+    "bubbles": "stages that wait",
+    "data": "gradients over data ranks",
+    "gather": "bringing sharded state together",
+    "update": "the optimizer",
+    "batch": "batches on their way",
+    "pack": "packing weights",
+}
+
+
+def explanation(planned: Planned) -> list[str]:
+    """Sentences: of each call, of what runs at the same time, of moves, of memory, and of the proof."""
+    calls = [event for event in planned.events if event.kind == "call"]
+    return [
+        *(_of_call(planned, op) for op in planned.problem.ops if op.kind == "call"),
+        *_together(calls),
+        *_moves(planned),
+        _of_memory(planned, calls),
+        of_proof(planned),
+    ]
+
+
+def _of_call(planned: Planned, op: Op) -> str:
+    use = op.uses[0]
+    spot = planned.choice[use]
+    cost = spot.candidate.costs[op.name]
+    parts = sorted(cost.parts.items(), key=lambda part: -part[1])
+    shares = [
+        f"{WORDS[name]} {value / cost.seconds:.0%}" for name, value in parts if value > NOTABLE * cost.seconds
+    ]
+    others = _alternative(planned, use, spot.candidate, op.name)
+    return (
+        f"{op.name} ({use}) runs as {spot.candidate.layout} on {spot.candidate.size} devices in "
+        f"{cost.seconds:.3g} s: {', '.join(shares)}{others}."
+    )
+
+
+def _alternative(planned: Planned, use: Use, own: Candidate, name: str) -> str:
+    """The next best layout on as many devices, and how much longer it takes; or the faster one, and why not."""
+    others = [one for one in planned.problem.candidates[use] if one.size == own.size and one is not own]
+    if not others:
+        return ""
+    other = min(others, key=lambda one: one.seconds[name])
+    ratio = other.seconds[name] / own.seconds[name]
+    if ratio >= 1:
+        return f"; {other.layout}, the next best, takes {ratio:.2f} times as long"
+    needs = other.kept + other.working[name] > own.kept + own.working[name]
+    why = "needs more memory" if needs else "costs more in moves or elsewhere in the step"
+    return f"; {other.layout} would take {ratio:.2f} times as long, but {why}"
+
+
+def _together(calls: list[Event]) -> Iterator[str]:
+    for i, one in enumerate(calls):
+        for other in calls[i + 1 :]:
+            overlap = min(one.end, other.end) - max(one.start, other.start)
+            shorter = min(one.end - one.start, other.end - other.start)
+            if overlap > 0.1 * shorter:
+                yield f"{one.name} and {other.name} are on different devices and run {overlap:.3g} s side by side."
+
+
+def _moves(planned: Planned) -> Iterator[str]:
+    moving = [event for event in planned.events if event.kind != "call" and event.end > event.start]
+    if moving:
+        total = sum(event.end - event.start for event in moving)
+        names = ", ".join(f"{event.name} {event.end - event.start:.2g} s" for event in moving)
+        yield f"Parameters move for {total:.3g} s, {total / planned.seconds:.1%} of the step: {names}."
+
+
+def _of_memory(planned: Planned, calls: list[Event]) -> str:
+    worst = max(calls, key=lambda event: event.peak)
+    capacity = planned.problem.capacity
+    return (
+        f"Memory is tightest in {worst.name}: {worst.peak / 1e9:.1f} of {capacity / 1e9:.1f} GB on the device "
+        "that needs the most."
+    )
+
+
+def of_proof(planned: Planned) -> str:
+    """How far from the best plan this one can be."""
+    proof = planned.proof
+    if not proof.proven:
+        return (
+            "Nothing is proven (pip install 'meshift[planner]' for the solver); simple bounds say that no plan "
+            f"takes less than {proof.bound:.3g} s."
+        )
+    if proof.gap <= 0.002:
+        return f"No plan of this model of costs is faster: proven, up to rounding ({proof.gap:.2%})."
+    return (
+        f"No plan of this model of costs takes less than {proof.bound:.3g} s: this one is within {proof.gap:.1%}."
+    )

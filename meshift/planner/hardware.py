@@ -1,0 +1,135 @@
+"""What a cluster's devices and links can do, as numbers: descriptions of usual GPUs, and of machines as measured.
+
+It knows nothing of models or layouts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from meshift.errors import ConfigError
+from meshift.planner.memory import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device, `per_host` of which stand together. Rates are of a device, one way, in units a second.
+
+    `flops` by compute type and `memory_rate` (bytes) are peaks; `compute_share` and `memory_share` say what part
+    of them large matrix products and long reads reach. `near_rate` is the link within a host, `far_rate` its
+    part of the network between hosts, `host_rate` the way to the host's memory; `link_share` of them is reached.
+    `near_delay` and `far_delay` are seconds for a message, `layer_delay` for starting one layer's operations.
+    `reserve`: bytes that the runtime, libraries and fragments take.
+    """
+
+    name: str
+    memory: float
+    flops: Mapping[str, float]
+    memory_rate: float
+    near_rate: float
+    far_rate: float
+    host_rate: float
+    per_host: int = 8
+    compute_share: float = 0.5
+    memory_share: float = 0.75
+    link_share: float = 0.75
+    near_delay: float = 1e-5
+    far_delay: float = 2.5e-5
+    layer_delay: float = 1e-4
+    reserve: float = 4e9
+    machine: Machine = field(default_factory=Machine)
+
+    @property
+    def usable(self) -> float:
+        """Bytes for models and calls."""
+        return self.memory - self.reserve
+
+    def rate_between(self, span: int) -> tuple[float, float]:
+        """Bytes a second and seconds a message between neighbours in a group of devices that spans `span`."""
+        if span <= self.per_host:
+            return self.near_rate * self.link_share, self.near_delay
+        return self.far_rate * self.link_share, self.far_delay
+
+    def sum_seconds(self, num_bytes: float, members: int, span: int) -> float:
+        """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
+
+        A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
+        """
+        return 2 * self.gather_seconds(num_bytes, members, span)
+
+    def gather_seconds(self, num_bytes: float, members: int, span: int) -> float:
+        """All-gather or reduce-scatter of so many bytes in all, over such a group (see `sum_seconds`)."""
+        if members <= 1:
+            return 0.0
+        hosts = max(1, ceil(span / self.per_host))
+        if hosts == 1:
+            rate, delay = self.rate_between(span)
+            return (members - 1) * (num_bytes / members / rate + delay)
+        within = max(1, members // hosts)
+        across = min(hosts, members)
+        far, delay = self.far_rate * self.link_share, self.far_delay
+        inside = self.gather_seconds(num_bytes, within, min(span, self.per_host))
+        return inside + (across - 1) * (num_bytes / across / within / far + delay)
+
+    def send_seconds(self, num_bytes: float, *, far: bool) -> float:
+        """From one device to another."""
+        rate, delay = (self.far_rate, self.far_delay) if far else (self.near_rate, self.near_delay)
+        return num_bytes / (rate * self.link_share) + delay
+
+    def changed(self, **factors: float) -> Hardware:
+        """With some numbers multiplied: `changed(far_rate=2)` has a network twice as fast."""
+        return replace(self, **{key: getattr(self, key) * factor for key, factor in factors.items()})
+
+
+def _gpu(name: str, memory: float, bfloat16: float, rate: float, near: float, far: float, pcie: float) -> Hardware:
+    flops = MappingProxyType({"bfloat16": bfloat16, "float32": bfloat16 / 2})  # TF32 products
+    return Hardware(
+        name=name, memory=memory, flops=flops, memory_rate=rate, near_rate=near, far_rate=far, host_rate=pcie
+    )
+
+
+KNOWN: Mapping[str, Hardware] = MappingProxyType(
+    {
+        # NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 2039 GB/s, NVLink 600 GB/s (two ways); DGX: 8 x 200 Gb/s.
+        "a100": _gpu("a100", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9),
+        # NVIDIA H100 SXM datasheet: 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s; DGX: 8 x 400 Gb/s.
+        "h100": _gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),
+        # NVIDIA H200 SXM datasheet: 141 GB, 4.8 TB/s, else as H100.
+        "h200": _gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        # NVIDIA DGX B200 datasheet: 180 GB, 8 TB/s, 2.25 PFLOP/s dense, NVLink 1.8 TB/s; 8 x 400 Gb/s.
+        "b200": _gpu("b200", 180e9, 2250e12, 8e12, 900e9, 50e9, 64e9),
+    }
+)
+"""By the names that `--hardware` takes. Shares and delays are estimates, to be replaced by a profile."""
+
+
+def find_hardware(name: str) -> Hardware:
+    """A known one, or one that was measured: a JSON file of `Hardware`'s fields. Raises `ConfigError`."""
+    if name.lower() in KNOWN:
+        return KNOWN[name.lower()]
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        raise ConfigError(
+            f"`--hardware {name}` is none of {', '.join(KNOWN)}, and no JSON file of measured numbers"
+        )
+    try:
+        return from_values(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name} is no description of a device: {error}") from None
+
+
+def from_values(values: Mapping[str, Any]) -> Hardware:
+    """What `as_values` gave. Raises `TypeError` for keys that are missing or unknown."""
+    given = dict(values)
+    return Hardware(**{**given, "machine": Machine(**given.get("machine", {}))})
+
+
+def as_values(hardware: Hardware) -> dict[str, Any]:
+    """As plain numbers, for JSON."""
+    return asdict(replace(hardware, flops=dict(hardware.flops)))

@@ -1,0 +1,182 @@
+"""A plan for a step on a cluster: found, proven, played through, compared; or what is short, and what would fit.
+
+It knows nothing of how anything is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from meshift.layout.layout import Layout
+from meshift.planner.candidates import Problem
+from meshift.planner.evaluate import Event, evaluate
+from meshift.planner.hardware import Hardware
+from meshift.planner.prove import Proof, prove
+from meshift.planner.search import score, search
+from meshift.planner.strategies import STRATEGIES
+from meshift.planner.timeline import Choice, peak_bytes
+from meshift.planner.workload import Role, Step
+from meshift.planner.written import placements_of
+
+SEARCH_SHARE = 0.3
+"""Of the time, for the local search before the proof."""
+MOST_DOUBLINGS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A strategy by hand: seconds of its step (None: it cannot be), and bytes it lacks."""
+
+    name: str
+    seconds: float | None
+    lacking: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan with what is known of it. `lacking`: bytes on the worst device (0: it fits); `changes` help."""
+
+    problem: Problem
+    proof: Proof
+    events: tuple[Event, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    lacking: float = 0.0
+    changes: tuple[str, ...] = ()
+
+    @property
+    def choice(self) -> Choice:
+        """Where every use runs."""
+        return self.proof.choice
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, as it was played through."""
+        return max(event.end for event in self.events)
+
+
+def make_plan(
+    step: Step,
+    hardware: Hardware,
+    num_devices: int,
+    *,
+    seconds: float = 20.0,
+    sharding: bool = True,
+    streaming: bool = True,
+) -> Planned:
+    """The best plan that can be found in about so many seconds; roles are offloaded where nothing else fits."""
+    problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
+    hints = _by_hand(problem)
+    choice = search(
+        problem, seconds=SEARCH_SHARE * seconds, hints=[one for one in hints.values() if one is not None]
+    )
+    lacking = score(problem, choice).excess
+    if lacking > 0:
+        found = _offloaded(problem, seconds)
+        if found is None:
+            least = Proof(choice, score(problem, choice).seconds, 0.0, False)
+            return Planned(
+                problem=problem, proof=least, lacking=lacking, changes=tuple(_changes(problem, lacking))
+            )
+        problem, choice = found
+    proof = prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds)
+    events = evaluate(problem.step, hardware, placements_of(problem, proof.choice), streaming=streaming)
+    rivals = tuple(_rival(problem, name, choice) for name, choice in hints.items())
+    return Planned(problem=problem, proof=proof, events=tuple(events), rivals=rivals)
+
+
+def _by_hand(problem: Problem) -> dict[str, Choice | None]:
+    return {name: make(problem) for name, make in STRATEGIES.items()}
+
+
+def _rival(problem: Problem, name: str, choice: Choice | None) -> Rival:
+    if choice is None:
+        return Rival(name=name, seconds=None)
+    found = score(problem, choice)
+    return Rival(name=name, seconds=found.seconds, lacking=found.excess)
+
+
+def _offloaded(problem: Problem, seconds: float) -> tuple[Problem, Choice] | None:
+    """With roles away between their calls: those that stand still, else all."""
+    still = {name for name, role in problem.step.roles.items() if not role.trained}
+    for names in (still, set(problem.step.roles)):
+        away = _with_roles(problem, partial(_away, names))
+        choice = search(away, seconds=SEARCH_SHARE * seconds)
+        if score(away, choice).excess == 0:
+            return away, choice
+    return None
+
+
+def _with_roles(problem: Problem, change: Callable[[Role], Role], num_devices: int | None = None) -> Problem:
+    roles: Mapping[str, Role] = {name: change(role) for name, role in problem.step.roles.items()}
+    step = replace(problem.step, roles=roles)
+    count = num_devices or problem.num_devices
+    return Problem(step, problem.hardware, count, streaming=problem.streaming, sharding=problem.sharding)
+
+
+def _changes(problem: Problem, lacking: float) -> Iterator[str]:
+    """Single changes, the smallest first, with which a plan fits (found by trying); the device that would do."""
+    trained = [name for name, role in problem.step.roles.items() if role.trained]
+    recomputes = all(problem.step.roles[name].passes.gradient_checkpointing for name in trained)
+    if not recomputes and _fits(_with_roles(problem, _checkpointing)):
+        yield f"{' and '.join(trained)}: gradient_checkpointing=true, which computes activations again"
+    for part in (2, 4, 8):
+        if _fits(_with_roles(problem, partial(_smaller, part))):
+            most = problem.step.roles[trained[0]].passes.max_tokens_per_micro_batch // part
+            yield f"{' and '.join(trained)}: max_tokens_per_micro_batch={most}"
+            break
+    for count in _more_devices(problem):
+        if _fits(_with_roles(problem, _as_it_is, count)):
+            yield f"{count} devices instead of {problem.num_devices}"
+            break
+    yield f"devices with {(problem.hardware.memory + lacking) / 1e9:.0f} GB of memory each"
+
+
+def _more_devices(problem: Problem) -> list[int]:
+    """Doublings of the devices, from where all roles' states would fit if they were cut evenly."""
+    alone = Layout()
+    states = sum(m.kept(alone, alone.coordinates(0)).total for m in problem.memories.values())
+    counts = [problem.num_devices << i for i in range(1, MOST_DOUBLINGS)]
+    return [count for count in counts if count * problem.capacity > states][:3]
+
+
+def _fits(problem: Problem) -> bool:
+    return score(problem, search(problem, seconds=2.0)).excess == 0
+
+
+def _checkpointing(role: Role) -> Role:
+    return replace(role, passes=role.passes.model_copy(update={"gradient_checkpointing": True}))
+
+
+def _away(names: Collection[str], role: Role) -> Role:
+    return replace(role, offloaded=role.name in names)
+
+
+def _as_it_is(role: Role) -> Role:
+    return role
+
+
+def _smaller(part: int, role: Role) -> Role:
+    most = max(1, role.passes.max_tokens_per_micro_batch // part)
+    return replace(role, passes=role.passes.model_copy(update={"max_tokens_per_micro_batch": most}))
+
+
+def shortage(planned: Planned) -> list[str]:
+    """What does not fit, by how much, in sentences."""
+    problem, gigabyte = planned.problem, 1e9
+    peaks = peak_bytes(problem, planned.choice)
+    worst = max(peaks, key=lambda name: peaks[name])
+    kept = {
+        name: memory.kept(spot.candidate.layout, spot.candidate.layout.coordinates(0)).total
+        for name, memory in problem.memories.items()
+        for use, spot in planned.choice.items()
+        if use == problem.home(name)
+    }
+    held = ", ".join(f"{name} {size / gigabyte:.1f} GB" for name, size in kept.items())
+    return [
+        f"nothing fits: the best that was found needs {peaks[worst] / gigabyte:.1f} GB on a device in `{worst}`, "
+        f"where {problem.hardware.name} has {problem.capacity / gigabyte:.1f} GB for models and calls: "
+        f"{planned.lacking / gigabyte:.1f} GB too much on each",
+        f"roles keep on a device of theirs: {held}",
+    ]

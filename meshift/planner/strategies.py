@@ -1,0 +1,137 @@
+"""How people lay out a step by hand, made as good as each way allows: what a plan is compared with.
+
+Each is a search among the choices that the way leaves, so that a plan's gain is over its best form. It knows
+nothing of other systems' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+from types import MappingProxyType
+
+from meshift.layout.layout import Layout
+from meshift.planner.candidates import Candidate, Problem, Use
+from meshift.planner.search import score
+from meshift.planner.timeline import Choice, Spot
+
+ROUNDS = 4
+"""Times that each use is given its best layout, given the others'."""
+
+
+def one_layout(problem: Problem) -> dict[Use, Spot]:
+    """All calls on all devices in one layout, sharded or not (DeepSpeed-Chat shards data ranks' state)."""
+    every = [{one for one in problem.layouts(use) if one.num_ranks == problem.num_devices} for use in problem.uses]
+    alike = set.intersection(*every) | {one for one in set.union(*every) if one.sharded and one.pipeline == 1}
+    choices = [_everywhere(problem, layout) for layout in sorted(alike, key=str)]
+    return min(choices, key=lambda choice: score(problem, choice))
+
+
+def megatron(problem: Problem) -> dict[Use, Spot]:
+    """ReaLHF's heuristic: tensor ranks within a host, as few stages as memory allows, data ranks else."""
+    num_heads = min(role.config.num_heads for role in problem.step.roles.values())
+    tensor = max(
+        n
+        for n in range(1, min(problem.hardware.per_host, num_heads) + 1)
+        if problem.num_devices % n == 0 and num_heads % n == 0
+    )
+    most = min(role.config.num_layers for role in problem.step.roles.values())
+    rest = problem.num_devices // tensor
+    choices = [
+        _everywhere(problem, Layout(data=rest // pipeline, tensor=tensor, pipeline=pipeline))
+        for pipeline in range(1, min(rest, most) + 1)
+        if rest % pipeline == 0
+    ]
+    fitting = [choice for choice in choices if score(problem, choice).excess == 0]
+    return fitting[0] if fitting else min(choices, key=lambda choice: score(problem, choice))
+
+
+def colocated(problem: Problem) -> dict[Use, Spot]:
+    """All calls on all devices, each in a layout of its own (as in verl)."""
+    size = problem.num_devices
+    return _best(problem, dict.fromkeys(problem.uses, (size, 0)))
+
+
+def split_by_role(problem: Problem) -> dict[Use, Spot] | None:
+    """Generation, the actor's training, the critic, what stands still: each on devices of its own (OpenRLHF).
+
+    None: there are too few devices.
+    """
+    found = [_best(problem, areas) for areas in _splits(problem)]
+    return min(found, key=lambda choice: score(problem, choice), default=None)
+
+
+STRATEGIES: Mapping[str, Callable[[Problem], dict[Use, Spot] | None]] = MappingProxyType(
+    {
+        "one layout for all": one_layout,
+        "split by role": split_by_role,
+        "Megatron heuristic": megatron,
+        "colocated": colocated,
+    }
+)
+
+
+def _everywhere(problem: Problem, layout: Layout) -> dict[Use, Spot]:
+    return {use: Spot(problem.candidate(use, layout), 0) for use in problem.uses}
+
+
+def _best(problem: Problem, areas: Mapping[Use, tuple[int, int]]) -> dict[Use, Spot]:
+    """Each use in its best layout on the devices that it is given: (how many, the first)."""
+    spots = {use: _spots(problem, use, *area) for use, area in areas.items()}
+    choice = {
+        use: min(found, key=lambda spot: sum(spot.candidate.seconds.values())) for use, found in spots.items()
+    }
+    draw = Random(0)
+    best = score(problem, choice)
+    for _ in range(ROUNDS):
+        for use in draw.sample(problem.uses, len(problem.uses)):
+            for spot in spots[use]:
+                found = score(problem, {**choice, use: spot})
+                if found < best:
+                    choice, best = {**choice, use: spot}, found
+    return choice
+
+
+def _spots(problem: Problem, use: Use, size: int, first: int) -> list[Spot]:
+    found: list[Candidate] = [one for one in problem.candidates[use] if one.size == size]
+    if not found:
+        every = (problem.candidate(use, layout) for layout in problem.layouts(use) if layout.num_ranks == size)
+        found = sorted(every, key=lambda one: one.kept)[:8]
+    return [Spot(one, first) for one in found]
+
+
+def _splits(problem: Problem) -> Iterator[dict[Use, tuple[int, int]]]:
+    """Halves or quarters for generation and for the actor's training; the rest for the others."""
+    groups = _groups(problem)
+    for shares in _shares(len(groups)):
+        sizes = [share * problem.num_devices // 8 for share in shares]
+        if any(not _spots(problem, use, n, 0) for group, n in zip(groups, sizes, strict=True) for use in group):
+            continue
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        yield {use: (n, a) for group, n, a in zip(groups, sizes, firsts, strict=True) for use in group}
+
+
+def _groups(problem: Problem) -> list[list[Use]]:
+    def group_of(use: Use) -> str:
+        if use.kind == "generate":
+            return "generation"
+        return use.role if problem.step.roles[use.role].trained else "still"
+
+    names = dict.fromkeys(group_of(use) for use in problem.uses)
+    return [[use for use in problem.uses if group_of(use) == name] for name in names]
+
+
+def _shares(count: int) -> list[tuple[int, ...]]:
+    """Eighths of the devices."""
+    shares: dict[int, list[tuple[int, ...]]] = {
+        1: [(8,)],
+        2: [(4, 4), (2, 6), (6, 2)],
+        3: [(4, 2, 2), (2, 4, 2), (2, 2, 4)],
+        4: [(2, 2, 2, 2), (4, 1, 2, 1), (2, 1, 4, 1), (1, 1, 4, 2), (2, 1, 3, 2), (3, 1, 2, 2)],
+    }
+    return shares[count]
+
+
+def placed(choice: Choice) -> dict[str, str]:
+    """In words: each use with its layout and devices."""
+    return {str(use): f"{spot.candidate.layout}@{spot.first}-{spot.stop - 1}" for use, spot in choice.items()}

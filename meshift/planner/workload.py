@@ -1,0 +1,139 @@
+"""What a step asks for, as numbers: the roles' models, the texts, and the calls with what each waits for.
+
+It knows nothing of devices, of layouts or of how long anything takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil, exp, log
+from typing import Literal
+
+from meshift.config.sections import TrainableConfig
+from meshift.graph.calls import Kind
+from meshift.models.config import DecoderConfig, HeadKind
+
+ComputeType = Literal["float32", "bfloat16"]
+WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One role's model and how it runs. `passes` has its micro-batches; `trained` says whether it is updated.
+
+    `averaged`: it follows another role (EMA), which takes fp32 averages. `offloaded`: it leaves the device while
+    no call uses it.
+    """
+
+    name: str
+    config: DecoderConfig
+    head: HeadKind
+    dtype: ComputeType = "bfloat16"
+    trained: bool = False
+    averaged: bool = False
+    offloaded: bool = False
+    passes: TrainableConfig = field(default_factory=TrainableConfig)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one weight or activation."""
+        return WIDTHS[self.dtype]
+
+    @property
+    def num_frozen_layers(self) -> int:
+        """The embedding and this many layers keep their weights; all of them where nothing is trained."""
+        return self.passes.num_frozen_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The texts of one call: `num_prompts` prompts with `per_prompt` completions each (two, for pairs).
+
+    Tokens: `prompt` is the mean, `completion` the mean of a long-tailed distribution that `longest_completion`
+    cuts off. Completion lengths are taken to end at every token with the same probability (a truncated geometric
+    distribution, as exponential), so that a mean and a limit say all.
+    """
+
+    num_prompts: int
+    prompt: int
+    longest_prompt: int
+    completion: float
+    longest_completion: int
+    per_prompt: int = 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions of all prompts."""
+        return self.num_prompts * self.per_prompt
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that there may be."""
+        return self.longest_prompt + self.longest_completion
+
+    def num_rows(self, *, share_prefixes: bool) -> float:
+        """Tokens that run in a pass over all sequences; with `share_prefixes` each prompt once."""
+        prompts = self.num_prompts if share_prefixes else self.num_sequences
+        return prompts * self.prompt + self.num_sequences * self.completion
+
+    @cached_property
+    def rate(self) -> float:
+        """Of the exponential distribution, cut off at `longest_completion`, with this mean; 0: all are longest."""
+        most = float(self.longest_completion)
+        if self.completion >= 0.999 * most:
+            return 0.0
+        low, high = 1e-9 / most, 1e3 / self.completion
+        for _ in range(100):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if (1 - exp(-middle * most)) / middle > self.completion else (low, middle)
+        return low
+
+    def alive(self, position: float) -> float:
+        """The share of completions that have more than this many tokens."""
+        return 0.0 if position >= self.longest_completion else exp(-self.rate * position)
+
+    def lengths(self, count: int) -> list[int]:
+        """Completion lengths of `count` sequences: evenly spaced quantiles, the longest first."""
+        shares = [(i + 0.5) / count for i in range(count)]
+        if self.rate == 0.0:
+            return [self.longest_completion] * count
+        return [min(self.longest_completion, max(1, ceil(-log(share) / self.rate))) for share in shares]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCall:
+    """A model call as the planner sees it: which texts, how often, and which calls it waits for.
+
+    `num_passes` goes through all texts, `num_updates` optimizer steps in each. `num_read` is how many rows of a
+    sequence the head reads: completion tokens, or 1. `num_slots`: sequences that one engine decodes at a time.
+    """
+
+    name: str
+    role: str
+    kind: Kind
+    texts: Texts
+    waits: frozenset[str] = frozenset()
+    num_passes: int = 1
+    num_updates: int = 1
+    num_read: float = 1.0
+    num_slots: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """`target` follows `source`, every `every` steps, after the call `after`."""
+
+    source: str
+    target: str
+    every: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """All model calls of a step in program order, and the roles that they use."""
+
+    roles: Mapping[str, Role]
+    calls: tuple[PlannedCall, ...]
+    mixings: tuple[Mixing, ...] = ()

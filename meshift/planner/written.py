@@ -1,0 +1,48 @@
+"""A choice as placements, and as the `plan:` section of a run's config. It knows nothing of how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from meshift.graph.calls import Kind
+from meshift.layout.layout import Placement
+from meshift.layout.mesh import Device, Mesh
+from meshift.planner.candidates import Problem
+from meshift.planner.timeline import Choice, Spot
+
+
+def placements_of(problem: Problem, choice: Choice) -> dict[str, dict[Kind, Placement]]:
+    """Role -> kind of call -> placement. Devices have hosts where there are several: `node0`, `node1`, ...
+
+    On one host devices without work are left out of the numbers, since a run starts a process for each.
+    """
+    used = sorted({i for spot in choice.values() for i in range(spot.first, spot.stop)})
+    numbers = {device: number for number, device in enumerate(used)}
+    found: dict[str, dict[Kind, Placement]] = {}
+    for use, spot in choice.items():
+        placement = Placement(mesh=_mesh(problem, spot, numbers), layout=spot.candidate.layout)
+        found.setdefault(use.role, {})[use.kind] = placement
+    return found
+
+
+def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:
+    """What `plan:` of a run's config holds: `{"actor": {"train": {"mesh": "0-3", "layout": "d2t2p1"}}}`."""
+    values: dict[str, dict[str, Any]] = {}
+    for role, kinds in placements_of(problem, choice).items():
+        written: dict[str, Any] = {k: {"mesh": str(p.mesh), "layout": str(p.layout)} for k, p in kinds.items()}
+        if problem.step.roles[role].offloaded:
+            written["offload"] = True
+        values[role] = written
+    return values
+
+
+def _mesh(problem: Problem, spot: Spot, numbers: Mapping[int, int]) -> Mesh:
+    per_host = problem.hardware.per_host
+    if problem.num_devices <= per_host:
+        return Mesh(devices=tuple(Device(index=numbers[i]) for i in range(spot.first, spot.stop)))
+    return Mesh(
+        devices=tuple(
+            Device(host=f"node{i // per_host}", index=i % per_host) for i in range(spot.first, spot.stop)
+        )
+    )

@@ -1,0 +1,60 @@
+"""A plan as a page: a step on its devices, its calls in figures, and why it is what it is.
+
+It knows nothing of how the plan was found.
+"""
+
+from __future__ import annotations
+
+from meshift.planner.explain import explanation, of_proof
+from meshift.planner.planning import Planned
+from meshift.report.device_chart import Bar, device_chart
+from meshift.report.document import document, number_table, section
+from meshift.report.markup import Markup, element
+
+MAX_ROWS = 32
+"""More devices than this are shown by hosts."""
+
+
+def plan_page(planned: Planned) -> str:
+    """The whole page, which needs no other file."""
+    problem = planned.problem
+    title = f"A plan for {problem.num_devices} {problem.hardware.name}: {planned.seconds:.3g} s a step"
+    reasons = element("ul", *(element("li", sentence) for sentence in explanation(planned)))
+    return document(
+        title,
+        element("h1", title),
+        element("p", of_proof(planned)),
+        section("A step", _chart(planned), anchor="step"),
+        section("Calls", _calls(planned), anchor="calls"),
+        section("Reasons", reasons, anchor="reasons"),
+    )
+
+
+def _chart(planned: Planned) -> Markup:
+    problem = planned.problem
+    by_host = problem.num_devices > MAX_ROWS
+    each = problem.hardware.per_host if by_host else 1
+    bars: list[Bar] = []
+    for event in (event for event in planned.events if event.end > event.start):
+        numbers = [device.index + problem.hardware.per_host * _host(device.host) for device in event.devices]
+        rows = sorted({number // each for number in numbers})
+        seconds = event.end - event.start
+        bars.append(Bar(name=event.name, position=len(bars), start=event.start, seconds=seconds, processes=rows))
+    return device_chart(bars, "host" if by_host else "device")
+
+
+def _host(name: str) -> int:
+    return int(name.removeprefix("node") or 0)
+
+
+def _calls(planned: Planned) -> Markup:
+    rows = []
+    for op in planned.problem.ops:
+        event = next(event for event in planned.events if event.name == op.name)
+        if op.kind != "call":
+            continue
+        spot = planned.choice[op.uses[0]]
+        mesh = f"{spot.first}-{spot.stop - 1}"
+        seconds, memory = f"{event.end - event.start:.2f}", f"{event.peak / 1e9:.1f}"
+        rows.append([op.name, str(spot.candidate.layout), mesh, seconds, memory])
+    return number_table(["call", "layout", "devices", "seconds", "memory, GB"], rows)

@@ -1,0 +1,110 @@
+"""`meshift plan` from a config and a config.json: a table, a file that a run reads, or what is short."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from meshift.cli.main import main
+from meshift.config.plan import PPOPlan
+from meshift.layout.layout import Placement
+
+SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+RAW = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 32, **SIZES}
+RUN = """
+output_dir: runs/x
+data: {{dataset_name: x.jsonl, batch_size: 256, max_prompt_length: 256}}
+actor: {{model_name_or_path: {model}}}
+reward: {{model_name_or_path: {model}}}
+generation: {{max_completion_length: 256}}
+ppo: {{num_mini_batches: 4}}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A PPO run of a model of which there is a config.json alone."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(RAW))
+    file = tmp_path / "ppo.yaml"
+    file.write_text(RUN.format(model=folder))
+    return file
+
+
+def plan(file, *words):
+    return main(["plan", "--config", str(file), "--seconds", "2", *words])
+
+
+def test_a_plan_is_shown_and_written_as_a_run_reads_it(run_file, tmp_path, capsys):
+    out = tmp_path / "plan.yaml"
+    assert plan(run_file, "--devices", "4", "--hardware", "a100", "--explain", "--out", str(out)) == 0
+    shown = capsys.readouterr().out
+    for word in ("rollout", "train_critic", "Megatron heuristic", "times the plan's", "(actor.generate) runs as"):
+        assert word in shown
+    read = PPOPlan.model_validate(yaml.safe_load(out.read_text())["plan"])
+    assert set(read.roles) == {"actor", "critic", "reference", "reward"}
+    for role in read.roles.values():
+        for given in role.placements.values():
+            assert Placement.parse(given.mesh, given.layout).layout.num_ranks <= 4
+
+
+def test_what_is_predicted_is_written_too(run_file, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert plan(run_file, "--devices", "2", "--out", str(out)) == 0
+    written = json.loads(out.read_text())
+    assert written["predicted"]["bound_s"] <= written["predicted"]["step_s"] * 1.05
+    assert {event["name"] for event in written["predicted"]["events"]} >= {"rollout", "train_actor"}
+    assert "step" in capsys.readouterr().out
+
+
+def test_a_plan_is_a_page_to_look_at(run_file, tmp_path):
+    out = tmp_path / "plan.html"
+    assert plan(run_file, "--devices", "4", "--out", str(out)) == 0
+    page = out.read_text()
+    assert "device 3" in page
+    assert "<title>train_critic: " in page
+    assert "(actor.generate) runs as" in page
+
+
+def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, capsys):
+    assert plan(run_file, "--devices", "1", "--what-if", "devices=2", "--what-if", "completion=64,250") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "sequences a second" in line]
+    seconds = [float(line.split("step ")[1].split(" s")[0]) for line in rows]
+    assert len(seconds) == 4
+    assert seconds[1] < seconds[0]
+    assert seconds[2] < seconds[0] < seconds[3]
+
+
+def test_what_does_not_fit_is_said_with_what_would(run_file, capsys):
+    words = ("--devices", "1", "dtype=float32", "actor.max_tokens_per_micro_batch=65536")
+    assert plan(run_file, *words, "data.batch_size=1024", "generation.num_slots=4096") == 2
+    told = capsys.readouterr()
+    assert "GB too much" in told.out
+    assert "what would fit" in told.out
+    assert "does not fit on 1 h100" in told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--devices", "0"), "give at least 1"),
+        (("--devices", "2", "--hardware", "abacus"), "none of a100"),
+        (("--devices", "2", "--what-if", "weather=fine"), "write one of devices"),
+        (("--devices", "2", "--command", "pp"), "trains nothing"),
+        (("--devices", "2", "actor.model_name_or_path=/nowhere"), "/nowhere"),
+    ],
+)
+def test_a_mistake_is_named_in_one_sentence(run_file, capsys, words, said):
+    assert plan(run_file, *words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_planning_needs_no_torch(run_file):
+    code = "import sys; from meshift.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    words = ["plan", "--config", str(run_file), "--devices", "1", "--seconds", "1", "--command", "ppo"]
+    assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,185 @@
+"""Seconds follow from counts that can be made another way: bytes of plans, operations, rings, lengths."""
+
+import pytest
+from tiny_families import MODELS
+from tiny_tables import SIZES
+
+from meshift.config.sections import TrainableConfig
+from meshift.layout.layout import Layout, Placement
+from meshift.models.hf.families import FAMILIES, read_config
+from meshift.models.shards import shard_table
+from meshift.planner.cost import Costs
+from meshift.planner.decoding import course
+from meshift.planner.hardware import KNOWN, as_values, from_values
+from meshift.planner.memory import Memory
+from meshift.planner.moving import Moving
+from meshift.planner.workload import PlannedCall, Role, Texts
+from meshift.realloc.plan import plan, unchanged
+from meshift.training.optimizer import is_frozen
+
+H100 = KNOWN["h100"]
+TEXTS = Texts(num_prompts=256, prompt=128, longest_prompt=128, completion=300, longest_completion=1024)
+
+
+def llama(layers=32, hidden=4096, **changes):
+    sizes = {"vocab_size": 32000, "hidden_size": hidden, "intermediate_size": 11008, "num_hidden_layers": layers}
+    sizes |= {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "head_dim": 128,
+    }
+    raw = {"model_type": "llama", "architectures": [FAMILIES["llama"].causal], **sizes, **changes}
+    return read_config(raw, "a test")
+
+
+def actor(config=None, trained=True, **passes):
+    given = TrainableConfig(max_tokens_per_micro_batch=8192, **passes)
+    return Role(name="actor", config=config or llama(), head="lm", trained=trained, passes=given)
+
+
+def call(kind, texts=TEXTS, **changes):
+    return PlannedCall(name=kind, role="actor", kind=kind, texts=texts, num_read=texts.completion, **changes)
+
+
+def seconds(kind, layout, texts=TEXTS, hardware=H100, role=None, **changes):
+    return Costs(role or actor(), hardware).of(call(kind, texts, **changes), Layout.parse(layout))
+
+
+PAIRS = [
+    ("d2t2p1", "d4t1p1"),
+    ("d1t2p2", "d2t2p1"),
+    ("d4t1p1s", "d1t2p2"),
+    ("d1t4p1", "d1t1p3"),
+    ("d1t3p1", "d2t1p2s"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("first", [0, 1, 2, 4])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_moves_is_what_a_plan_of_reallocation_sends(name, first, pair, frozen):
+    family, differs = MODELS[name]
+    sizes = {**SIZES, "max_position_embeddings": 64, "num_hidden_layers": 3}
+    raw = {"model_type": family, "architectures": [FAMILIES[family].causal], **sizes, **differs}
+    config = read_config(raw, "a test")
+    home, target = (Layout.parse(text) for text in pair)
+    table = shard_table(config, "lm")
+    frozen_names = [name for name in table if is_frozen(name, frozen)]
+    made = plan(
+        Placement.parse(f"0-{home.num_ranks - 1}", pair[0]),
+        Placement.parse(f"{first}-{first + target.num_ranks - 1}", pair[1]),
+        table,
+        leave_out=unchanged(dict.fromkeys(frozen_names, 0), dict.fromkeys(frozen_names, 0)),
+    )
+    role = Role(
+        name="actor", config=config, head="lm", trained=True, passes=TrainableConfig(num_frozen_layers=frozen)
+    )
+    found = Moving(Memory(role), H100).missing(home, target, first)
+    assert 2 * found.total == made.wire_bytes
+    assert 2 * found.most == max(made.received)
+
+
+def test_moving_to_the_same_layout_on_the_same_devices_sends_nothing_and_elsewhere_all():
+    moving = Moving(Memory(actor()), H100)
+    layout = Layout.parse("d2t4p1")
+    assert moving.missing(layout, layout, 0).total == 0
+    elsewhere = moving.missing(layout, layout, None)
+    assert elsewhere.total == 8 * elsewhere.most
+    assert moving.seconds(layout, layout, None, far=True) > moving.seconds(layout, layout, None, far=False)
+
+
+def test_training_takes_six_operations_for_each_weight_and_token():
+    role = actor()
+    cost = seconds("train", "d1t1p1", role=role)
+    tokens = 256 * (128 + 300)
+    weights = sum(s.num_elements for s in shard_table(role.config, "lm").values()) - 32000 * 4096
+    least = 6 * weights * tokens / (H100.flops["bfloat16"] * H100.compute_share)
+    assert least < cost.parts["compute"] < 1.35 * least
+
+
+def test_reading_takes_a_third_of_learning():
+    ratio = seconds("infer", "d1t1p1").parts["compute"] / seconds("train", "d1t1p1").parts["compute"]
+    assert 0.25 < ratio < 0.34
+
+
+def test_checkpointing_costs_a_forward_pass_more():
+    once, again = (
+        seconds("train", "d1t1p1", role=actor(gradient_checkpointing=on)).parts["compute"] for on in (False, True)
+    )
+    assert 1.25 < again / once < 1.34
+
+
+def test_decoding_reads_all_weights_for_every_token():
+    texts = Texts(num_prompts=1, prompt=8, longest_prompt=8, completion=100, longest_completion=100)
+    cost = seconds("generate", "d1t1p1", texts)
+    weights = sum(s.num_elements for s in shard_table(llama(), "lm").values()) - 32000 * 4096
+    reading = 100 * weights * 2 / (H100.memory_rate * H100.memory_share)
+    delays = 100 * 32 * H100.layer_delay
+    assert reading + delays < cost.parts["decode"] < 1.1 * (reading + delays)
+
+
+def test_a_growing_cache_makes_later_tokens_dearer():
+    short, long = (
+        seconds(
+            "generate",
+            "d1t1p1",
+            Texts(num_prompts=256, prompt=8, longest_prompt=8, completion=n, longest_completion=n),
+            num_slots=256,
+        ).parts["decode"]
+        for n in (512, 2048)
+    )
+    assert long > 1.5 * 4 * short
+
+
+@pytest.mark.parametrize("layout", ["d1t2p1", "d1t8p1"])
+def test_tensor_ranks_send_a_ring_of_rows_at_each_of_their_sums(layout):
+    role, layout = actor(), Layout.parse(layout)
+    costs = Costs(role, H100)
+    given, t = call("infer"), layout.tensor
+    num = costs.memory.num_micro_batches(given, layout)
+    rows = TEXTS.num_rows(share_prefixes=True) / num
+    ring = 2 * (t - 1) * (rows * 4096 * 2 / t / (H100.near_rate * H100.link_share) + H100.near_delay)
+    assert costs.of(given, layout).parts["tensor"] == pytest.approx(num * 65 * ring)
+
+
+def test_a_pipeline_idles_for_its_other_stages():
+    parts = seconds("train", "d1t1p4").parts
+    assert parts["bubbles"] / parts["compute"] == pytest.approx(3 / 16, rel=0.1)
+    assert seconds("train", "d4t1p1").parts["bubbles"] == 0
+
+
+def test_between_hosts_tensor_sums_take_longer_than_within():
+    role = actor(llama(num_attention_heads=64, num_key_value_heads=64, head_dim=64))
+    assert (
+        seconds("train", "d1t16p1", role=role).parts["tensor"] > 1.3 * seconds("train", "d1t8p1").parts["tensor"]
+    )
+
+
+def test_a_faster_network_makes_only_what_crosses_hosts_faster():
+    near, far = seconds("train", "d1t8p1"), seconds("train", "d16t1p1")
+    faster = H100.changed(far_rate=2)
+    assert seconds("train", "d1t8p1", hardware=faster).seconds == near.seconds
+    assert 0.5 <= seconds("train", "d16t1p1", hardware=faster).parts["data"] / far.parts["data"] < 0.9
+
+
+def test_lengths_have_the_mean_and_the_limit_that_were_asked_for():
+    lengths = TEXTS.lengths(20000)
+    assert sum(lengths) / len(lengths) == pytest.approx(300, rel=0.01)
+    assert max(lengths) == 1024
+    assert TEXTS.alive(400) == pytest.approx(sum(n > 400 for n in lengths) / 20000, abs=0.01)
+
+
+def test_the_course_of_a_generation_is_that_of_slots_filled_one_by_one():
+    found = course(TEXTS, 100, 16)
+    assert sum(span.steps * span.live for span in found.spans) == pytest.approx(sum(TEXTS.lengths(100)))
+    assert max(span.live for span in found.spans) <= 16
+    assert course(TEXTS, 100, 100).num_steps == max(TEXTS.lengths(100))
+    assert found.num_steps > course(TEXTS, 100, 32).num_steps
+    assert found.ended[0] == 0
+    assert found.ended[-1] == 1
+
+
+def test_a_description_of_hardware_survives_json():
+    assert from_values(as_values(H100)) == H100

@@ -1,0 +1,281 @@
+"""What roles keep is counted as real tensors and boxes are; what calls need is near what is measured."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import MODELS, family_model
+from tiny_tables import SIZES
+
+from meshift.config.sections import TrainableConfig
+from meshift.generation.cache import KVCache
+from meshift.layout.boxes import boxes_of, num_elements
+from meshift.layout.layout import Coordinates, Layout, Placement
+from meshift.layout.mesh import Device
+from meshift.models.attention import PackedAttention, packed_positions
+from meshift.models.decoder import Decoder
+from meshift.models.hf.families import FAMILIES, read_config
+from meshift.models.shards import shard_table
+from meshift.planner.memory import Machine, Memory
+from meshift.planner.sizes import Sizes
+from meshift.planner.workload import PlannedCall, Role, Texts
+from meshift.training.optimizer import MasterAdamW, freeze_layers, is_frozen
+
+LAYOUTS = ("d1t1p1", "d2t2p1", "d1t3p2", "d3t1p1s", "d2t2p3s", "d1t6p1")
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FIRST = Coordinates(data=0, tensor=0, pipeline=0)
+
+
+def tiny_config(name, num_layers=3):
+    family, differs = MODELS[name]
+    sizes = {**SIZES, "max_position_embeddings": 64, "num_hidden_layers": num_layers}
+    return read_config(
+        {"model_type": family, "architectures": [FAMILIES[family].causal], **sizes, **differs}, "a test"
+    )
+
+
+def wide_config(name="llama", **changes):
+    """Wide enough for what is kept in fp32 beside a row to be little, as in real models."""
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 688, "head_dim": 32, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "num_hidden_layers": 3, **changes}
+    return read_config({"model_type": name, "architectures": [FAMILIES[name].causal], **sizes}, "a test")
+
+
+def role(config, head="lm", dtype="bfloat16", frozen=0, trained=True, **passes):
+    given = TrainableConfig(num_frozen_layers=frozen, **passes)
+    return Role(name="actor", config=config, head=head, dtype=dtype, trained=trained, passes=given)
+
+
+def call(kind="train", num_prompts=8, completion=32, per_prompt=1, **changes):
+    texts = Texts(
+        num_prompts=num_prompts,
+        prompt=16,
+        longest_prompt=16,
+        completion=completion,
+        longest_completion=completion,
+        per_prompt=per_prompt,
+    )
+    return PlannedCall(name="call", role="actor", kind=kind, texts=texts, num_read=completion, **changes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_rank_is_counted_to_hold_what_its_boxes_hold(name, layout):
+    config, layout = tiny_config(name), Layout.parse(layout)
+    if layout.tensor > config.num_heads:
+        pytest.skip("the layout cuts no such model")
+    table = shard_table(config, "lm")
+    sizes = Sizes(config, "lm", trained=True, num_frozen_layers=2)
+    for rank in range(layout.num_ranks):
+        boxes = {name: num_elements(box) for name, box in boxes_of(layout, table, rank).items()}
+        frozen = sum(count for name, count in boxes.items() if is_frozen(name, 2))
+        found = sizes.held(layout, layout.coordinates(rank))
+        assert found == (frozen, sum(boxes.values()) - frozen)
+
+
+@pytest.mark.parametrize(
+    "pair", [("d2t2p1", "d4t1p1"), ("d1t2p2", "d2t2p1"), ("d4t1p1s", "d1t2p2"), ("d1t2p2", "d1t2p2")]
+)
+@pytest.mark.parametrize("mesh", ["0-3", "2-5", "3,2,1,0"])
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied"])
+def test_a_second_placement_takes_the_boxes_that_the_first_has_not(name, mesh, pair):
+    config = tiny_config(name)
+    home, other = Placement.parse("0-3", pair[0]), Placement.parse(mesh, pair[1])
+    memory = Memory(role(config, dtype="float32", frozen=1))
+    table = shard_table(config, "lm")
+    for index in range(6):
+        device, expected = Device(index=index), 0
+        mine, theirs = (p.mesh.rank_of(device) for p in (home, other))
+        held = {} if mine is None else boxes_of(home.layout, table, mine)
+        for parameter, box in held.items():
+            expected += num_elements(box) * (4 if is_frozen(parameter, 1) else 16)
+        if home != other:
+            for parameter, box in ({} if theirs is None else boxes_of(other.layout, table, theirs)).items():
+                same = held.get(parameter) == box and not is_frozen(parameter, 1)
+                expected += 0 if same else 4 * num_elements(box)
+        assert memory.on_device({"train": home, "generate": other}, device) == expected
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "gpt2"])
+def test_weights_masters_gradients_and_moments_are_those_of_a_real_optimizer(name, dtype, frozen):
+    model = family_model(name, num_layers=3, dtype=TYPES[dtype])
+    given = role(model.config, dtype=dtype, frozen=frozen)
+    freeze_layers(model, frozen, 3)
+    optimizer = MasterAdamW(model, given.passes)
+    hidden = model(torch.arange(6), packed_positions([6]), PackedAttention([6]))
+    model.head(hidden).sum().backward()
+    optimizer.step(1e-3)
+    own = {p.data_ptr() for p in model.parameters()}
+    masters = [m for m in optimizer.masters if m.data_ptr() not in own]
+    moments = [t for t in optimizer.held()[len(optimizer.masters) :] if t.dim()]
+    found = Memory(given).kept(Layout(), FIRST)
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.masters == sum(m.nbytes for m in masters)
+    assert found.gradients == sum(g.nbytes for g in optimizer.gradients())
+    assert found.moments == sum(t.nbytes for t in moments)
+    assert found.total == found.weights + found.masters + found.gradients + found.moments
+
+
+def test_a_role_that_follows_another_keeps_fp32_averages_beside_bfloat16_weights():
+    config = tiny_config("llama-tied")
+    frozen = Role(name="reference", config=config, head="lm", averaged=True)
+    found = Memory(frozen).kept(Layout(), FIRST)
+    assert (found.averages, found.masters, found.moments) == (2 * found.weights, 0, 0)
+
+
+@pytest.mark.parametrize("slots", [3, 8, 64])
+def test_the_cache_has_the_shape_that_generation_gives_it(slots):
+    model = family_model("llama-tied", num_layers=3)
+    given = call("generate", num_prompts=20, num_slots=slots)
+    found = Memory(role(model.config, dtype="float32")).working(given, Layout(), FIRST)
+    shape = KVCache.shape(model, -(-min(slots, 20) // 8) * 8, 16 + 32)
+    assert found.cache == 2 * 4 * torch.Size(shape).numel()
+
+
+def test_the_cache_of_a_rank_covers_its_heads_its_layers_and_its_sequences():
+    whole = Memory(role(wide_config(num_hidden_layers=4)))
+    given = call("generate", num_prompts=64, num_slots=64)
+    alone = whole.working(given, Layout(), FIRST).cache
+    assert whole.working(given, Layout.parse("d1t2p1"), FIRST).cache == alone / 2
+    assert whole.working(given, Layout.parse("d2t1p1"), FIRST).cache == alone / 2
+    assert whole.working(given, Layout.parse("d1t1p2"), FIRST).cache == alone / 2
+
+
+def saved_bytes(config, lengths, dtype=torch.float32, checkpoint=False):
+    """What autograd keeps of the layers of a model, by storages that are no weights."""
+    model = Decoder(config).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tokens = torch.zeros(sum(lengths), dtype=torch.int64)
+        out = model(tokens, packed_positions(lengths), PackedAttention(lengths), checkpoint=checkpoint)
+    assert out.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("lengths", [[128], [96, 80, 80, 70], [128, 40, 100]])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_activations_kept_for_the_backward_pass_are_as_predicted(name, lengths):
+    config = wide_config(name)
+    predicted = sum(lengths) * 3 * 4 * Memory(role(config, dtype="float32")).saved_numbers(Layout())
+    # Without padding less is kept than predicted, and a group of sequences is padded by a quarter at most.
+    assert 0.8 < saved_bytes(config, lengths) / predicted < 1.1
+
+
+def test_bfloat16_kernels_keep_two_matrices_of_the_mlp():
+    config, lengths = wide_config(), [96, 80, 80]
+    from meshift.kernels.cpu import kernels, products_for
+
+    if kernels() is None or products_for(torch.zeros(1, dtype=torch.bfloat16)) is None:
+        pytest.skip("this machine multiplies by torch")
+    predicted = sum(lengths) * 3 * 2 * Memory(role(config), Machine(kernels=True)).saved_numbers(Layout())
+    assert 0.8 < saved_bytes(config, lengths, torch.bfloat16) / predicted < 1.1
+
+
+def test_with_checkpointing_layers_keep_their_input_alone():
+    config, rows = wide_config(num_hidden_layers=6), 128
+    given = call(num_prompts=1, completion=112)
+    with_all, inputs = (
+        Memory(role(config, dtype="float32", gradient_checkpointing=on)).working(given, Layout(), FIRST)
+        for on in (False, True)
+    )
+    each = rows * 4 * Memory(role(config, dtype="float32")).saved_numbers(Layout())
+    assert with_all.activations - inputs.activations == pytest.approx(5 * each - 6 * rows * 256 * 4, rel=1e-6)
+    with_norm = 7 * rows * 256 * 4  # the final norm keeps its input too
+    assert saved_bytes(config, [rows], checkpoint=True) == pytest.approx(with_norm, rel=0.05)
+
+
+def test_the_first_of_several_stages_keeps_the_most_micro_batches():
+    memory = Memory(role(wide_config(num_hidden_layers=8), gradient_checkpointing=True))
+    layout, given = Layout.parse("d1t1p4"), call(num_prompts=256)
+    assert memory.num_micro_batches(given, layout) == 16
+    stages = [memory.working(given, layout, Coordinates(data=0, tensor=0, pipeline=s)) for s in range(4)]
+    kept = [stage.activations for stage in stages]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    steps = {one - other for one, other in pairwise(kept)}
+    assert steps == {
+        memory.micro_batch_rows(given, layout) * 3 * 256 * 2
+    }  # inputs of its two layers, and what leaves
+
+
+def test_sharded_ranks_bring_one_layer_together_at_a_time_but_in_a_pipeline_all():
+    config = wide_config(num_hidden_layers=8)
+    memory, given = Memory(role(config)), call()
+    alone = memory.working(given, Layout.parse("d4t1p1"), FIRST)
+    sharded = memory.working(given, Layout.parse("d4t1p1s"), FIRST)
+    stages = memory.working(given, Layout.parse("d2t1p2s"), FIRST)
+    layer = sum(s.num_elements for s in shard_table(config, "lm").values() if s.layer == 0)
+    assert alone.gathered == 0
+    assert 2 * layer * 2 < sharded.gathered < 8 * layer * 2 + 12 * layer
+    assert stages.gathered >= 4 * layer * (2 + 4)
+    inferring = memory.working(call("infer"), Layout.parse("d4t1p1s"), FIRST)
+    assert inferring.gathered < sharded.gathered
+
+
+def test_micro_batches_are_counted_with_prompts_that_run_once():
+    together = Memory(role(tiny_config("llama-tied"), max_tokens_per_micro_batch=10_000))
+    apart = Memory(role(tiny_config("llama-tied"), max_tokens_per_micro_batch=10_000, share_prefixes=False))
+    given = call(num_prompts=4, per_prompt=8)
+    assert together.micro_batch_rows(given, Layout()) == 4 * 16 + 32 * 32
+    assert apart.micro_batch_rows(given, Layout()) == 32 * (16 + 32)
+    assert apart.micro_batch_rows(given, Layout.parse("d4t1p1")) == 8 * (16 + 32)
+    assert (
+        Memory(role(tiny_config("llama-tied"), max_tokens_per_micro_batch=10)).micro_batch_rows(given, Layout())
+        == 48
+    )
+
+
+MODEL = Path.home() / ".cache/meshift/derived/smollm2-135m-instruct"
+MEASURED = """
+import re, sys, torch
+from meshift.algorithms.losses import PolicyLoss
+from meshift.batch import Batch, Ragged
+from meshift.config.sections import TrainableConfig
+from meshift.models.hf.load import load_model
+from meshift.training.engine import TrainingEngine, TrainTask
+from meshift.training.readings import TokenLogprobs
+
+def read(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+model = load_model(sys.argv[1], head="lm", dtype=torch.float32)
+before = read("VmRSS") - sum(p.nbytes for p in model.parameters())
+config = TrainableConfig(max_tokens_per_micro_batch=2048, gradient_checkpointing=sys.argv[2] == "True")
+engine = TrainingEngine(model, config, trainable=True)
+whole, completion = torch.full((8,), 256), torch.full((8,), 192)
+ids = torch.randint(0, 40000, (8 * 256,))
+floats = {key: Ragged(torch.randn(8 * 192) - 5, completion) for key in ("logprobs", "advantages")}
+lengths = Ragged.scalars(completion)
+batch = Batch({"tokens": Ragged(ids, whole), "completion_lengths": lengths, **floats})
+loss = PolicyLoss(reading=TokenLogprobs(key="new_logprobs"), max_importance_ratio=None)
+engine.train(TrainTask(loss=loss, num_epochs=2), batch, rate=1e-5, seed=0)
+print(read("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2-135M is not in the cache")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_a_real_model_takes_the_memory_that_was_predicted(checkpointing):
+    script = [sys.executable, "-c", MEASURED, str(MODEL), str(checkpointing)]
+    measured = int(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+    config = read_config(json.loads((MODEL / "config.json").read_text()), "a test")
+    passes = {"max_tokens_per_micro_batch": 2048, "gradient_checkpointing": checkpointing}
+    memory = Memory(role(config, dtype="float32", **passes), Machine(packs=True))
+    texts = Texts(num_prompts=8, prompt=64, longest_prompt=64, completion=192, longest_completion=192)
+    given = PlannedCall(name="train", role="actor", kind="train", texts=texts, num_passes=2, num_read=192)
+    predicted = memory.kept(Layout(), FIRST).total + memory.working(given, Layout(), FIRST).total
+    assert 0.8 < measured / predicted < 1.2

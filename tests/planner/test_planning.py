@@ -1,0 +1,76 @@
+"""A request gets a plan with its figures, or what is short and what would fit."""
+
+import pytest
+from tiny_steps import device, llama, step, texts
+
+from meshift.layout.layout import Placement
+from meshift.planner.evaluate import evaluate, peak_bytes
+from meshift.planner.explain import explanation
+from meshift.planner.planning import make_plan, shortage
+from meshift.planner.prove import has_solver
+from meshift.planner.strategies import STRATEGIES
+from meshift.planner.written import placements_of, plan_values
+
+
+def test_a_plan_comes_with_its_proof_its_events_and_what_it_gains():
+    planned = make_plan(step("ppo"), device(), 4, seconds=4)
+    assert planned.lacking == 0
+    assert {event.name for event in planned.events} >= {call.name for call in planned.problem.step.calls}
+    assert [rival.name for rival in planned.rivals] == list(STRATEGIES)
+    assert all(rival.seconds is None or rival.seconds >= planned.proof.seconds for rival in planned.rivals)
+    assert planned.proof.proven == has_solver()
+    assert planned.proof.bound <= planned.proof.seconds
+
+
+def test_an_explanation_names_every_call_its_layout_and_the_share_of_moves():
+    planned = make_plan(step("grpo"), device(), 4, seconds=3)
+    text = "\n".join(explanation(planned))
+    for use, spot in planned.choice.items():
+        assert f"({use}) runs as {spot.candidate.layout} on {spot.candidate.size} devices" in text
+    assert "decoding" in text
+    assert ("Nothing is proven" in text) == (not has_solver())
+
+
+def test_what_is_short_is_said_with_changes_that_help():
+    tight = device(memory=0.5)
+    planned = make_plan(step("grpo", given=texts(num_prompts=256)), tight, 1, seconds=2)
+    assert planned.lacking > 0
+    assert "rollout" in shortage(planned)[0] or "train_actor" in shortage(planned)[0]
+    count = next(int(change.split()[0]) for change in planned.changes if "devices instead" in change)
+    assert make_plan(step("grpo", given=texts(num_prompts=256)), tight, count, seconds=2).lacking == 0
+    assert planned.changes[-1].startswith("devices with")
+
+
+def test_roles_leave_their_devices_only_where_nothing_else_fits():
+    large = llama(layers=4)
+    roomy = make_plan(step("ppo", actor=large, critic=large), device(memory=8), 1, seconds=2)
+    assert not any(plan.get("offload") for plan in plan_values(roomy.problem, roomy.choice).values())
+    tight = make_plan(step("ppo", actor=large, critic=large), device(memory=2.2), 1, seconds=4)
+    assert tight.lacking == 0
+    assert any(plan.get("offload") for plan in plan_values(tight.problem, tight.choice).values())
+    peaks = peak_bytes(tight.problem.step, tight.problem.hardware, placements_of(tight.problem, tight.choice))
+    assert max(peaks.values()) <= tight.problem.capacity
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 5, 7])
+def test_any_number_of_devices_has_a_plan(num_devices):
+    planned = make_plan(step("grpo"), device(), num_devices, seconds=1)
+    assert planned.lacking == 0
+    assert all(spot.first >= 0 and spot.stop <= num_devices for spot in planned.choice.values())
+
+
+@pytest.mark.parametrize("pair", [("d8t1p1", "d2t4p1"), ("d2t2p2", "d4t2p1"), ("d8t1p1s", "d4t2p1")])
+def test_moves_between_many_ranks_are_counted_as_plans_of_few_have_them(pair, monkeypatch):
+    given, placed = (
+        step("ppo"),
+        {"infer": ("0-7", "d8t1p1"), "train": ("0-7", pair[0]), "generate": ("0-7", pair[1])},
+    )
+    placed = {kind: Placement.parse(*where) for kind, where in placed.items()}
+    placements = dict.fromkeys(given.roles, placed)
+    seconds = []
+    for most in (256, 1):
+        monkeypatch.setattr("meshift.planner.evaluate.MAX_PLANNED", most)
+        events = evaluate(given, device(), placements)
+        seconds.append({event.name: event.end - event.start for event in events if event.kind == "move"})
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.25)
+    assert max(seconds[0].values()) > 0

@@ -249,7 +249,8 @@ class TrainingEngine:
         sizes, most = reading.sizes(batch), self.config.max_tokens_per_micro_batch
         if self.pipeline is not None:
             most = self.pipeline.max_tokens(sum(sizes))
-        return share_in_micro_batches(reading.sequences(batch), sizes, most, share=self.config.share_prefixes)
+        sequences, read = reading.sequences(batch), reading.rows(batch)
+        return share_in_micro_batches(sequences, sizes, most, read=read, share=self.config.share_prefixes)
 
     def master_weights(self) -> dict[str, Tensor]:
         """Every parameter by name, the trained ones from their fp32 masters."""

@@ -90,7 +90,10 @@ class TrainingEngine:
         name: str = "model",
         place: Place | None = None,
     ) -> None:
-        """With a `place`, `model` is cut for it, and every process of the placement makes the same calls."""
+        """With a `place`, `model` is cut for it, and every process of the placement makes the same calls.
+
+        `work` is then that of all of them together.
+        """
         self.name = name
         self.model = model
         self.config = config
@@ -167,14 +170,16 @@ class TrainingEngine:
         if self.ranks is None:
             return self._accumulate(loss, batch, count).by_name()
         rows = self.ranks.own_rows(loss.reading.sizes(batch))
-        own = Statistics()
+        own, done = Statistics(), self.work.flops
         with self._together(learning=True):
             try:
                 own = self._accumulate(loss, batch.index(rows), count) if rows else own
             except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
                 own = Statistics(trouble=str(error))
         self.passes.end()
+        own.flops = self.work.flops - done
         whole = self.ranks.settle(own)
+        self.work.flops = done + whole.flops
         if whole.trouble is not None:
             if self.optimizer is not None:
                 self.optimizer.discard()

@@ -84,6 +84,12 @@ class DPOPlan(PlanConfig):
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
 
 
+class ReferenceFreePlan(PlanConfig):
+    """Of an actor that reads held-out pairs too."""
+
+    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
+
+
 class SFTPlan(PlanConfig):
     """Of the model, whose role is the actor's."""
 

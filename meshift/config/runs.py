@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, RewardPlan, SFTPlan
+from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, ReferenceFreePlan, RewardPlan, SFTPlan
 from meshift.config.section import Section
 from meshift.config.sections import (
     CriticConfig,
@@ -22,6 +22,8 @@ from meshift.config.sections import (
     DType,
     GenerationConfig,
     HeldOutDataConfig,
+    KTOConfig,
+    ORPOConfig,
     PairDataConfig,
     PPOConfig,
     PromptDataConfig,
@@ -29,7 +31,9 @@ from meshift.config.sections import (
     RewardConfig,
     RewardLossConfig,
     SFTModelConfig,
+    SimPOConfig,
     TrainableConfig,
+    UnpairedDataConfig,
 )
 
 
@@ -60,6 +64,14 @@ class RunConfig(Section):
         return names
 
 
+class TrainedOn(NamedTuple):
+    """What a step trains on at most: so many units of `what`, each of so many texts."""
+
+    units: int
+    what: str
+    texts: int = 1
+
+
 class RolloutRunConfig(RunConfig, ABC):
     """A run that samples completions of prompts and is told what they are worth."""
 
@@ -77,8 +89,13 @@ class RolloutRunConfig(RunConfig, ABC):
 
     @property
     def num_sequences(self) -> int:
-        """Completions that a step trains on."""
+        """Completions that a step draws."""
         return self.data.batch_size * self.generation.num_generations
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What a step trains on: its completions, if not a choice of them."""
+        return TrainedOn(units=self.num_sequences, what="sequences")
 
     @property
     @abstractmethod
@@ -98,10 +115,10 @@ class RolloutRunConfig(RunConfig, ABC):
         return self
 
     def _need_a_sequence_for_each_update(self, section: str) -> None:
-        if self.num_sequences < self.num_mini_batches:
+        count, what, _ = self.trained_on
+        if count < self.num_mini_batches:
             raise ValueError(
-                f"`{section}.num_mini_batches` = {self.num_mini_batches} is more than a step's "
-                f"{self.num_sequences} sequences"
+                f"`{section}.num_mini_batches` = {self.num_mini_batches} is more than a step's {count} {what}"
             )
 
 
@@ -186,6 +203,46 @@ class DPORunConfig(HeldOutRunConfig):
                 "`reference.sync_ref_model` moves it; set one of them to false"
             )
         return self
+
+
+class KTORunConfig(HeldOutRunConfig):
+    """`meshift kto`: completions that were liked or not, without pairs."""
+
+    data: UnpairedDataConfig
+    actor: DPOActorConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    kto: KTOConfig = KTOConfig()
+    plan: DPOPlan = DPOPlan()
+
+    @model_validator(mode="after")
+    def _has_model(self) -> KTORunConfig:
+        _need_model("actor", self.actor)
+        return self
+
+
+class ReferenceFreeRunConfig(HeldOutRunConfig):
+    """A run on preference pairs without a reference."""
+
+    data: PairDataConfig
+    actor: DPOActorConfig
+    plan: ReferenceFreePlan = ReferenceFreePlan()
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        _need_model("actor", self.actor)
+        return self
+
+
+class ORPORunConfig(ReferenceFreeRunConfig):
+    """`meshift orpo`: likelihood of the chosen text and the odds ratio of both."""
+
+    orpo: ORPOConfig = ORPOConfig()
+
+
+class SimPORunConfig(ReferenceFreeRunConfig):
+    """`meshift simpo`: mean log-probs of both texts, a margin apart."""
+
+    simpo: SimPOConfig = SimPOConfig()
 
 
 def _need_model(section: str, model: TrainableConfig) -> None:

@@ -62,6 +62,14 @@ class PairDataConfig(HeldOutDataConfig):
     )
 
 
+class UnpairedDataConfig(HeldOutDataConfig):
+    """Completions that were liked or not."""
+
+    batch_size: int = Field(64, ge=2, description="completions per step")
+    max_length: int = Field(1024, ge=2, description="texts of more tokens are left out, and counted")
+    append_eos: bool = Field(True, description="end complete completions with the end-of-sequence token")
+
+
 class TrainableConfig(Section):
     """A model and how it is trained."""
 
@@ -164,6 +172,29 @@ class DPOConfig(Section):
         if self.loss_type == "ipo" and self.label_smoothing > 0:
             raise ValueError("label_smoothing is of loss_type sigmoid; IPO has none, so set it to 0")
         return self
+
+
+class KTOConfig(Section):
+    """Ethayarajh et al. 2024 (KTO, arXiv 2402.01306), equation 8."""
+
+    beta: float = Field(0.1, gt=0, description="how soon a gain or a loss saturates: the paper's risk aversion")
+    desirable_weight: float = Field(1.0, gt=0, description="weight of completions that were liked")
+    undesirable_weight: float = Field(1.0, gt=0, description="weight of those that were not")
+
+
+class ORPOConfig(Section):
+    """Hong et al. 2024 (ORPO, arXiv 2403.07691), equation 6."""
+
+    beta: float = Field(
+        0.1, gt=0, description="weight of the odds ratio beside the likelihood; the paper's lambda"
+    )
+
+
+class SimPOConfig(Section):
+    """Meng et al. 2024 (SimPO, arXiv 2405.14734), equation 6."""
+
+    beta: float = Field(2.0, gt=0, description="scale of the difference of mean log-probs")
+    gamma: float = Field(0.5, ge=0, description="margin by which the chosen text is to be ahead")
 
 
 class GenerationConfig(Section):

@@ -25,7 +25,10 @@ from meshift.algorithms.preference_losses import side_means
 from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.runs import KTORunConfig
 from meshift.config.sections import UnpairedDataConfig
+from meshift.data.columns import has
+from meshift.data.dataset import dataset_rows
 from meshift.data.loader import Loader
+from meshift.data.preferences import load_preferences
 from meshift.data.unpaired import Judged, UnpairedData, load_unpaired
 from meshift.errors import ConfigError
 from meshift.runtime.fixed_samples import Infers
@@ -201,7 +204,7 @@ def _check(config: KTORunConfig) -> _Completions:
 def _load(config: UnpairedDataConfig, model: str, longest: int) -> _Completions:
     tokenizer: Any = open_tokenizer(model)
     load = partial(
-        load_unpaired,
+        _load_rows,
         tokenizer=tokenizer,
         max_length=config.max_length,
         append_eos=config.append_eos,
@@ -212,6 +215,20 @@ def _load(config: UnpairedDataConfig, model: str, longest: int) -> _Completions:
     if heldout is not None:
         heldout = replace(heldout, judged=heldout.judged[: config.max_eval_samples])
     return _Completions(train=load(config.dataset_name), heldout=heldout, longest=longest)
+
+
+def _load_rows(dataset_name: str, **how: Any) -> UnpairedData:
+    """Judged completions, or pairs taken apart: the chosen text was liked, the rejected one was not."""
+    first = next(iter(dataset_rows(dataset_name)), None)
+    if first is None or not has(first, "chosen"):
+        return load_unpaired(dataset_name, **how)
+    pairs = load_preferences(dataset_name, **how)
+    judged = [
+        Judged(tokens=tokens, num_prompt_tokens=pair.num_prompt_tokens, label=label, where=pair.where)
+        for pair in pairs.pairs
+        for tokens, label in ((pair.chosen, True), (pair.rejected, False))
+    ]
+    return UnpairedData(judged=judged, overlong=pairs.overlong, blank=pairs.blank)
 
 
 def _counted(data: UnpairedData) -> str:

@@ -96,21 +96,25 @@ class PolicyLoss:
 class ValueLoss:
     """Clipped squared error of the critic, per completion token, in the critic's (normalised) units.
 
-    0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
+    0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). `values` and `returns` are the batch's keys, and
+    `name` is the critic's in the metrics.
     """
 
     cliprange_value: float | None = 0.2
+    values: str = "values"
+    returns: str = "returns"
+    name: str = "critic"
     reading: TokenValues = field(default_factory=lambda: TokenValues(key="new_values"))
 
     def count(self, batch: Batch) -> int:
         """Completion tokens."""
-        return int(batch["returns"].values.numel())
+        return int(batch[self.returns].values.numel())
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         new = outputs[self.reading.key].drop_last().values
-        old = batch["values"].drop_last().values.to(new)
-        returns = batch["returns"].values.to(new)
+        old = batch[self.values].drop_last().values.to(new)
+        returns = batch[self.returns].values.to(new)
         error = (new - returns).square()
         clipfrac = torch.zeros((), device=new.device)
         if self.cliprange_value is not None:
@@ -129,7 +133,8 @@ class ValueLoss:
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """`critic/*`."""
         return {
-            f"critic/{key}": mean_over_updates(updates, key) for key in ("vf_loss", "vf_clipfrac", "grad_norm")
+            f"{self.name}/{key}": mean_over_updates(updates, key)
+            for key in ("vf_loss", "vf_clipfrac", "grad_norm")
         }
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, ReferenceFreePlan, RewardPlan, SFTPlan
 from meshift.config.section import Section
 from meshift.config.sections import (
+    CostConfig,
     CriticConfig,
     DataConfig,
     DemonstrationDataConfig,
@@ -26,9 +27,11 @@ from meshift.config.sections import (
     ORPOConfig,
     PairDataConfig,
     PPOConfig,
+    PPORewardConfig,
     PromptDataConfig,
     ReferenceConfig,
     RewardConfig,
+    RewardFunctionConfig,
     RewardLossConfig,
     SFTModelConfig,
     SimPOConfig,
@@ -98,6 +101,11 @@ class RolloutRunConfig(RunConfig, ABC):
         return TrainedOn(units=self.num_sequences, what="sequences")
 
     @property
+    def cost_functions(self) -> list[RewardFunctionConfig]:
+        """Functions that give costs, of a method that knows such."""
+        return []
+
+    @property
     @abstractmethod
     def num_passes(self) -> int:
         """How often a step goes through its completions."""
@@ -123,9 +131,12 @@ class RolloutRunConfig(RunConfig, ABC):
 
 
 class PPORunConfig(RolloutRunConfig):
-    """`meshift ppo`: PPO with a critic, a reference and a reward."""
+    """`meshift ppo`: PPO with a critic, a reference and a reward; if given, with a cost and a critic of that."""
 
+    reward: PPORewardConfig = PPORewardConfig()
     critic: CriticConfig = CriticConfig()
+    cost: CostConfig = CostConfig()
+    cost_critic: CriticConfig = CriticConfig()
     ppo: PPOConfig = PPOConfig()
     plan: PPOPlan = PPOPlan()
 
@@ -143,6 +154,22 @@ class PPORunConfig(RolloutRunConfig):
     def _has_sequences_enough(self) -> PPORunConfig:
         self._need_a_sequence_for_each_update("ppo")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_cost_for_its_critic(self) -> PPORunConfig:
+        if not self.cost.is_given and (self.cost != CostConfig() or self.cost_critic != CriticConfig()):
+            raise ValueError(
+                "`cost` or `cost_critic` is set, but nothing says what a completion costs: set "
+                "`cost.model_name_or_path`, `cost.functions`, or both"
+            )
+        if self.cost.multiplier_init > self.cost.multiplier_max:
+            raise ValueError("`cost.multiplier_init` is above `cost.multiplier_max`; lower it")
+        return self
+
+    @property
+    def cost_functions(self) -> list[RewardFunctionConfig]:
+        """Functions that give costs."""
+        return self.cost.functions
 
 
 class HeldOutRunConfig(RunConfig):

@@ -145,6 +145,39 @@ class RewardConfig(Section):
     functions: list[RewardFunctionConfig] = Field([], description="reward functions")
 
 
+class PPORewardConfig(RewardConfig):
+    """Rewards where a reward model may have a word on every token."""
+
+    per_token: bool = Field(
+        False, description="the reward model is read at every completion token, and pays there (process rewards)"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_model_to_read(self) -> PPORewardConfig:
+        if self.per_token and self.model_name_or_path is None:
+            raise ValueError("per_token is of a reward model; set `reward.model_name_or_path`, or take it out")
+        return self
+
+
+class CostConfig(RewardConfig):
+    """What a completion costs, and how much of that there may be in the mean (Dai et al. 2023, Safe RLHF)."""
+
+    model_name_or_path: str | None = Field(None, description="a cost model's folder, trained as a reward model is")
+    weight: float = Field(1.0, description="the cost model's share of the total cost")
+    functions: list[RewardFunctionConfig] = Field([], description="functions that give costs, as reward functions")
+    limit: float = Field(0.0, description="mean cost that is allowed")
+    multiplier_init: float = Field(1.0, gt=0, description="weight of costs against rewards at the start: lambda")
+    multiplier_learning_rate: float = Field(
+        0.1, ge=0, description="how fast log(lambda) follows the mean cost's excess over the limit (0: it stays)"
+    )
+    multiplier_max: float = Field(5.0, gt=0, description="lambda at most")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything says what completions cost."""
+        return self.model_name_or_path is not None or bool(self.functions)
+
+
 class RewardLossConfig(Section):
     """The objective of a reward model, beside Bradley-Terry."""
 

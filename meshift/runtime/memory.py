@@ -26,7 +26,7 @@ from meshift.runtime.kto_run import kto_models
 from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import HEADS, compute_dtype, device_for_run, resident_bytes
 from meshift.runtime.policy_run import policy_models
-from meshift.runtime.ppo_run import role_models
+from meshift.runtime.ppo_run import ppo_trained, role_models
 
 TIGHT = 0.8
 """Above this share of the free memory a run may fail for its activations, which are not counted."""
@@ -45,7 +45,7 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic})
+        return _held_roles(role_models(config), ppo_trained(config))
     if isinstance(config, CriticFreeRunConfig):
         return _held_roles(policy_models(config), {"actor": config.actor})
     if isinstance(config, DPORunConfig):

@@ -61,6 +61,7 @@ class Checked:
     data: PromptData
     columns: tuple[str, ...]
     functions: list[WeightedFunction]
+    costs: list[WeightedFunction]
     max_steps: int
 
     @cached_property
@@ -75,10 +76,17 @@ class Checked:
 
     def reward_functions(self) -> Callable[[Batch], Outcome] | None:
         """The host call that scores texts, if any function does."""
-        if not self.functions:
+        return self._calling(self.functions)
+
+    def cost_functions(self) -> Callable[[Batch], Outcome] | None:
+        """The same of what they cost."""
+        return self._calling(self.costs)
+
+    def _calling(self, functions: list[WeightedFunction]) -> Callable[[Batch], Outcome] | None:
+        if not functions:
             return None
         return RewardFunctions(
-            functions=self.functions,
+            functions=functions,
             decode=self.texts.decode,
             decode_all=self.texts.decode_all,
             columns=self.columns,
@@ -91,12 +99,12 @@ def check_inputs(
 ) -> Checked:
     """Everything that can be found wrong before weights are read; a dry run and a run both begin with it."""
     check_inputs_stay(config, Path(config.output_dir))
-    functions = load_functions(config.reward.functions)
+    functions, costs = load_functions(config.reward.functions), load_functions(config.cost_functions)
     _check_models(config, names, trained)
     tokenizer = open_tokenizer(names["actor"])
     data = load_data(config, tokenizer)
     columns = reward_columns(config, data)
-    check_columns(functions, columns)
+    check_columns([*functions, *costs], columns)
     check_lengths(config, names, data)
     return Checked(
         names=names,
@@ -105,6 +113,7 @@ def check_inputs(
         data=data,
         columns=columns,
         functions=functions,
+        costs=costs,
         max_steps=steps_of(config, len(data.prompts)),
     )
 
@@ -112,8 +121,8 @@ def check_inputs(
 def _check_models(
     config: RolloutRunConfig, names: Mapping[str, str], trained: Mapping[str, TrainableConfig]
 ) -> None:
-    if "reward" in names:
-        check_reward_model(names["reward"])
+    for role in names.keys() & {"reward", "cost"}:
+        check_reward_model(names[role], role)
     check_same_tokenizer(names)
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
@@ -146,6 +155,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
+        *([("costs", describe_functions(checked.costs))] if checked.costs else []),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]

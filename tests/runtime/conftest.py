@@ -288,6 +288,11 @@ def make_case(tmp_path_factory, spread_files):
         "num_report_prompts": 2,
     }
 
+    given[PPORunConfig] = drawn | {
+        "critic": SMOOTH,
+        "cost_critic": SMOOTH,
+        "cost": {"model_name_or_path": spread_files["reward"], "limit": 0.1},
+    }
     given[OnlineDPORunConfig] = drawn | {"reference": other}
 
     def make(case, output_dir, **sections):

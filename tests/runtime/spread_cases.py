@@ -7,12 +7,20 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from meshift.config.policy_runs import OnlineDPORunConfig, RAFTRunConfig
-from meshift.config.runs import DPORunConfig, KTORunConfig, ORPORunConfig, RewardRunConfig, SFTRunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    ORPORunConfig,
+    PPORunConfig,
+    RewardRunConfig,
+    SFTRunConfig,
+)
 from meshift.runtime.dpo_run import run_dpo
 from meshift.runtime.kto_run import run_kto
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.pair_run import run_pairs
 from meshift.runtime.policy_run import METHODS, run_policy
+from meshift.runtime.ppo_run import run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.sft_run import run_sft
 
@@ -91,6 +99,17 @@ CASES = {
         {"actor": placed(generate="d1@1", train="d2@1,2"), "reference": placed(infer="d1@2")},
         {"raft": {"kl_coef": 0.1, "num_mini_batches": 2}, "reference": MOVING},
     ),
+    "ppo-cost": Case(
+        PPORunConfig,
+        {
+            "actor": placed(generate="d1@1", train="t2@0,2"),
+            "critic": placed(train="d1@2"),
+            "cost": placed(infer="t2@1-2"),
+            "cost_critic": placed(infer="d1@0", train="d2@0-1"),
+            "reference": placed(infer="d1@2"),
+        },
+        {"ppo": {"num_mini_batches": 2, "missing_eos_penalty": 0.5}, "reward": {"per_token": True, "weight": 0.3}},
+    ),
     "dpo": Case(
         DPORunConfig,
         {"actor": placed(infer="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
@@ -111,6 +130,7 @@ CASES = {
     "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
 }
 RUNS = {
+    PPORunConfig: run_ppo,
     DPORunConfig: run_dpo,
     KTORunConfig: run_kto,
     ORPORunConfig: run_pairs,

@@ -81,7 +81,7 @@ def _run_plan(
 ) -> int:
     """Check a plan for one config."""
     from meshift.cli.check_plan import Cluster, check_plan, show_plan
-    from meshift.planner.steps import Lengths
+    from meshift.planner.rollout_steps import Lengths
 
     if len(named) > 1:
         raise UsageError(f"--plan is checked for one config, and {len(named)} are named")

@@ -24,7 +24,7 @@ from meshift.layout.layout import Placement
 from meshift.planner.checking import on_hosts, shortages, would_fit
 from meshift.planner.evaluate import Event, Placements, evaluate
 from meshift.planner.hardware import Hardware, find_hardware, from_values
-from meshift.planner.steps import Lengths
+from meshift.planner.rollout_steps import Lengths
 from meshift.planner.workload import Step
 
 

@@ -28,7 +28,8 @@ from meshift.models.hf.families import read_config
 from meshift.planner.explain import explanation, of_proof
 from meshift.planner.hardware import Hardware, find_hardware
 from meshift.planner.planning import Planned, make_plan, shortage
-from meshift.planner.steps import Lengths, role_names, step_of
+from meshift.planner.rollout_steps import Lengths
+from meshift.planner.steps import role_names, step_of
 from meshift.planner.workload import ComputeType, Step
 from meshift.planner.written import plan_values
 from meshift.report.plan_page import plan_page

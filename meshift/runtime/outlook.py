@@ -15,13 +15,15 @@ from meshift.config.runs import RolloutRunConfig, RunConfig
 from meshift.data.demonstrations import Demonstration
 from meshift.data.preferences import Pair
 from meshift.data.prompts import Prompt
+from meshift.data.unpaired import Judged
 from meshift.layout.mesh import Device
 from meshift.models.hf.load import load_config
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Memory
-from meshift.planner.steps import Lengths, role_names, step_of
+from meshift.planner.rollout_steps import Lengths
+from meshift.planner.steps import role_names, step_of
 from meshift.planner.workload import ComputeType, Step
 from meshift.runtime.models import compute_dtype, model_folder
 from meshift.runtime.plans import Placements
@@ -189,6 +191,10 @@ def lengths_of(config: RunConfig, rows: Iterable[Any]) -> Lengths:
         prompt = max(1, round(fmean(pair.num_prompt_tokens for pair in pairs)))
         both = fmean((len(pair.chosen) + len(pair.rejected)) / 2 for pair in pairs)
         return Lengths(prompt=prompt, completion=max(1.0, both - prompt))
+    if given and isinstance(given[0], Judged):
+        judged: Sequence[Judged] = given
+        prompt = max(1, round(fmean(one.num_prompt_tokens for one in judged)))
+        return Lengths(prompt=prompt, completion=max(1.0, fmean(len(one.tokens) for one in judged) - prompt))
     texts: Sequence[Demonstration] = given
     learned = fmean(sum(text.loss_mask) for text in texts)
     whole = fmean(len(text.tokens) for text in texts)

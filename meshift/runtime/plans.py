@@ -17,7 +17,7 @@ from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.shards import shard_table
 from meshift.runtime.hosts import named_devices, numbered
 
-ROLES = ("actor", "critic", "reference", "reward")
+ROLES = ("actor", "critic", "reference", "reward", "cost", "cost_critic")
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
 Placements = Mapping[str, Mapping[Kind, Placement]]

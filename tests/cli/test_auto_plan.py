@@ -9,7 +9,8 @@ from meshift.cli.main import main
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Machine
 
-POLICY = ("grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "remax")
+POLICY = ("grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "remax", "online-dpo", "raft")
+GIVEN = ("sft", "reward", "dpo", "orpo", "simpo", "kto")
 
 
 def device(**changes):
@@ -47,10 +48,13 @@ AUTO = ("plan.auto.devices=2", "plan.auto.seconds=0.5")
 
 
 def values_of(room, command):
-    if command in ("sft", "dpo", "reward"):
+    if command in GIVEN:
         values = room.values("reward")
-        if command == "dpo":
+        if command not in ("sft", "reward"):
             values["actor"] = values.pop("model")
+        if command == "kto":
+            rows = [{"prompt": "the film was", "completion": " good", "label": bool(i % 2)} for i in range(4)]
+            values["data"]["dataset_name"] = room.rows("judged.jsonl", rows)
         return values
     values = room.values()
     if command != "ppo":
@@ -59,7 +63,7 @@ def values_of(room, command):
     return values
 
 
-@pytest.mark.parametrize("command", ["ppo", "dpo", "sft", "reward", *POLICY])
+@pytest.mark.parametrize("command", ["ppo", *GIVEN, *POLICY])
 def test_every_training_command_has_its_plan_chosen(room, hardware, capsys, command):
     file = room.config(values_of(room, command))
     assert main([command, "--config", file, "--plan", "auto", *AUTO, hardware(), "--dry-run"]) == 0

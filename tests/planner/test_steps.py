@@ -5,15 +5,32 @@ import torch
 
 from meshift.algorithms.dpo import dpo_graph
 from meshift.algorithms.dynamic_sampling import DynamicSampling
+from meshift.algorithms.kto import kto_graph
+from meshift.algorithms.orpo import orpo_graph
 from meshift.algorithms.policy_graph import Drawing
 from meshift.algorithms.ppo import PPO
 from meshift.batch import Batch, Outcome, Ragged
-from meshift.config.policy_runs import DAPORunConfig, GRPORunConfig, ReMaxRunConfig, RLOORunConfig
-from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
+from meshift.config.policy_runs import (
+    DAPORunConfig,
+    GRPORunConfig,
+    OnlineDPORunConfig,
+    RAFTRunConfig,
+    ReMaxRunConfig,
+    RLOORunConfig,
+)
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    ORPORunConfig,
+    PPORunConfig,
+    RewardRunConfig,
+    SFTRunConfig,
+)
 from meshift.graph.calls import LoopCall, ModelCall, SyncCall
 from meshift.models.hf.families import read_config
-from meshift.planner.steps import Lengths, prompts_by_round, role_names, step_of
-from meshift.runtime.policy_run import METHODS, policy_models
+from meshift.planner.rollout_steps import Lengths, prompts_by_round
+from meshift.planner.steps import role_names, step_of
+from meshift.runtime.policy_run import CRITIC_FREE, policy_models
 from meshift.runtime.ppo_run import role_models
 from meshift.runtime.rollout_run import sketched_sampling
 
@@ -37,18 +54,28 @@ CASES = {
         GRPORunConfig, reward=FUNCTION, grpo={"recompute_logprobs": True, "num_iterations": 2, "kl_coef": 0.1}
     ),
     "rloo": lambda: config(RLOORunConfig, reward={"model_name_or_path": "r"}),
+    "ppo with a cost": lambda: config(
+        PPORunConfig, reward=FUNCTION, cost={"model_name_or_path": "c", "functions": FUNCTION["functions"]}
+    ),
+    "online dpo in rounds": lambda: config(
+        OnlineDPORunConfig, reward={"model_name_or_path": "r"}, online_dpo={"steps_per_round": 4}
+    ),
+    "raft": lambda: config(RAFTRunConfig, reward=FUNCTION, raft={"kl_coef": 0.1, "num_kept": 2}),
+    "kto": lambda: config(KTORunConfig, reference={"sync_ref_model": True}),
+    "orpo": lambda: config(ORPORunConfig),
     "dpo": lambda: config(DPORunConfig),
     "dpo with known references": lambda: config(DPORunConfig, dpo={"precompute_ref_log_probs": True}),
 }
 
 
 def graph_of(given):
-    if isinstance(given, DPORunConfig):
-        return dpo_graph(given)
+    for kind, make in ((DPORunConfig, dpo_graph), (KTORunConfig, kto_graph), (ORPORunConfig, orpo_graph)):
+        if isinstance(given, kind):
+            return make(given)
     sampling, functions = sketched_sampling(given)
     if isinstance(given, PPORunConfig):
-        return PPO(given, sampling).graph(functions)
-    return METHODS[type(given)][1](given, Drawing(sampling=sampling, reward_functions=functions))
+        return PPO(given, sampling).graph(functions, cost_functions=functions)
+    return CRITIC_FREE[type(given)][1](given, Drawing(sampling=sampling, reward_functions=functions))
 
 
 def ancestors(edges, name):
@@ -60,11 +87,13 @@ def test_a_planned_step_is_the_graph_of_its_algorithm(case):
     given = CASES[case]()
     planned = step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16")
     graph = graph_of(given)
+    assert [(c.name, c.role, c.kind) for c in planned.calls] == [call[1:] for call in within(graph)]
     models = {call.name: call for call in graph.order() if isinstance(call, ModelCall)}
-    assert [(c.name, c.role, c.kind) for c in planned.calls] == [(c.name, c.role, c.kind) for c in models.values()]
     edges = {call.name: call.waits for call in planned.calls}
-    for name in edges:
-        assert ancestors(edges, name) == ancestors(graph.edges, name) & set(models)
+    inside = edges.keys() - models.keys()
+    for name in models:
+        loops = {call.name for call in graph.order() if isinstance(call, LoopCall)} & ancestors(graph.edges, name)
+        assert ancestors(edges, name) == ancestors(graph.edges, name) & set(models) | (inside if loops else set())
     for call in planned.calls:
         if call.kind == "train":
             task = models[call.name].task
@@ -76,6 +105,7 @@ def test_a_planned_step_is_the_graph_of_its_algorithm(case):
 def test_roles_start_from_the_models_that_a_run_gives_them():
     ppo, grpo = CASES["ppo"](), CASES["rloo"]()
     assert role_names(ppo) == role_models(ppo)
+    assert role_names(CASES["ppo with a cost"]()) == role_models(CASES["ppo with a cost"]())
     assert role_names(grpo) == policy_models(grpo)
     assert role_names(CASES["dpo"]()) == {"actor": "a", "reference": "a"}
 
@@ -84,7 +114,7 @@ def test_roles_start_from_the_models_that_a_run_gives_them():
 def test_runs_on_given_texts_have_one_call(kind, role):
     given = kind.model_validate({**SHARED, "model": {"model_name_or_path": "m"}})
     (call,) = step_of(given, {role: LLAMA}, "float32").calls
-    assert (call.role, call.kind) == (role, "train")
+    assert (call.name, call.role, call.kind) == (f"train_{role}", role, "train")
     assert call.texts.longest == given.data.max_length
 
 
@@ -97,21 +127,23 @@ def test_lengths_are_half_of_the_limits_unless_they_are_told():
 
 
 def within(graph):
-    """Model calls, those of loops among them, by the call in whose seconds a run counts them."""
+    """Model calls, those of loops among them, each after the call of the step that it is, or is a part of."""
     found = []
     for call in graph.order():
         if isinstance(call, LoopCall):
-            inner = [(one.role, one.kind) for one in call.graph.order() if isinstance(one, ModelCall)]
+            inner = [(one.name, one.role, one.kind) for one in call.graph.order() if isinstance(one, ModelCall)]
             found += [(call.name, *one) for one in inner]
         elif isinstance(call, ModelCall):
-            found.append((call.name, call.role, call.kind))
+            found.append((call.name, call.name, call.role, call.kind))
     return found
 
 
 def test_the_greedy_completions_of_remax_are_planned():
     given = config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, generation={"num_generations": 3})
     planned = step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16")
-    assert [(c.timed_as, c.role, c.kind) for c in planned.calls] == within(graph_of(given))
+    assert [(c.timed_as, c.role, c.kind) for c in planned.calls] == [
+        (outer, *of) for outer, _, *of in within(graph_of(given))
+    ]
     greedy = {c.name: c for c in planned.calls if c.timed_as == "greedy_baseline"}
     assert {c.texts.num_sequences for c in greedy.values()} == {8}
     assert greedy["score (greedy)"].waits == {"rollout (greedy)"}

@@ -146,14 +146,14 @@ class Memory:
         held = self.sizes.held(layout, where)
         return Working(
             cache=2 * num_layers * slots * heads * length * config.head_dim * width,
-            copies=self._packed(layout, where) if self.machine.packs else 0,
+            copies=self.packed(layout, where) if self.machine.packs else 0,
             logits=logits if where.pipeline == layout.pipeline - 1 else 0,
             activations=ceil(rows * self._passing(layout)),
             gathered=(self._whole(layout, where) - held.total) * width if layout.sharded else 0,
         )
 
-    def _packed(self, layout: Layout, where: Coordinates) -> int:
-        """The matrices of layers and head once more."""
+    def packed(self, layout: Layout, where: Coordinates) -> int:
+        """Bytes of the matrices of layers and head once more."""
         whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
         embedding = _part(self.role.config.vocab_size, layout.tensor) * self.role.config.hidden_size
         ends = where.pipeline == layout.pipeline - 1

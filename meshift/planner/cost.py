@@ -58,6 +58,7 @@ class Costs:
         self.role, self.hardware = role, hardware
         self.memory = memory or Memory(role, hardware.machine)
         self.rates = rates_of(hardware, role.dtype, role.width)
+        self._known_stages: dict[int, list[Stage]] = {}
 
     def of(self, call: PlannedCall, layout: Layout) -> Cost:
         """The whole call, all of its passes and updates, by its slowest rank."""
@@ -97,13 +98,15 @@ class Costs:
         return self.hardware.send_seconds(self._row_bytes(rows), far=far)
 
     def _stages(self, layout: Layout) -> list[Stage]:
-        """Of a pipeline, in order; long ones are mostly alike."""
-        every = layout.stage_layers(self.role.config.num_layers)
-        frozen = self.role.num_frozen_layers
-        return [
-            Stage(len(one), max(0, one.stop - max(one.start, frozen)), number == len(every) - 1)
-            for number, one in enumerate(every)
-        ]
+        """Of a pipeline, in order."""
+        if layout.pipeline not in self._known_stages:
+            every = layout.stage_layers(self.role.config.num_layers)
+            frozen = self.role.num_frozen_layers
+            self._known_stages[layout.pipeline] = [
+                Stage(len(one), max(0, one.stop - max(one.start, frozen)), number == len(every) - 1)
+                for number, one in enumerate(every)
+            ]
+        return self._known_stages[layout.pipeline]
 
     def _most_layers(self, layout: Layout) -> int:
         return max(stage.layers for stage in self._stages(layout))
@@ -133,7 +136,7 @@ class Costs:
     # Reading and learning
 
     def _reading(self, call: PlannedCall, layout: Layout) -> Cost:
-        rows, num = self._rows(call, layout), self.memory.num_micro_batches(call, layout)
+        rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
         layer, head = self._layer("forward", layout, rows, seen), self._head("read", layout, read)
         each = [stage.layers * layer + stage.is_last * head for stage in self._stages(layout)]
@@ -150,7 +153,7 @@ class Costs:
         return Cost(parts, busy=busy)
 
     def _learning(self, call: PlannedCall, layout: Layout) -> Cost:
-        rows, num = self._rows(call, layout), self.memory.num_micro_batches(call, layout)
+        rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
         again, stages = self.role.passes.gradient_checkpointing, self._stages(layout)
         forward, back = (self._layer(kind, layout, rows, seen) for kind in ("forward", "backward"))
@@ -197,7 +200,7 @@ class Costs:
         """Of a mean micro-batch: all have nearly as many."""
         rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
         each = rows / (call.num_updates * layout.data)
-        return max(1.0, each / self.memory.num_micro_batches(call, layout))
+        return max(1.0, each / self.memory.num_passes(call, layout))
 
     def _read(self, call: PlannedCall, rows: float) -> float:
         all_rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
@@ -260,7 +263,7 @@ class Costs:
         if not self.hardware.machine.packs:
             return 0.0
         copied = self.memory.packed(layout, _first(layout))
-        return self.rates.over("pack", copied) * self.rates.slow("update", layout.num_ranks)
+        return self.rates.over("pack", copied) * self.rates.slow("pack", layout.num_ranks)
 
     def probe(self, home: Layout, target: Layout) -> float:
         """A few texts' log-probs where a role is trained, then by the generator (`runtime.probe`)."""

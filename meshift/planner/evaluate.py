@@ -254,7 +254,7 @@ def _is_next(task: _Task, queues: Mapping[Device, deque[_Task]]) -> bool:
 def _may(
     task: _Task, running: Mapping[str, float], done: Mapping[str, Event], by_name: Mapping[str, _Task]
 ) -> bool:
-    """Whether all it waits for has ended; of a generation elsewhere that it reads from, whether it is far enough."""
+    """Whether all it waits for has ended, or is a generation elsewhere that it reads and that is far enough."""
     for name in task.waits - done.keys():
         earlier = by_name[name]
         if name not in running or not _reads_early(task, earlier):

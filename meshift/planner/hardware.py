@@ -90,7 +90,7 @@ class Hardware:
         A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
         `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
         """
-        if self._sends and 1 < members and span <= self.per_host:
+        if self._sends and members > 1 and span <= self.per_host:
             return self._messages.message("sum", num_bytes, members, among or span)
         return 2 * self.gather_seconds(num_bytes, members, span)
 

@@ -209,6 +209,15 @@ class Memory:
         """Of one update, or of one reading."""
         return max(1, ceil(self._rows_of_update(call, layout) / self.micro_batch_rows(call, layout)))
 
+    def num_passes(self, call: PlannedCall, layout: Layout) -> int:
+        """As `num_micro_batches`, with texts of mean length: what time goes by."""
+        rows = self._rows_of_update(call, layout)
+        most = min(self.role.passes.max_tokens_per_micro_batch, rows)
+        if layout.pipeline > 1:
+            most = min(most, ceil(rows / (PER_STAGE * layout.pipeline)))
+        texts = ceil(call.texts.num_sequences / (call.num_updates * layout.data))
+        return max(1, min(ceil(rows / most), texts))
+
     def _rows_of_update(self, call: PlannedCall, layout: Layout) -> float:
         rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
         return max(1.0, rows / (call.num_updates * layout.data))

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,15 +20,16 @@ from meshift.models.hf.families import read_config
 from meshift.parallel.groups import new_group
 from meshift.planner.profile import Message
 from meshift.runtime.observer import Observer
-from meshift.runtime.profiling.models import Effort, made, narrowed
+from meshift.runtime.profiling.models import Effort, made, narrowed, numbers_of_layer
 from meshift.runtime.profiling.products import CONFIG, Call, Work, decode_step, forward, there_and_back
 from meshift.training.optimizer import MasterAdamW
 
 ENTRY = "meshift.runtime.profiling.gang:measure"
 ROWS, LIVE, LAYERS = 128, 4, 4
 """Of the passes and of the decode steps that are run by several at a time."""
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 25)
+SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 25)
 """Bytes of messages."""
+MOST_ROWS = 512
 PER_MESSAGE = 0.15
 """Seconds of sending messages of one size."""
 
@@ -51,11 +51,11 @@ def measure(argument: str, rank: int, num_processes: int, observer: Observer) ->
     """In process 0: `crowding` and `messages` of `planner.profile.Profile`, as values of JSON."""
     asked = Asked(**json.loads(argument))
     observer.on_message("messages between processes")
-    messages = _messages(rank, num_processes)
-    observer.on_message("the same work in several processes at a time")
     config = narrowed(read_config(asked.config, "the profile's model"), 1, LAYERS)
     effort = Effort(seconds=asked.seconds)
     work = Work(model=made(config, getattr(torch, asked.dtype), torch.device("cpu")), effort=effort)
+    messages = _messages(rank, num_processes, (numbers_of_layer(work.model), config.hidden_size))
+    observer.on_message("the same work in several processes at a time")
     crowding: dict[str, dict[str, float]] = {}
     for kind, call in _kinds(work).items():
         alone = 0.0
@@ -80,7 +80,16 @@ def _kinds(work: Work) -> dict[str, Call]:
 
     for master in optimizer.masters:
         master.grad = torch.full_like(master, 1e-4)
+
+    def pack() -> None:
+        with torch.inference_mode():
+            packer.release()
+            packer.refresh()
+
+    packer = FusedDecoder(work.model)
+    packing = {"pack": pack} if packer.packs else {}
     return {
+        **packing,
         "decode": decode,
         "forward": forward(work, ROWS),
         "backward": both,
@@ -89,7 +98,7 @@ def _kinds(work: Work) -> dict[str, Call]:
 
 
 def _at_once(call: Call, rank: int, count: int, seconds: float) -> float:
-    """Seconds of a call while the first `count` processes make it over and over; the mean of their medians."""
+    """Seconds of a call while the first `count` processes make it over and over; the mean."""
     dist.barrier()
     taken: list[float] = []
     if rank < count:
@@ -104,7 +113,8 @@ def _at_once(call: Call, rank: int, count: int, seconds: float) -> float:
     return float(found) / count
 
 
-def _messages(rank: int, num_processes: int) -> list[Message]:
+def _messages(rank: int, num_processes: int, layer: tuple[int, int]) -> list[Message]:
+    """Sums and gathers come after products, as those of tensor ranks do: who is late is waited for."""
     found = []
     for members in range(2, num_processes + 1):
         for among in sorted({members, num_processes // members * members}):
@@ -115,35 +125,60 @@ def _messages(rank: int, num_processes: int) -> list[Message]:
                 if kind == "send" and (members, among) != (2, 2):
                     continue
                 for size in SIZES:
-                    seconds = _repeated(make(size, members, group, rank), group, rank < among)
+                    work = _nothing if kind == "send" else _products(size, members, layer)
+                    call = make(size, members, group, rank)
+                    seconds = _repeated(work, call, group, rank < among)
                     found.append(Message(kind=kind, members=members, among=among, num_bytes=size, seconds=seconds))
     return found
 
 
-def _repeated(call: Call, group: dist.ProcessGroup | None, takes_part: bool) -> float:
-    """Seconds of one, by the slowest group."""
+def _nothing() -> None:
+    """What comes before a message that nobody waits for."""
+
+
+def _products(size: int, members: int, layer: tuple[int, int]) -> Call:
+    """As many rows as the message has, through a tensor rank's part of half a layer (numbers, hidden size)."""
+    numbers, hidden = layer
+    rows = max(1, min(MOST_ROWS, size // (4 * hidden)))
+    inner = max(1, numbers // (4 * hidden * members))
+    x, up, down = torch.randn(rows, hidden), torch.randn(hidden, inner), torch.randn(inner, hidden)
+    return lambda: (x @ up) @ down
+
+
+def _repeated(work: Call, call: Call, group: dist.ProcessGroup | None, takes_part: bool) -> float:
+    """Seconds of one message more than of the work before it, by the slowest group."""
+
+    def both() -> None:
+        work()
+        call()
+
     dist.barrier()
     seconds = 0.0
     if takes_part:
-        call()
+        both()
         started = time.perf_counter()
-        call()
+        both()
         once = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
         dist.all_reduce(once, dist.ReduceOp.MAX, group=group)  # all are to make as many
-        taken = []
-        for _ in range(max(3, min(200, int(PER_MESSAGE / max(1e-5, float(once)))))):
-            started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-        seconds = median(taken)
+        count = max(5, min(200, int(PER_MESSAGE / max(1e-5, float(once)))))
+        alone = _mean(work, count)
+        dist.barrier(group=group)
+        seconds = max(_mean(both, count) - alone, 1e-6)
     slowest = torch.tensor([seconds], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 
 
+def _mean(call: Call, count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - started) / count
+
+
 def _sum(size: int, members: int, group: dist.ProcessGroup | None, rank: int) -> Call:
     numbers = torch.ones(size // 4)
-    return lambda: dist.all_reduce(numbers, group=group)
+    return lambda: dist.all_reduce(numbers.clone(), group=group)
 
 
 def _gather(size: int, members: int, group: dist.ProcessGroup | None, rank: int) -> Call:

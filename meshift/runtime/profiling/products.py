@@ -22,6 +22,7 @@ from meshift.generation.session import bucket
 from meshift.layout.layout import Coordinates, Layout
 from meshift.models.attention import packed_positions
 from meshift.models.decoder import Decoder
+from meshift.models.heads import LanguageModelHead
 from meshift.parallel.data import Ranks
 from meshift.parallel.groups import Peers, Place
 from meshift.planner.profile import Product
@@ -52,7 +53,7 @@ class Work:
         return self.model.device
 
     def seconds(self, call: Call) -> float:
-        """Of a call, in the middle."""
+        """Of a call, on average."""
         return timed(call, self.device, self.effort)
 
     def micro_batch(self, rows: int, *, learning: bool = False) -> MicroBatch:
@@ -141,13 +142,15 @@ def _head(work: Work, rows: int) -> Iterator[Product]:
         outputs = one.read(model, entering, chunk)
         torch.stack([found.values.float().sum() for found in outputs.values()]).sum().backward()
 
-    numbers = model.head.projection.numel()  # type: ignore[operator, union-attr]
+    head = model.head
+    assert isinstance(head, LanguageModelHead)
+    numbers = head.projection.numel()
     yield work.product("read", numbers, len(one.rows), work.seconds(read))
     for kind, learns in (("pass", False), ("learn", True)):
-        model.head.projection.requires_grad_(learns)  # type: ignore[operator, union-attr]
+        head.projection.requires_grad_(learns)
         yield work.product(kind, numbers, len(one.rows), work.seconds(learn))
-        model.head.projection.grad = None  # type: ignore[assignment]
-    model.head.projection.requires_grad_(False)  # type: ignore[operator, union-attr]
+        head.projection.grad = None
+    head.projection.requires_grad_(False)
 
 
 def _cache(work: Work, decoder: FusedDecoder, slots: int, length: int) -> KVCache:

@@ -154,7 +154,7 @@ def write(hardware: Hardware, path: Path) -> None:
 
 
 def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Observer | None = None) -> Hardware:
-    """As `find_hardware`; and `cpu`, this machine's processors, measured in a short probe and kept in the cache."""
+    """As `find_hardware`; and `cpu`: this machine, measured in a short probe that is kept in the cache."""
     if name.lower() != "cpu":
         return find_hardware(name)
     path = cache_root() / "profiles" / f"cpu-{_key(dtypes)}.json"

@@ -234,10 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas between")
     parser.add_argument("--under", default="", help="begins each command of `prediction` that measures")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="what `prediction` measures; not measured again")
     given = parser.parse_args(arguments)
     sections: dict[str, tuple[Callable[[float], Any], float]] = {
         **SECTIONS,
-        "prediction": (partial(in_prediction, prefix=shlex.split(given.under)), 10.0),
+        "prediction": (partial(in_prediction, prefix=shlex.split(given.under), folder=given.keep), 10.0),
     }
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

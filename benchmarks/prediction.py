@@ -34,12 +34,13 @@ from meshift.planner.strategies import one_layout
 from meshift.planner.workload import Step
 from meshift.planner.written import placements_of as placements_of_choice
 from meshift.planner.written import plan_values
-from meshift.runtime.models import model_folder
+from meshift.runtime.models import model_folder, open_tokenizer
 from meshift.runtime.plans import placements_of
-from meshift.runtime.ppo_run import PPO_METHOD, _check
+from meshift.runtime.ppo_run import PPO_METHOD
+from meshift.runtime.rollout_prompts import load_data
 
 RECIPE = "recipes/ppo_local4.yaml"
-NUM_STEPS = 4
+NUM_STEPS = 3
 """Of each placement; the first does not count."""
 NUM_PROCESSES = 4
 Plan = Mapping[str, Any]
@@ -95,7 +96,7 @@ def config_of(plan: Plan | None) -> PPORunConfig:
 
 def step_and_lengths(config: PPORunConfig) -> Step:
     """The step as the planner sees it; prompts are as long as those of the data are on average."""
-    prompts = _check(config).data.prompts
+    prompts = load_data(config, open_tokenizer(str(config.actor.model_name_or_path))).prompts
     prompt = fmean(len(one.tokens) for one in prompts)
     models = {role: read_model(model_folder(name)) for role, name in role_names(config).items()}
     completion = config.generation.max_completion_length
@@ -111,24 +112,30 @@ def predicted(
     return {**found, "step": max(event.end for event in events)}
 
 
-def in_prediction(seconds: float, prefix: Sequence[str] = ()) -> dict[str, Any]:
-    """All of it. `prefix` begins the commands that measure (as `nice -n 0`); each takes some minutes."""
-    with tempfile.TemporaryDirectory(prefix="meshift-benchmark-") as folder:
-        path = Path(folder) / "profile.json"
+def in_prediction(seconds: float, prefix: Sequence[str] = (), folder: Path | None = None) -> dict[str, Any]:
+    """All of it. `prefix` begins the commands that measure (as `nice -n 0`); each takes some minutes.
+
+    What is in `folder` already (a profile, seconds) is not measured again, but predicted anew.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="meshift-benchmark-") as own:
+            return in_prediction(seconds, prefix, Path(own))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "profile.json"
+    if not path.is_file():
         model = str(config_of(None).actor.model_name_or_path)
         asked = ["profile", "--model", model, "--dtype", "float32", "--out", str(path)]
         subprocess.run([*prefix, sys.executable, "-m", "meshift.cli.main", *asked], check=True)
-        hardware = find_hardware(str(path))
-        step = step_and_lengths(config_of(None))
-        rows = _rows(step, hardware, Path(folder), prefix)
-        return {"profile": _in_brief(hardware), "rows": rows, "summary": summary(rows)} | {
-            "chosen": _chosen(step, hardware, seconds, Path(folder), prefix)
-        }
+    hardware = find_hardware(str(path))
+    step = step_and_lengths(config_of(None))
+    rows = _rows(step, hardware, folder, prefix)
+    found = {"profile": _in_brief(hardware), "rows": rows, "summary": summary(rows)}
+    return {**found, "chosen": _chosen(step, hardware, seconds, folder, prefix)}
 
 
 def _rows(step: Step, hardware: Hardware, folder: Path, prefix: Sequence[str]) -> list[dict[str, Any]]:
     configs = {name: config_of(plan) for name, plan in PLANS.items()}
-    found = measured(list(configs.values()), folder, prefix)
+    found = _kept(folder / "placements.json", list(configs.values()), prefix)
     rows = []
     for (name, config), seconds in zip(configs.items(), found, strict=True):
         said = predicted(step, hardware, placements_of(config.plan, PPO_METHOD.uses(config)))
@@ -139,6 +146,19 @@ def _rows(step: Step, hardware: Hardware, folder: Path, prefix: Sequence[str]) -
         }
         rows.append({"placement": name, "processes": num_processes(config), "plan": PLANS[name], "calls": calls})
     return rows
+
+
+def _kept(file: Path, configs: Sequence[PPORunConfig], prefix: Sequence[str]) -> list[dict[str, float]]:
+    """Measured, or as the file has it of these very plans."""
+    plans = [config.plan.model_dump(mode="json") for config in configs]
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["plans"] == plans:
+            found: list[dict[str, float]] = kept["seconds"]
+            return found
+    found = measured(configs, file.parent, prefix)
+    file.write_text(json.dumps({"plans": plans, "seconds": found}), encoding="utf-8")
+    return found
 
 
 def measured(configs: Sequence[PPORunConfig], folder: Path, prefix: Sequence[str]) -> list[dict[str, float]]:
@@ -190,7 +210,7 @@ def _chosen(step: Step, hardware: Hardware, seconds: float, folder: Path, prefix
     plans: list[Plan] = [plan_values(planned.problem, planned.choice), plan_values(problem, by_hand)]
     alone = planned.problem.num_devices == 1
     configs = [config_of(None if alone else plans[0]), config_of(plans[1])]
-    found = measured(configs * 2, folder, prefix)
+    found = _kept(folder / "chosen.json", configs * 2, prefix)
     times = [fmean(one["step"] for one in found[side::2]) for side in (0, 1)]
     said = [planned.seconds, predicted(step, hardware, placements_of_choice(problem, by_hand))["step"]]
     return {

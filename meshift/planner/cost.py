@@ -83,9 +83,8 @@ class Costs:
 
     def _tensor_sum(self, layout: Layout, rows: float) -> float:
         """One all-reduce of rows over tensor ranks."""
-        return self.hardware.sum_seconds(
-            self._row_bytes(rows), layout.tensor, layout.tensor, among=layout.num_ranks
-        )
+        num_bytes, members = self._row_bytes(rows), layout.tensor
+        return self.hardware.sum_seconds(num_bytes, members, members, layout.num_ranks, late=True)
 
     def _row_bytes(self, rows: float) -> float:
         return rows * self.role.config.hidden_size * self.role.width
@@ -268,6 +267,7 @@ class Costs:
     def probe(self, home: Layout, target: Layout) -> float:
         """A few texts' log-probs where a role is trained, then by the generator (`runtime.probe`)."""
         rows, seconds = float(PROBE_TEXTS * PROBE_LENGTH), 2 * self.rates.call
+        seconds += self._gathers(home, 1, learning=False)
         for layout, kind, head in ((home, "forward", "read"), (target, "prompt", "draw")):
             layer = self._layer(kind, layout, rows, PROBE_LENGTH / 2)
             each = [

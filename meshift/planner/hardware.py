@@ -84,14 +84,17 @@ class Hardware:
             return self.near_rate * self.link_share, self.near_delay
         return self.far_rate * self.link_share, self.far_delay
 
-    def sum_seconds(self, num_bytes: float, members: int, span: int, among: int | None = None) -> float:
+    def sum_seconds(
+        self, num_bytes: float, members: int, span: int, among: int | None = None, *, late: bool = False
+    ) -> float:
         """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
 
         A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
         `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
+        `late`: it comes after products, which not all end at once.
         """
         if self._sends and members > 1 and span <= self.per_host:
-            return self._messages.message("sum", num_bytes, members, among or span)
+            return self._messages.message("late" if late else "sum", num_bytes, members, among or span)
         return 2 * self.gather_seconds(num_bytes, members, span)
 
     def gather_seconds(self, num_bytes: float, members: int, span: int, among: int | None = None) -> float:

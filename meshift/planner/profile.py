@@ -41,7 +41,8 @@ class Product:
 class Message:
     """A collective of `members`, all of them in groups of as many, of `among` processes that were at it.
 
-    `kind`: `sum` (of so many bytes), `gather` (so many in all), `send`.
+    `kind`: `sum` (of so many bytes), `late` (the same after products, which not all end at once), `gather` (so
+    many in all), `send`.
     """
 
     kind: str
@@ -91,7 +92,7 @@ class Profile:
         if num_bytes > line[-1][0]:
             found *= num_bytes / line[-1][0]
         steps = max(1, members - 1) / max(1, nearest[0] - 1)
-        return found * (steps if kind == "sum" else 1.0)
+        return found * (steps if kind in ("sum", "late") else 1.0)
 
     def speed(self, kind: str, dtype: str, threads: int) -> float:
         """Numbers or bytes a second. Raises `ConfigError` for a type that was not measured."""

@@ -30,7 +30,7 @@ def profile(cores=2, dtype="bfloat16", slow=SLOW, rate=RATE):
         ),
         messages=tuple(
             Message(kind=kind, members=n, among=n, num_bytes=size, seconds=1e-4 + size / 1e9)
-            for kind, n, size in pairs(("sum", "gather", "send"), (2, 4), (1e3, 1e9))
+            for kind, n, size in pairs(("sum", "late", "gather", "send"), (2, 4), (1e3, 1e9))
         ),
         speeds={f"{kind}/{dtype}": {"1": 1e9, "2": 2e9} for kind in SPEEDS},
         crowding=dict.fromkeys(("decode", "forward", "backward", "update"), slow),

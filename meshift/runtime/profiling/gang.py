@@ -30,7 +30,7 @@ ROWS, LIVE, LAYERS = 128, 4, 4
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 25)
 """Bytes of messages."""
 MOST_ROWS = 512
-PER_MESSAGE = 0.15
+PER_MESSAGE = 0.2
 """Seconds of sending messages of one size."""
 
 
@@ -114,18 +114,18 @@ def _at_once(call: Call, rank: int, count: int, seconds: float) -> float:
 
 
 def _messages(rank: int, num_processes: int, layer: tuple[int, int]) -> list[Message]:
-    """Sums and gathers come after products, as those of tensor ranks do: who is late is waited for."""
+    """Of all kinds; `late` ones come after products, as those of tensor ranks do, and wait for who is late."""
     found = []
     for members in range(2, num_processes + 1):
         for among in sorted({members, num_processes // members * members}):
             lines = [list(range(first, first + members)) for first in range(0, among, members)]
             groups = [new_group(line) for line in lines]
             group = next((g for g, line in zip(groups, lines, strict=True) if rank in line), None)
-            for kind, make in (("sum", _sum), ("gather", _gather), ("send", _send)):
+            for kind, make in (("sum", _sum), ("late", _late), ("gather", _gather), ("send", _send)):
                 if kind == "send" and (members, among) != (2, 2):
                     continue
-                for size in SIZES:
-                    work = _nothing if kind == "send" else _products(size, members, layer)
+                for size in SIZES[: -1 if kind == "late" else None]:
+                    work = _products(size, members, layer) if kind == "late" else _nothing
                     call = make(size, members, group, rank)
                     seconds = _repeated(work, call, group, rank < among)
                     found.append(Message(kind=kind, members=members, among=among, num_bytes=size, seconds=seconds))
@@ -146,7 +146,7 @@ def _products(size: int, members: int, layer: tuple[int, int]) -> Call:
 
 
 def _repeated(work: Call, call: Call, group: dist.ProcessGroup | None, takes_part: bool) -> float:
-    """Seconds of one message more than of the work before it, by the slowest group."""
+    """Seconds of one message more than of the work before it, on average over those who take part."""
 
     def both() -> None:
         work()
@@ -163,10 +163,10 @@ def _repeated(work: Call, call: Call, group: dist.ProcessGroup | None, takes_par
         count = max(5, min(200, int(PER_MESSAGE / max(1e-5, float(once)))))
         alone = _mean(work, count)
         dist.barrier(group=group)
-        seconds = max(_mean(both, count) - alone, 1e-6)
-    slowest = torch.tensor([seconds], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
+        seconds = _mean(both, count) - alone
+    whole = torch.tensor([seconds, float(takes_part)], dtype=torch.float64)
+    dist.all_reduce(whole)
+    return max(float(whole[0] / whole[1]), 1e-6)
 
 
 def _mean(call: Call, count: int) -> float:
@@ -177,6 +177,11 @@ def _mean(call: Call, count: int) -> float:
 
 
 def _sum(size: int, members: int, group: dist.ProcessGroup | None, rank: int) -> Call:
+    numbers = torch.ones(size // 4)
+    return lambda: dist.all_reduce(numbers, group=group)
+
+
+def _late(size: int, members: int, group: dist.ProcessGroup | None, rank: int) -> Call:
     numbers = torch.ones(size // 4)
     return lambda: dist.all_reduce(numbers.clone(), group=group)
 

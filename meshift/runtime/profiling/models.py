@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
-from statistics import fmean
+from statistics import median
 
 import torch
 
@@ -87,7 +87,7 @@ def numbers_of_layer(model: Decoder) -> int:
 
 
 def timed(call: Callable[[], object], device: torch.device, effort: Effort) -> float:
-    """The mean of some calls, after one that does not count; of a long one, once is enough."""
+    """The median of some calls, after one that does not count; of a long one, once is enough."""
     _wait(device, call)
     taken: list[float] = []
     deadline = time.perf_counter() + effort.seconds
@@ -95,7 +95,7 @@ def timed(call: Callable[[], object], device: torch.device, effort: Effort) -> f
         started = time.perf_counter()
         _wait(device, call)
         taken.append(time.perf_counter() - started)
-    return fmean(taken)
+    return median(taken)
 
 
 def _wait(device: torch.device, call: Callable[[], object]) -> None:

@@ -53,7 +53,7 @@ class Work:
         return self.model.device
 
     def seconds(self, call: Call) -> float:
-        """Of a call, on average."""
+        """Of a call, in the middle."""
         return timed(call, self.device, self.effort)
 
     def micro_batch(self, rows: int, *, learning: bool = False) -> MicroBatch:

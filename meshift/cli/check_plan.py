@@ -60,7 +60,7 @@ def check_plan(
     problems = list(_placing_problems(config))
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    return _on_devices(config, _hardware(plan, cluster), cluster)
+    return _on_devices(config, _hardware(config, plan, cluster), cluster)
 
 
 def _placing_problems(config: RunConfig) -> Iterator[str]:
@@ -105,15 +105,16 @@ def _sentence(probe: Any) -> Iterator[str]:
         yield str(error)
 
 
-def _hardware(plan: Path, cluster: Cluster) -> Hardware:
+def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> Hardware:
     """The named one; else the one that the plan's file was predicted for; else this machine."""
+    from meshift.runtime.outlook import dtype_name
     from meshift.runtime.this_hardware import hardware_of_run
 
     if cluster.hardware is not None:
         found = find_hardware(cluster.hardware)
     else:
         told = _told_hardware(plan)
-        found = hardware_of_run(None)[0] if told is None else told
+        found = hardware_of_run(None, dtype_name(config))[0] if told is None else told
     return found if cluster.per_host is None else replace(found, per_host=cluster.per_host)
 
 

@@ -42,6 +42,7 @@ def on_hosts(placements: Placements, per_host: int) -> dict[str, dict[Kind, Plac
 def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
     """A sentence for each call that needs more than a device has: of what, how much, and by how much too much."""
     found = []
+    hardware = _shared(hardware, placements)
     for call in step.calls:
         peak = peak_bytes(step, hardware, placements)[call.name]
         if peak > hardware.usable:
@@ -59,7 +60,13 @@ def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[st
 
 
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
-    return max(peak_bytes(step, hardware, placements).values()) <= hardware.usable
+    return max(peak_bytes(step, hardware, placements).values()) <= _shared(hardware, placements).usable
+
+
+def _shared(hardware: Hardware, placements: Placements) -> Hardware:
+    """As it is to each process of the plan, where they share a host's processors and memory."""
+    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
+    return hardware.shared_by(len(used))
 
 
 def _changes(step: Step, placements: Placements) -> Iterator[tuple[str, Step, Placements]]:

@@ -35,7 +35,7 @@ class Lengths:
     `signal` is the share of prompts whose completions differ in score; None: a half (only DAPO asks).
     """
 
-    prompt: int | None = None
+    prompt: float | None = None
     completion: float | None = None
     signal: float | None = None
 
@@ -111,7 +111,7 @@ def _drawn_texts(config: RolloutRunConfig, lengths: Lengths) -> Texts:
         num_prompts=config.data.batch_size,
         per_prompt=config.generation.num_generations,
         prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
-        longest_prompt=max(longest, lengths.prompt or 0),
+        longest_prompt=max(longest, ceil(lengths.prompt or 0)),
         completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
         longest_completion=most,
     )

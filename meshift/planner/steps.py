@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 
 from meshift.config.plan import Kind
 from meshift.config.policy_runs import CriticFreeRunConfig, OnlineDPORunConfig
@@ -161,7 +162,7 @@ def _given_texts(batch_size: int, max_length: int, per_prompt: int, lengths: Len
         num_prompts=batch_size,
         per_prompt=per_prompt,
         prompt=prompt,
-        longest_prompt=prompt,
+        longest_prompt=ceil(prompt),
         completion=completion,
-        longest_completion=max(1, max_length - prompt),
+        longest_completion=max(1, max_length - ceil(prompt)),
     )

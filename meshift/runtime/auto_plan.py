@@ -19,7 +19,7 @@ from meshift.layout.mesh import Device, Mesh
 from meshift.planner.planning import Planned, make_plan, shortage
 from meshift.planner.written import plan_values
 from meshift.runtime.observer import Observer
-from meshift.runtime.outlook import lengths_of, planned_step
+from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
 from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run
 from meshift.runtime.this_hardware import hardware_of_run, num_devices
 
@@ -47,7 +47,9 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
     if begun is not None:
         observer.on_message(f"the plan is the one that the run in {config.output_dir} was begun with")
         return Settled(config=config.model_copy(update={"plan": begun}))
-    hardware, measured = hardware_of_run(config.launch.hardware)
+    hardware, measured = hardware_of_run(
+        config.launch.hardware, dtype_name(config), measure=True, observer=observer
+    )
     count = auto.devices or num_devices()
     step = planned_step(config, lengths_of(config, rows(config)))
     planned = make_plan(step, hardware, count, seconds=auto.seconds, streaming=config.launch.stream)
@@ -55,7 +57,7 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
     plan = _plan_config(config, planned)
     observer.on_message(_in_a_sentence(planned, count, measured=measured))
-    return Settled(config=config.model_copy(update={"plan": plan}), found=_found(planned, auto))
+    return Settled(config=config.model_copy(update={"plan": plan}), found=_found(planned, auto, count))
 
 
 def _begun_plan(config: C) -> PlanConfig | None:
@@ -108,11 +110,11 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     )
 
 
-def _found(planned: Planned, auto: AutoPlan) -> dict[str, Any]:
+def _found(planned: Planned, auto: AutoPlan, count: int) -> dict[str, Any]:
     return {
         "search": {
             "seconds": auto.seconds,
-            "devices": planned.problem.num_devices,
+            "devices": count,
             "bound_s": planned.proof.bound,
             "proven": planned.proof.proven,
             "rivals": [vars(rival) for rival in planned.rivals],

@@ -105,9 +105,14 @@ class Outlook:
         }
 
 
+def dtype_name(config: RunConfig) -> ComputeType:
+    """What a run computes in on this machine."""
+    return "float32" if str(compute_dtype(config.dtype)) == "torch.float32" else "bfloat16"
+
+
 def planned_step(config: RunConfig, lengths: Lengths) -> Step:
     """The step of a run on this machine."""
-    dtype: ComputeType = "float32" if str(compute_dtype(config.dtype)) == "torch.float32" else "bfloat16"
+    dtype = dtype_name(config)
     models = {role: load_config(model_folder(name)) for role, name in role_names(config).items()}
     step = step_of(config, models, dtype, lengths)
     away = config.plan.offloaded
@@ -185,20 +190,20 @@ def lengths_of(config: RunConfig, rows: Iterable[Any]) -> Lengths:
     if isinstance(config, RolloutRunConfig):
         prompts: Sequence[Prompt] = given
         told = None if config.plan.auto is None else config.plan.auto.completion_tokens
-        return Lengths(prompt=max(1, round(fmean(len(p.tokens) for p in prompts))), completion=told)
+        return Lengths(prompt=fmean(len(p.tokens) for p in prompts), completion=told)
     if given and isinstance(given[0], Pair):
         pairs: Sequence[Pair] = given
-        prompt = max(1, round(fmean(pair.num_prompt_tokens for pair in pairs)))
+        prompt = max(1.0, fmean(pair.num_prompt_tokens for pair in pairs))
         both = fmean((len(pair.chosen) + len(pair.rejected)) / 2 for pair in pairs)
         return Lengths(prompt=prompt, completion=max(1.0, both - prompt))
     if given and isinstance(given[0], Judged):
         judged: Sequence[Judged] = given
-        prompt = max(1, round(fmean(one.num_prompt_tokens for one in judged)))
+        prompt = max(1.0, fmean(one.num_prompt_tokens for one in judged))
         return Lengths(prompt=prompt, completion=max(1.0, fmean(len(one.tokens) for one in judged) - prompt))
     texts: Sequence[Demonstration] = given
     learned = fmean(sum(text.loss_mask) for text in texts)
     whole = fmean(len(text.tokens) for text in texts)
-    return Lengths(prompt=max(1, round(whole - learned)), completion=max(1.0, learned))
+    return Lengths(prompt=max(1.0, whole - learned), completion=max(1.0, learned))
 
 
 def device_numbers(placements: Placements) -> list[Device]:

@@ -19,7 +19,7 @@ from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
 from meshift.runtime.models import HEADS, model_folder
 from meshift.runtime.observer import Observer, SilentObserver
-from meshift.runtime.outlook import Outlook, lengths_of, outlook
+from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
 from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
 from meshift.runtime.role_spec import LocalOpener, Opener
@@ -74,7 +74,9 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     config = settled.config
     placements = placements_of(config.plan, method.uses(config))
     lengths = lengths_of(config, job.rows)
-    expected = outlook(config, placements, lengths, hardware_of_run(config.launch.hardware), before)
+    expected = outlook(
+        config, placements, lengths, hardware_of_run(config.launch.hardware, dtype_name(config)), before
+    )
     plan = config.plan.model_dump(mode="json", exclude_none=True, exclude={"auto"})
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
@@ -95,7 +97,7 @@ def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
 def expected_of(config: RunConfig, method: Method) -> Outlook:
     """What a run by this config's plan is predicted to take, before anything but its data is read."""
     placements = planned(config, method)
-    hardware = hardware_of_run(config.launch.hardware)
+    hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
     return outlook(config, placements, lengths_of(config, method.rows(config)), hardware, PROCESS_BYTES)
 
 

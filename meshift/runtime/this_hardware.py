@@ -10,11 +10,12 @@ from types import MappingProxyType
 
 import torch
 
-from meshift.errors import ConfigError
 from meshift.planner.hardware import KNOWN, Hardware, find_hardware
 from meshift.planner.memory import Machine
 from meshift.runtime.machine import machine_memory
 from meshift.runtime.models import device_for_run, fast_bfloat16
+from meshift.runtime.observer import Observer
+from meshift.runtime.profiling.profile import named_hardware, profile_path
 
 CPU = "cpu"
 CORE_FLOPS = MappingProxyType({"float32": 4e10, "bfloat16": 8e10})
@@ -32,22 +33,24 @@ def num_devices() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def hardware_of_run(name: str | None) -> tuple[Hardware, bool]:
+def hardware_of_run(
+    name: str | None, dtype: str, *, measure: bool = False, observer: Observer | None = None
+) -> tuple[Hardware, bool]:
     """The hardware of `launch.hardware` (None: of this machine), and whether its numbers are known or measured.
 
-    Raises `ConfigError` for a name that is none. A CPU without a profile, or an unknown GPU, is guessed.
+    A CPU without a profile is guessed, or with `measure` measured in a short probe; so is an unknown GPU. Raises
+    `ConfigError` for a name that is none.
     """
-    if name is not None and name != CPU:
+    if name is not None and name.lower() != CPU:
         return find_hardware(name), True
     device = device_for_run()
     if device.type == "cuda" and name is None:
         told = torch.cuda.get_device_name(device).lower()
         known = next((hardware for key, hardware in KNOWN.items() if key in told), None)
         return (known, True) if known is not None else (KNOWN["a100"], False)
-    try:
-        return find_hardware(CPU), True
-    except ConfigError:
-        return guessed_cpu(), False
+    if measure or profile_path((dtype,)).is_file():
+        return named_hardware(CPU, (dtype,), observer), True
+    return guessed_cpu(), False
 
 
 def guessed_cpu() -> Hardware:

@@ -1,14 +1,19 @@
 """A request gets a plan with its figures, or what is short and what would fit."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_steps import device, llama, problem, step, texts
 
 from meshift.layout.layout import Placement
+from meshift.planner.bounds import least_seconds
 from meshift.planner.candidates import Use
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
+from meshift.planner.memory import Machine
 from meshift.planner.planning import make_plan, shortage
 from meshift.planner.prove import has_solver
+from meshift.planner.search import score
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.written import placements_of, plan_values
 
@@ -93,3 +98,12 @@ def test_a_way_by_hand_would_have_more_data_ranks_than_an_update_has_sequences()
     given = problem("grpo", 2, given=texts(num_prompts=2))  # two updates of one sequence each
     for choice in (make(given) for make in STRATEGIES.values()):
         assert choice is None or choice[Use("actor", "train")].candidate.layout.data == 1
+
+
+def test_a_bound_would_count_the_packing_of_weights_twice():
+    """On devices that pack weights before they generate, a plan by hand is no faster than its own bound."""
+    packing = replace(device(), memory_rate=1e8, machine=Machine(packs=True))
+    given = problem("grpo", 2, hardware=packing, given=texts(num_prompts=8, completion=4.0, most=8))
+    for choice in filter(None, (make(given) for make in STRATEGIES.values())):
+        alone = {use: (spot.candidate,) for use, spot in choice.items()}
+        assert least_seconds(given, alone) <= score(given, choice).seconds

@@ -25,7 +25,7 @@ from meshift.planner.hardware import Hardware
 from meshift.planner.planning import Planned, make_plan
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.steps import role_names, step_of
-from meshift.planner.variants import AS_IT_IS, HEAD, Variant, table_rows
+from meshift.planner.variants import AS_IT_IS, Variant, head, table_rows
 from meshift.planner.workload import ComputeType, Step
 
 WHAT_IF = ("devices", "network", "batch", "completion")
@@ -142,9 +142,8 @@ def show_variants(variants: Sequence[list[Variant]]) -> None:
     console = make_console()
     for found in variants:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column(found[0].key)
-        for name in HEAD:
-            table.add_column(name, justify="right")
+        for i, name in enumerate(head(found[0].key)):
+            table.add_column(name, justify="right" if i else "left")
         for row in table_rows(found):
             table.add_row(*map(Text, row))
         console.print(f"what if: {found[0].key}", style="bold", markup=False)

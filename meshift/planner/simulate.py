@@ -20,8 +20,6 @@ from meshift.planner.workload import PlannedCall, Step, Texts
 
 NUM_SLOWEST = 2
 """Data ranks of a generation that are costed, of those with the longest completion, and with the most tokens."""
-TAIL = 0.9
-"""Of completions: what comes after this part of them has ended is the tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +35,14 @@ class DrawnTexts(Texts):
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """Seconds of each step; of one whose completions all have the mean length; and the tail of generation.
+    """Seconds of each step; of one whose completions all have the mean length; and how generation thins out.
 
-    `tail` is the share of decode steps that come after nine tenths of a rank's completions have ended.
+    `half` is the share of decode steps after which half of a rank's completions have ended.
     """
 
     seconds: tuple[float, ...]
     even: float
-    tail: float
+    half: float
 
     @property
     def median(self) -> float:
@@ -76,8 +74,8 @@ def simulate(
     played = replay(step, hardware, placements, costs, streaming=streaming)
     seconds = tuple(max(event.end for event in events) for events in played)
     (even,) = replay(step, hardware, placements, [drawing.even()], streaming=streaming)
-    tail = fmean(drawing.tail(call) for call in generations)
-    return Simulated(seconds=seconds, even=max(event.end for event in even), tail=tail)
+    half = fmean(drawing.half(call) for call in generations)
+    return Simulated(seconds=seconds, even=max(event.end for event in even), half=half)
 
 
 class _Drawing:
@@ -110,12 +108,12 @@ class _Drawing:
             if call.kind == "generate"
         }
 
-    def tail(self, call: PlannedCall) -> float:
-        """Of a generation's decode steps, the share after nine tenths have ended."""
+    def half(self, call: PlannedCall) -> float:
+        """Of a generation's decode steps, the share after which half of a rank's completions have ended."""
         own = self._own(call)
         ended = course(call.texts, own, min(call.num_slots, own)).ended
-        first = next(i for i, share in enumerate(ended) if share >= TAIL)
-        return 1 - first / (len(ended) - 1)
+        first = next(i for i, share in enumerate(ended) if share >= 0.5)
+        return first / (len(ended) - 1)
 
     def _own(self, call: PlannedCall) -> int:
         """Sequences of a data rank."""
@@ -160,6 +158,6 @@ def in_sentences(found: Simulated) -> Iterator[str]:
     )
     yield (
         f"Were all completions as long as the mean, a step would take {found.even:.3g} s: longer ones cost "
-        f"{found.cost_of_tail:.0%} of it; the last {1 - TAIL:.0%} of completions that end take the last "
-        f"{found.tail:.0%} of decode steps."
+        f"{found.cost_of_tail:.0%} of it. Half of a device's completions have ended after {found.half:.0%} of its "
+        "decode steps."
     )

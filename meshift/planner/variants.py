@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from meshift.planner.planning import Planned
 
-AS_IT_IS = "as it is"
+AS_IT_IS, DEVICES = "as it is", "devices"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,11 @@ class Variant:
     value: str
     number: float
     planned: Planned
+
+    @property
+    def shown(self) -> str:
+        """In a table."""
+        return self.value if self.value != AS_IT_IS else f"{self.number:g} ({AS_IT_IS})"
 
     @property
     def fits(self) -> bool:
@@ -45,28 +50,29 @@ def efficiency(variant: Variant, least: Variant) -> float:
 
 
 def table_rows(variants: list[Variant]) -> list[list[str]]:
-    """Of one key: value, seconds of a step, sequences and tokens a second, efficiency, gap; or what is short."""
+    """Of one key: what `head` says, or what is short."""
     fitting = [one for one in variants if one.fits]
     least = min(fitting, key=lambda one: one.planned.problem.num_devices, default=None)
     rows = []
     for one in variants:
         if not one.fits or least is None:
-            rows.append(
-                [one.value, f"does not fit: {one.planned.lacking / 1e9:.1f} GB too much on a device", *[""] * 4]
-            )
+            short = f"does not fit: {one.planned.lacking / 1e9:.1f} GB too much on a device"
+            rows.append([one.shown, short, *[""] * (len(head(one.key)) - 2)])
             continue
         rows.append(
             [
-                one.value,
+                one.shown,
                 f"{one.planned.seconds:.3g}",
                 f"{one.throughput:.3g}",
                 f"{one.tokens:,.0f}",
-                f"{efficiency(one, least):.0%}",
+                *([f"{efficiency(one, least):.0%}"] if one.key == DEVICES else []),
                 f"{one.planned.proof.gap:.1%}",
             ]
         )
     return rows
 
 
-HEAD = ("step, s", "sequences a second", "tokens a second", "efficiency", "proven gap")
-"""Of the columns after the value."""
+def head(key: str) -> list[str]:
+    """The columns: of devices, how much of the smallest cluster's throughput is left for each, too."""
+    shared = ["step, s", "sequences a second", "tokens a second"]
+    return [key, *shared, *(["efficiency"] if key == DEVICES else []), "proven gap"]

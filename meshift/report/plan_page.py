@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from meshift.planner.explain import explanation, of_proof
 from meshift.planner.planning import Planned
-from meshift.planner.variants import HEAD, Variant, table_rows
+from meshift.planner.variants import Variant, head, table_rows
 from meshift.report.device_chart import Bar, device_chart
 from meshift.report.document import document, number_table, section
 from meshift.report.markup import Markup, element
@@ -38,7 +38,7 @@ def plan_page(planned: Planned, variants: Sequence[list[Variant]] = ()) -> str:
 def _what_if(found: list[Variant]) -> Markup:
     """A table of a key's values, and where they are numbers, the curve of throughput over them."""
     key = found[0].key
-    table = number_table([key, *HEAD], table_rows(found))
+    table = number_table(head(key), table_rows(found))
     curve = scaling_curve(found)
     return element("div", element("h3", key), element("div", table, curve, class_="beside") if curve else table)
 

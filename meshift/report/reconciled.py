@@ -180,7 +180,7 @@ def _of_memory(calls: Sequence[Compared]) -> list[str]:
 
 
 def _times(predicted: float, measured: float) -> str:
-    return f"{short(measured / predicted)} times as much" if predicted > 0 else "not predicted"
+    return f"{short(measured / predicted)} times the prediction" if predicted > 0 else "not predicted"
 
 
 def _settled(run: RunData, key: str) -> list[float]:

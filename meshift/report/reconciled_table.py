@@ -5,7 +5,7 @@ It knows nothing of how they are compared (`reconciled.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from meshift.report.document import scrolling, section
 from meshift.report.markup import Markup, element
@@ -23,11 +23,17 @@ def reconciled_section(run: RunData) -> Markup | None:
         return None
     return section(
         "Predicted and measured",
-        element("p", " ".join(found.sentences)) if found.sentences else None,
+        *(element("p", *_with_code(sentence)) for sentence in found.sentences),
         _table(found),
         element("p", _hint(run), class_="hint"),
         anchor="predicted",
     )
+
+
+def _with_code(sentence: str) -> Iterator[Markup | str]:
+    """What stands between backticks as code."""
+    for i, part in enumerate(sentence.split("`")):
+        yield element("code", part) if i % 2 else part
 
 
 def _hint(run: RunData) -> str:

@@ -1,6 +1,7 @@
 """`meshift plan` from a config and a config.json: a table, a file that a run reads, or what is short."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, ca
     assert plan(run_file, "--devices", "1", "--what-if", "devices=2", "--what-if", "completion=64,250") == 0
     tables = capsys.readouterr().out.split("what if: ")[1:]
     rows = [
-        {w[0]: w[1:] for line in one.splitlines()[4:] if (w := line.replace("as it is", "now").split())}
+        {w[0]: w[1:] for line in one.splitlines()[4:] if (w := re.sub(r"\S+ \(as it is\)", "now", line).split())}
         for one in tables
     ]
     devices, lengths = ({value: float(row[0]) for value, row in one.items()} for one in rows)

@@ -6,7 +6,7 @@ describes. It knows nothing of how plans are found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -135,7 +135,8 @@ class _Drawing:
         return max(costs, key=lambda cost: cost.seconds)
 
     def _of(self, call: PlannedCall, given: tuple[int, ...]) -> Cost:
-        texts = DrawnTexts(**{**_fields(call.texts), "completion": fmean(given), "given": given})
+        fields = {name: getattr(call.texts, name) for name in Texts.__dataclass_fields__}
+        texts = DrawnTexts(**{**fields, "completion": fmean(given), "given": given})
         layout = self.placements[call.role][call.kind].layout
         return self._costs[call.role].of(replace(call, texts=texts), layout)
 
@@ -144,10 +145,6 @@ class _Drawing:
         read = call.num_read if call.num_read == 1.0 else mean
         layout = self.placements[call.role][call.kind].layout
         return self._costs[call.role].of(replace(call, texts=texts, num_read=read), layout)
-
-
-def _fields(texts: Texts) -> Mapping[str, float]:
-    return {name: getattr(texts, name) for name in Texts.__dataclass_fields__}
 
 
 def in_sentences(found: Simulated) -> Iterator[str]:

@@ -15,7 +15,7 @@ from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, Run
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
 from meshift.runtime.machine import Memory, machine_memory
-from meshift.runtime.models import HEADS, compute_dtype, device_for_run, resident_bytes
+from meshift.runtime.models import HEADS, compute_dtype, device_for_run, kept_models, resident_bytes
 from meshift.runtime.policy_run import policy_models
 from meshift.runtime.ppo_run import role_models
 
@@ -41,10 +41,10 @@ def held_models(config: RunConfig) -> list[Held]:
         return _held_roles(policy_models(config), {"actor": config.actor})
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
-        held = [Held(role="actor", name=actor, head="lm", trained=config.actor)]
+        names = {"actor": actor}
         if not config.dpo.precompute_ref_log_probs:
-            held.append(Held(role="reference", name=config.reference.model_name_or_path or actor, head="lm"))
-        return held
+            names["reference"] = config.reference.model_name_or_path or actor
+        return _held_roles(names, {"actor": config.actor})
     if isinstance(config, SFTRunConfig | RewardRunConfig):
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
@@ -54,7 +54,7 @@ def held_models(config: RunConfig) -> list[Held]:
 def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> list[Held]:
     return [
         Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
-        for role, name in names.items()
+        for role, name in kept_models(names, trained).items()
     ]
 
 
@@ -79,7 +79,7 @@ def memory_verdict(needed: int, memory: Memory) -> tuple[bool, str]:
     if needed > memory.total:
         return False, (
             f"the run needs {gigabytes}, and {memory.device} has {memory.total / 1e9:.2f} GB: it will not fit; "
-            "use smaller models, dtype=bfloat16, or freeze layers with num_frozen_layers"
+            "use smaller models, dtype=bfloat16, adapters (`lora`), or freeze layers with num_frozen_layers"
         )
     if needed > TIGHT * memory.free:
         return True, (

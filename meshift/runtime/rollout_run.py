@@ -24,15 +24,17 @@ from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
     HEADS,
-    check_frozen_layers,
     check_reward_model,
     check_same_shape,
     check_same_tokenizer,
+    check_trained,
     compute_dtype,
+    kept_models,
     model_folder,
     open_tokenizer,
     resident_bytes,
     stop_token_ids,
+    trained_rows,
 )
 from meshift.runtime.role_spec import RoleSpec, frozen_like
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
@@ -114,7 +116,7 @@ def _check_models(
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
     for role, how in trained.items():
-        check_frozen_layers(role, names[role], how)
+        check_trained(role, names[role], how)
 
 
 def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]]:
@@ -141,6 +143,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
+        *trained_rows(checked.names, checked.trained),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
@@ -148,9 +151,9 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
 
 def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
+    kept = kept_models(checked.names, checked.trained)
     return sum(
-        resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
-        for role, model in checked.names.items()
+        resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role)) for role, model in kept.items()
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from meshift.batch import Batch, Outcome
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ReallocationError
 from meshift.generation.rollout import OnPart
 from meshift.graph.calls import Kind
@@ -35,7 +36,7 @@ from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
 from meshift.step import Role
 from meshift.training.checkpoint import read_state, write_values
-from meshift.training.optimizer import is_frozen
+from meshift.training.optimizer import is_trained
 from meshift.training.stored_tensors import write_boxes
 
 EXACT = Dtypes(source="float32", target="float32")
@@ -66,14 +67,14 @@ class SpreadRole:
         world: World,
         open_model: Callable[[], Decoder],
         make_role: MakeRole,
-        num_frozen_layers: int = 0,
+        config: TrainableConfig | None = None,
     ) -> None:
         """`open_model` gives the whole model, the same each time; a placement without training stands still.
 
-        `num_frozen_layers` are those that `make_role` leaves out of training.
+        `config` is that of the roles that `make_role` makes: it says what is left out of training.
         """
         self.name = name
-        self._num_frozen_layers = num_frozen_layers
+        self._config = config or TrainableConfig()
         self.is_mixed = False
         self._mixes: dict[str, Move | None] = {}
         self.placements = placements
@@ -107,7 +108,7 @@ class SpreadRole:
             return 0, 0
         model, learns = next(iter(self._locals.values())).model, "train" in self.placements
         table = shard_table(model.config, model.head_kind)
-        frozen = [name for name in table if not learns or is_frozen(name, self._num_frozen_layers)]
+        frozen = [name for name in table if not (learns and is_trained(name, self._config, model.head_kind))]
         fixed = sum(table[name].num_elements for name in frozen)
         return num_parameters(table) - fixed, fixed
 
@@ -251,8 +252,8 @@ class SpreadRole:
         if self.is_mixed:
             return {}
         trained = "train" in self.placements
-        parameters = self._open_model().named_parameters()
-        return {n: p for n, p in parameters if not trained or is_frozen(n, self._num_frozen_layers)}
+        model, config = self._open_model(), self._config
+        return {n: p for n, p in model.named_parameters() if not (trained and is_trained(n, config, model.head_kind))}
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:

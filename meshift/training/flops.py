@@ -14,6 +14,7 @@ from torch import nn
 
 from meshift.models.config import DecoderConfig
 from meshift.models.decoder import Decoder, Layer
+from meshift.models.linear import Linear
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,8 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
     Of a model that was cut, in the layers that are here; a gradient is taken to go to the layers before them.
 
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
-    Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
+    Frozen layers that nothing trained lies under have no backward pass; a frozen head, and a frozen matrix beside an
+    adapter, has one to its inputs only.
     """
     num_rows, total = sum(own for _, own in spans), 0.0
     learned_below = any(p.requires_grad for p in model.embedding.parameters()) or not model.embeds
@@ -45,27 +47,42 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
         assert isinstance(layer, Layer)
         index = layer.attention.layer.index
         learned = any(p.requires_grad for p in layer.parameters())
-        passes = 1 + (learned or learned_below) + learned
-        num_weights = _num_weights(layer)
-        if index == model.config.num_layers - 1:  # what leaves: the products after attention see no other row
-            after = num_weights - _num_before_attention(layer)
-            total -= 2.0 * (num_rows - num_last) * after * passes
-        total += 2.0 * num_rows * num_weights * passes
+        before, after = _costs_of_row(layer, learned=learned, learned_below=learned_below)
+        last = index == model.config.num_layers - 1  # of which leaves: products after attention see no other row
+        total += num_rows * before + (num_last if last else num_rows) * after
         attention = _attention_flops(model.config, spans, model.config.window(index))
         total += attention * (3 if learned or learned_below else 1)
         learned_below = learned_below or learned
     return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model)) * model.ends
 
 
-def _num_weights(module: nn.Module) -> int:
-    linear = (own for own in module.modules() if isinstance(own, nn.Linear))
-    return sum(own.in_features * own.out_features for own in linear)  # whatever is kept here of a sharded one
+def _costs_of_row(layer: Layer, *, learned: bool, learned_below: bool) -> tuple[float, float]:
+    """Operations for a row in a layer's products before attention, and in those after."""
+    own, norm = layer.attention, layer.attention_norm
+    first = learned_below or (norm is not None and any(p.requires_grad for p in norm.parameters()))
+    # Under the lowest adapters nothing is learned, so that what enters needs no gradient.
+    first = first or (learned and own.query.weight.requires_grad)
+    parts = (own.query, own.key, own.value)
+    before = sum(_cost_of_row(part, goes_back=first) for part in parts)
+    goes_back = learned or learned_below
+    rest = _cost_of_row(layer, goes_back=goes_back) - sum(_cost_of_row(part, goes_back=goes_back) for part in parts)
+    return before, rest
 
 
-def _num_before_attention(layer: nn.Module) -> int:
-    assert isinstance(layer, Layer)
-    own = layer.attention
-    return sum(_num_weights(part) for part in (own.query, own.key, own.value))
+def _cost_of_row(module: nn.Module, *, goes_back: bool) -> float:
+    """Operations for a row in all products of a module, with those of its gradients."""
+    total = 0.0
+    for own in module.modules():
+        if not isinstance(own, Linear):
+            continue
+        size = own.in_features * own.out_features  # whatever is kept here of a sharded one
+        total += 2.0 * size * (1 + goes_back + own.weight.requires_grad)
+        if own.lora_a is not None:
+            # Back to the input of A where to that of W, and always to that of B, for A's own gradient.
+            learns = own.lora_a.requires_grad
+            total += 2.0 * own.lora_rank * own.in_features * (1 + goes_back + learns)
+            total += 2.0 * own.lora_rank * own.out_features * (1 + 2 * learns)
+    return total
 
 
 def _attention_flops(config: DecoderConfig, spans: Spans, window: int | None) -> float:

@@ -22,6 +22,7 @@ from meshift.cli.command import Command, UsageError
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config
 from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
@@ -123,6 +124,12 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 
 def _step(config: RunConfig, lengths: Lengths) -> Step:
+    for name in ("actor", "critic", "model"):
+        section = getattr(config, name, None)
+        if isinstance(section, TrainableConfig) and section.lora is not None:
+            raise ConfigError(
+                f"the planner does not count adapters yet; plan without `{name}.lora`, which needs less"
+            )
     dtype: ComputeType = "float32" if config.dtype == "float32" else "bfloat16"
     models = {role: read_model(name) for role, name in role_names(config).items()}
     return step_of(config, models, dtype, lengths)

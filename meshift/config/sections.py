@@ -69,10 +69,12 @@ class LoraConfig(Section):
     alpha: float = Field(32.0, gt=0, description="W + alpha / rank * B A is what the model computes with")
     rank_stabilized: bool = Field(False, description="divide alpha by the root of the rank (rsLoRA)")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of the model's linear layers, as [q_proj, v_proj]; all-linear: all in layers"
+        "all-linear",
+        description="names of the model's linear layers, as [q_proj, v_proj]; all-linear: all in layers",
     )
     save_merged: bool = Field(
-        False, description="write `final/` as a whole model with the adapters in it (default: PEFT's adapter folder)"
+        False,
+        description="write `final/` as a whole model with the adapters in it (default: PEFT's adapter folder)",
     )
 
 
@@ -97,7 +99,8 @@ class TrainableConfig(Section):
         0, ge=0, description="the embedding and this many lowest layers are not trained (0: train everything)"
     )
     lora: LoraConfig | None = Field(
-        None, description="train adapters (and a score head) only; the model's own weights stay (null: train those)"
+        None,
+        description="train adapters (and a score head) only; the model's own weights stay (null: train those)",
     )
 
 

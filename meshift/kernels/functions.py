@@ -189,7 +189,9 @@ class _QueryKeyValue(torch.autograd.Function):
         to_x = kernels.product(whole, kernels.pack_transposed(*weights)) if needed[0] else None
         to_weights = _add_to_needed(kernels, ctx, 1, whole, x, weights)
         to_biases = _add_to_biases(biases, ctx.sums[3:], parts, needed[4:7])
-        to_added = [part.contiguous() if wanted else None for part, wanted in zip(parts, needed[7:10], strict=True)]
+        to_added = [
+            part.contiguous() if wanted else None for part, wanted in zip(parts, needed[7:10], strict=True)
+        ]
         return to_x, *to_weights, *to_biases, *to_added, None, None
 
 

@@ -14,11 +14,12 @@ NormPlaces = Literal["before", "after", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Low-rank matrices beside linear layers: `x W'` becomes `x W' + scale (x A') B'`, A [rank, in], B [out, rank].
+    """Low-rank matrices beside linear layers, so that `x W'` becomes `x W' + scale (x A') B'`.
 
-    `targets` are our names of the linear layers within a layer, from layer `first_layer` on. `made_for` is the model
-    that it belongs to, as others may load it: a folder or a hub id; `save_merged` asks for a whole model when it is
-    saved. (Hu et al. 2021, arXiv:2106.09685; `rank_stabilized`: Kalajdzievski 2023, arXiv:2312.03732.)
+    A is [rank, in], B [out, rank]. `targets` are our names of the linear layers within a layer, from layer
+    `first_layer` on. `made_for` is the model that it belongs to, as others may load it: a folder or a hub id;
+    `save_merged` asks for a whole model when it is saved. (Hu et al. 2021, arXiv:2106.09685; `rank_stabilized`:
+    Kalajdzievski 2023, arXiv:2312.03732.)
 
     Example: `Adapter(rank=16, alpha=32.0, targets=("attention.query", "attention.value"))`.
     """

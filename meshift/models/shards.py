@@ -124,8 +124,8 @@ def _by_rows(name: str, hidden: int, split: Split, bias: bool, rank: int) -> Ite
 def _by_columns(name: str, hidden: int, split: Split, bias: bool, rank: int) -> Iterator[_Entry]:
     """A linear layer from units to hidden: the weight is cut along dim 1; the bias, added once, is whole.
 
-    Of its adapter A is cut as the weight is. B is whole: each tensor rank's part of the sum goes through it, so that
-    gradients must be added.
+    Of its adapter A is cut as the weight is. B is whole: each tensor rank's part of the sum goes through it, so
+    that gradients must be added.
     """
     columns = split.unit * split.num_units
     yield f"{name}.weight", (hidden, columns), replace(split, dim=1)

@@ -152,7 +152,9 @@ def shared_parameters(model: Decoder, peers: Peers) -> dict[str, Shared]:
         if split is not None and len(peers) > split.num_units:  # key-value heads, fewer than ranks
             bounds, holders = split.bounds(peers.index, len(peers)), split.sharers(peers.index, len(peers))
             found[name] = Shared(num_holders=len(holders), shape=shard.shape, dim=split.dim, bounds=bounds)
-        elif split is None and len(peers) > 1 and ("query_norm" in name or "key_norm" in name or is_adapters(name)):
+        elif (
+            split is None and len(peers) > 1 and ("query_norm" in name or "key_norm" in name or is_adapters(name))
+        ):
             found[name] = Shared(num_holders=len(peers), shape=shard.shape, dim=0, bounds=(0, shard.shape[0]))
     return found
 

@@ -136,8 +136,9 @@ def check_trained(key: str, name_or_path: str, trained: TrainableConfig) -> None
         return
     if is_adapter(model_folder(name_or_path)):
         raise ConfigError(
-            f"`{key}.model_name_or_path` {name_or_path} is an adapter's folder, and new adapters need a whole model "
-            f"beside them; run `meshift convert {name_or_path} NEW_FOLDER` and name that, or take `{key}.lora` out"
+            f"`{key}.model_name_or_path` {name_or_path} is an adapter's folder, and new adapters need a whole "
+            f"model beside them; run `meshift convert {name_or_path} NEW_FOLDER` and name that, or take "
+            f"`{key}.lora` out"
         )
     try:
         adapter = adapter_of(name_or_path, trained)
@@ -148,7 +149,7 @@ def check_trained(key: str, name_or_path: str, trained: TrainableConfig) -> None
 
 
 def adapter_of(name_or_path: str, trained: TrainableConfig) -> Adapter | None:
-    """What `lora` asks for, for this model; None without it. Raises `ModelError` for a module that is not there."""
+    """What `lora` asks for, for this model; None without it. `ModelError` for a module that is not there."""
     lora = trained.lora
     if lora is None:
         return None

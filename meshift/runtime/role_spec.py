@@ -122,7 +122,7 @@ def frozen_like(trained: TrainableConfig) -> TrainableConfig:
 
 
 def save_role(role: Any, folder: Path, tokenizer: object) -> None:
-    """Save the role's whole model, or its adapters; over several processes all call this, and the first one saves."""
+    """Save the role's model, or its adapters; over several processes all call this, and the first one saves."""
     model = role.whole()
     if model is None:
         return

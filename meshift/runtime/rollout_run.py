@@ -153,7 +153,8 @@ def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
     kept = kept_models(checked.names, checked.trained)
     return sum(
-        resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role)) for role, model in kept.items()
+        resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
+        for role, model in kept.items()
     )
 
 

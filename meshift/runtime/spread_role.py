@@ -253,7 +253,9 @@ class SpreadRole:
             return {}
         trained = "train" in self.placements
         model, config = self._open_model(), self._config
-        return {n: p for n, p in model.named_parameters() if not (trained and is_trained(n, config, model.head_kind))}
+        return {
+            n: p for n, p in model.named_parameters() if not (trained and is_trained(n, config, model.head_kind))
+        }
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:

@@ -38,8 +38,8 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
     Of a model that was cut, in the layers that are here; a gradient is taken to go to the layers before them.
 
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
-    Frozen layers that nothing trained lies under have no backward pass; a frozen head, and a frozen matrix beside an
-    adapter, has one to its inputs only.
+    Frozen layers that nothing trained lies under have no backward pass; a frozen head, and a frozen matrix beside
+    an adapter, has one to its inputs only.
     """
     num_rows, total = sum(own for _, own in spans), 0.0
     learned_below = any(p.requires_grad for p in model.embedding.parameters()) or not model.embeds
@@ -65,7 +65,9 @@ def _costs_of_row(layer: Layer, *, learned: bool, learned_below: bool) -> tuple[
     parts = (own.query, own.key, own.value)
     before = sum(_cost_of_row(part, goes_back=first) for part in parts)
     goes_back = learned or learned_below
-    rest = _cost_of_row(layer, goes_back=goes_back) - sum(_cost_of_row(part, goes_back=goes_back) for part in parts)
+    rest = _cost_of_row(layer, goes_back=goes_back) - sum(
+        _cost_of_row(part, goes_back=goes_back) for part in parts
+    )
     return before, rest
 
 

@@ -54,14 +54,14 @@ def freeze_layers(model: nn.Module, num_frozen: int, num_layers: int) -> None:
 
 
 def freeze(model: Decoder, config: TrainableConfig) -> None:
-    """Leave out of training what `is_trained` does not name. Raises `ConfigError` for layers that are not there."""
+    """Leave out of training what `is_trained` does not name. `ConfigError` for layers that are not there."""
     freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, config, model.head_kind))
 
 
 def is_trained(name: str, config: TrainableConfig, head: HeadKind) -> bool:
-    """Whether a role that learns changes the parameter of this name: with `lora`, adapters and a score head only."""
+    """Whether a role that learns changes this parameter: with `lora`, adapters and a score head only."""
     if config.lora is None:
         return not is_frozen(name, config.num_frozen_layers)
     return is_adapters(name) or (head != "lm" and name == "head.weight")

@@ -1,7 +1,7 @@
 """Adapter folders in PEFT's format: read as a base model's weights with the adapter in them, and written.
 
-`adapter_config.json` names the base, the rank and the modules; `adapter_model.safetensors` holds `lora_A` and `lora_B`
-of each. Knows nothing of how adapters are trained.
+`adapter_config.json` names the base, the rank and the modules; `adapter_model.safetensors` holds `lora_A` and
+`lora_B` of each. Knows nothing of how adapters are trained.
 """
 
 import re
@@ -24,7 +24,14 @@ from meshift.models.shards import LORA_A, LORA_B
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
-REFUSED = ("use_dora", "lora_bias", "layer_replication", "use_qalora", "alora_invocation_tokens", "target_parameters")
+REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "target_parameters",
+)
 """What of PEFT's LoRA changes the sum W + scale B A, or what it is added to."""
 
 
@@ -60,13 +67,17 @@ def find_adapter(directory: Path) -> AdapterFolder | None:
         return None
     settings, where = read_json(directory / CONFIG), directory / CONFIG
     if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        raise ModelError(f"{where} is of no plain LoRA adapter; merge it with peft's merge_and_unload, and save that.")
+        raise ModelError(
+            f"{where} is of no plain LoRA adapter; merge it with peft's merge_and_unload, and save that."
+        )
     for key in REFUSED:
         if settings.get(key):
             raise ModelError(f"{where} sets {key}, which is not read; merge it with peft's merge_and_unload.")
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or not isinstance(settings.get("lora_alpha"), int | float):
-        raise ModelError(f"{where} lacks base_model_name_or_path or lora_alpha; copy the adapter from its source again.")
+        raise ModelError(
+            f"{where} lacks base_model_name_or_path or lora_alpha; copy the adapter from its source again."
+        )
     try:
         folder = resolve_model(base)
     except ModelError as error:
@@ -80,7 +91,9 @@ class AdaptedWeights:
     Sums are in fp32, for whoever reads them to round. Raises `ModelError` where the adapter is for another model.
     """
 
-    def __init__(self, adapter: AdapterFolder, base: "WeightFiles | AdaptedWeights", config: DecoderConfig) -> None:
+    def __init__(
+        self, adapter: AdapterFolder, base: "WeightFiles | AdaptedWeights", config: DecoderConfig
+    ) -> None:
         self.directory = adapter.directory
         self._adapter, self._base = adapter, base
         self._held = _read_held(adapter.directory)
@@ -96,7 +109,9 @@ class AdaptedWeights:
             names = (f"{module}.weight", f"{module.removeprefix(prefix)}.weight")
             name = next((name for name in names if name in base.shapes), None)
             if name is None or f"{PREFIX}{module}.lora_{'AB'[found[2] == 'A']}.weight" not in self._held:
-                raise ModelError(f"{adapter.directory}: {key} has no counterpart in {adapter.base}: it is for another.")
+                raise ModelError(
+                    f"{adapter.directory}: {key} has no counterpart in {adapter.base}: it is for another."
+                )
             self._pairs[name] = module
         stored = stored_tensors(config, "lm")
         bare = {name.removeprefix(prefix): held for name, held in stored.items()}
@@ -106,7 +121,9 @@ class AdaptedWeights:
     def _name_of_whole(self, key: str) -> str:
         """Of what is kept as it is, beside adapters: the score head, and nothing else."""
         if key != PREFIX + HEAD_NAMES["reward"]:
-            raise ModelError(f"{self.directory}: {key} is no linear layer's adapter and no score head; it is not read.")
+            raise ModelError(
+                f"{self.directory}: {key} is no linear layer's adapter and no score head; it is not read."
+            )
         return HEAD_NAMES["reward"]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -123,8 +140,8 @@ class AdaptedWeights:
         flat = weight.T if name in self._transposed else weight
         if flat.shape != (b.shape[0], a.shape[1]) or b.shape[1] != a.shape[0]:
             raise ModelError(
-                f"{self.directory}: the adapter of {module} is {list(b.shape)} times {list(a.shape)}, but {name} is "
-                f"{list(weight.shape)}: it is for another model."
+                f"{self.directory}: the adapter of {module} is {list(b.shape)} times {list(a.shape)}, but {name} "
+                f"is {list(weight.shape)}: it is for another model."
             )
         whole = torch.addmm(flat.float(), b, a, alpha=self._adapter.scale(module, a.shape[0]))
         return whole.T if name in self._transposed else whole
@@ -132,7 +149,9 @@ class AdaptedWeights:
 
 def _read_held(directory: Path) -> dict[str, Tensor]:
     if not (directory / WEIGHTS).is_file():
-        raise ModelError(f"{directory} holds no {WEIGHTS}; pickled adapters are not read, so save it again with peft.")
+        raise ModelError(
+            f"{directory} holds no {WEIGHTS}; pickled adapters are not read, so save it again with peft."
+        )
     files = WeightFiles(directory, (directory / WEIGHTS,))
     return {name: tensor.clone() for name, tensor in files.read(files.shapes)}
 
@@ -199,7 +218,9 @@ def adapter_settings(model: Decoder) -> dict[str, Any]:
         "fan_in_fan_out": bool(FAMILIES[model.config.family].transposed),
         "target_modules": sorted(set(names.values())),
         "modules_to_save": None if model.head_kind == "lm" else ["score"],
-        "layers_to_transform": list(range(adapter.first_layer, model.config.num_layers)) if adapter.first_layer else None,
+        "layers_to_transform": list(range(adapter.first_layer, model.config.num_layers))
+        if adapter.first_layer
+        else None,
         "rank_pattern": {names[module]: adapter.rank * count for module, count in joined.items()},
         "alpha_pattern": {
             names[module]: _whole_if_whole(adapter.alpha * (count**0.5 if root else count))

@@ -36,7 +36,7 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Decoder:
-    """A `Decoder` filled from a local folder or a hub id; of an adapter's folder, the base model with it merged in.
+    """A `Decoder` filled from a local folder or a hub id; of an adapter's, the base model with it merged in.
 
     `dtype` None keeps the stored one (the embedding's, should the file mix several). A head that the checkpoint
     does not hold starts at zero (value) or is drawn from `seed` with std 1 / sqrt(hidden + 1) (reward; Stiennon
@@ -128,9 +128,7 @@ def _stored_here(config: DecoderConfig, head: HeadKind, files: Files) -> dict[st
     return max(stored, bare, key=lambda names: len(names.keys() & files.shapes.keys()))
 
 
-def _check(
-    config: DecoderConfig, head: HeadKind, stored: Mapping[str, Stored], files: Files
-) -> frozenset[str]:
+def _check(config: DecoderConfig, head: HeadKind, stored: Mapping[str, Stored], files: Files) -> frozenset[str]:
     """Hold the files against what they must store; returns the head's name if it has to be made new."""
     missing = sorted(set(stored) - set(files.shapes))
     fresh = frozenset(missing) & {HEAD_NAMES["value"]}

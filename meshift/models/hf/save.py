@@ -56,7 +56,7 @@ def save_model(
 
 
 def save_adapter(model: Decoder, directory: Path, *, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
-    """Write a model's adapters in PEFT's format, and the tokenizer's files. As whole and as safe as `save_model`."""
+    """Write a model's adapters in PEFT's format, and the tokenizer's files; as whole and safe as `save_model`."""
     with _written_aside(directory) as aside:
         save_file(adapter_tensors(model), aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:

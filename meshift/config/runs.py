@@ -93,7 +93,7 @@ class RolloutRunConfig(RunConfig, ABC):
     @model_validator(mode="after")
     def _has_actor_and_reward(self) -> Self:
         _need_model("actor", self.actor)
-        _need_whole_weights(self.reference, self.actor)
+        _need_whole_weights(self)
         if self.reward.model_name_or_path is None and not self.reward.functions:
             raise ValueError("a reward is needed: `reward.model_name_or_path`, `reward.functions`, or both")
         return self
@@ -181,7 +181,7 @@ class DPORunConfig(HeldOutRunConfig):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> DPORunConfig:
         _need_model("actor", self.actor)
-        _need_whole_weights(self.reference, self.actor)
+        _need_whole_weights(self)
         if self.dpo.precompute_ref_log_probs and self.reference.sync_ref_model:
             raise ValueError(
                 "`dpo.precompute_ref_log_probs` is for a reference that stands still, and "
@@ -195,9 +195,14 @@ def _need_model(section: str, model: TrainableConfig) -> None:
         raise ValueError(f"`{section}.model_name_or_path` is needed")
 
 
-def _need_whole_weights(reference: ReferenceConfig, actor: TrainableConfig) -> None:
-    if reference.sync_ref_model and actor.lora is not None:
+def _need_whole_weights(config: RolloutRunConfig | DPORunConfig) -> None:
+    if not config.reference.sync_ref_model or config.actor.lora is None:
+        return
+    plan = config.plan.roles.get("actor")
+    given = {} if plan is None else plan.placements
+    home = given.get("train") or next(iter(given.values()), None)
+    if home is not None and home.layout.endswith("s"):
         raise ValueError(
-            "`reference.sync_ref_model` mixes whole weights, and with `actor.lora` the actor changes its adapters "
-            "only; set sync_ref_model to false, or take `actor.lora` out"
+            "`reference.sync_ref_model` mixes whole matrices, and in `plan.actor`'s layout "
+            f"{home.layout} ranks have some rows of each adapter; take out its `s`, sync_ref_model, or `actor.lora`"
         )

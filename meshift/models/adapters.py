@@ -3,6 +3,7 @@
 What an adapter computes is `models/linear.py`'s, how it is cut `shards.py`'s. Knows nothing of training or files.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 from meshift.models.config import Adapter
 from meshift.models.decoder import Decoder, Layer
-from meshift.models.linear import Linear
-from meshift.models.shards import LORA_A, is_adapters
+from meshift.models.linear import Linear, merge
+from meshift.models.shards import LORA_A, LORA_B, is_adapters
 
 
 @torch.no_grad()
@@ -49,6 +50,28 @@ def without_adapter(model: Decoder) -> Decoder:
             owner, _, leaf = name.rpartition(".")
             setattr(bare.get_submodule(owner), leaf, parameter)
     return bare.train(model.training)
+
+
+class MergedWeights(Mapping[str, torch.Tensor]):
+    """Parameters by name, those of adapters left out and summed into the matrices they are beside, in fp32.
+
+    Each sum is made when it is asked for, so that there is one at a time.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+        self._weights, self._scale = weights, adapter.scale
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        a, b = (self._weights.get(f"{module}.{own}") for own in (LORA_A, LORA_B))
+        weight = self._weights[name]
+        return weight if a is None or b is None else merge(weight, a, b, self._scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._weights if not is_adapters(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def merged_model(model: Decoder) -> Decoder:

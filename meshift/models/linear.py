@@ -28,6 +28,12 @@ def fits_kernels(weight: Tensor) -> bool:
     return weight.shape[0] % 2 == 0 and weight.shape[1] % 2 == 0 and weight.is_contiguous()
 
 
+@torch.no_grad()
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`W + scale B A` in fp32."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+
+
 class Linear(nn.Linear):
     """`x W' + b`, and with an adapter `+ scale (x A') B'` (see `models.config.Adapter`)."""
 
@@ -62,13 +68,11 @@ class Linear(nn.Linear):
             return None
         return project(project(x, self.lora_a) * self.lora_scale, self.lora_b)
 
-    @torch.no_grad()
-    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
-        """`W + scale B A`, summed in fp32 and rounded once (to the weight's type); without an adapter W itself."""
+    def merged(self) -> Tensor:
+        """`W + scale B A`, summed in fp32 and rounded once to the weight's type; without an adapter W itself."""
         if self.lora_a is None or self.lora_b is None:
             return self.weight.detach()
-        wide = self.weight.float(), self.lora_b.float(), self.lora_a.float()
-        return torch.addmm(*wide, alpha=self.lora_scale).to(dtype or self.weight.dtype)
+        return merge(self.weight, self.lora_a, self.lora_b, self.lora_scale).to(self.weight.dtype)
 
 
 class SummedLinear(Linear):

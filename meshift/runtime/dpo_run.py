@@ -68,7 +68,7 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
 def _resident_bytes(config: DPORunConfig, names: Mapping[str, str]) -> int:
     dtype = compute_dtype(config.dtype)
     once = config.dpo.precompute_ref_log_probs
-    kept = {"actor": names["actor"]} if once else kept_models(names, {"actor": config.actor})
+    kept = {"actor": names["actor"]} if once else kept_models(names, {"actor": config.actor}, config.reference)
     return sum(resident_bytes(names[r], "lm", dtype, config.actor if r == "actor" else None) for r in kept)
 
 
@@ -138,7 +138,13 @@ def _actor(config: DPORunConfig, names: Mapping[str, str], max_steps: int) -> Ro
 
 def _reference(config: DPORunConfig, names: Mapping[str, str]) -> RoleSpec:
     dtype = compute_dtype(config.dtype)
-    return RoleSpec(name="reference", model=names["reference"], dtype=dtype, config=frozen_like(config.actor))
+    return RoleSpec(
+        name="reference",
+        model=names["reference"],
+        dtype=dtype,
+        config=frozen_like(config.actor),
+        moves=config.reference.sync_ref_model,
+    )
 
 
 class _ReferenceReader:

@@ -12,7 +12,7 @@ import torch
 
 from meshift.config.policy_runs import PolicyRunConfig
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
-from meshift.config.sections import TrainableConfig
+from meshift.config.sections import ReferenceConfig, TrainableConfig
 from meshift.models.config import HeadKind
 from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import HEADS, compute_dtype, device_for_run, kept_models, resident_bytes
@@ -36,25 +36,27 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic})
+        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic}, config.reference)
     if isinstance(config, PolicyRunConfig):
-        return _held_roles(policy_models(config), {"actor": config.actor})
+        return _held_roles(policy_models(config), {"actor": config.actor}, config.reference)
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
         names = {"actor": actor}
         if not config.dpo.precompute_ref_log_probs:
             names["reference"] = config.reference.model_name_or_path or actor
-        return _held_roles(names, {"actor": config.actor})
+        return _held_roles(names, {"actor": config.actor}, config.reference)
     if isinstance(config, SFTRunConfig | RewardRunConfig):
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
     return []
 
 
-def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> list[Held]:
+def _held_roles(
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], reference: ReferenceConfig
+) -> list[Held]:
     return [
         Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
-        for role, name in kept_models(names, trained).items()
+        for role, name in kept_models(names, trained, reference).items()
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meshift.config.sections import TrainableConfig
+from meshift.config.sections import ReferenceConfig, TrainableConfig
 from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ConfigError, ModelError
 from meshift.layout.shard import Shard
@@ -203,10 +203,14 @@ def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -
         )
 
 
-def kept_models(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> dict[str, str]:
+def kept_models(
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], reference: ReferenceConfig
+) -> dict[str, str]:
     """Those of a run's roles that keep a model of their own: a reference may be what the actor leaves frozen."""
     learns = trained.get("actor")
-    shared = learns is not None and learns.lora is not None and "reference" in names
+    shared = (
+        learns is not None and learns.lora is not None and "reference" in names and not reference.sync_ref_model
+    )
     if shared and model_folder(names["reference"]) == model_folder(names["actor"]):
         return {role: name for role, name in names.items() if role != "reference"}
     return dict(names)

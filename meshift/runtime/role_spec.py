@@ -29,7 +29,7 @@ class RoleSpec:
     """A role before it is opened. `config` is how it is computed with, and where `max_steps` is set, trained.
 
     `seed` is of its mini-batches, `head_seed` of a head that the model lacks; with `zero_head` it begins at zero.
-    With `decode` it generates, in `num_slots`.
+    With `decode` it generates, in `num_slots`; a reference that `moves` has others' weights mixed into its own.
     """
 
     name: str
@@ -42,6 +42,7 @@ class RoleSpec:
     head_seed: int = 0
     zero_head: bool = False
     num_slots: int = 1
+    moves: bool = False
     decode: Callable[[list[int]], str] | None = None
 
     def open_model(self) -> Decoder:
@@ -56,7 +57,7 @@ class RoleSpec:
         """Whether this role reads just what `other`, which learns by adapters, leaves as it is."""
         learns_beside = other.max_steps is not None and other.config.lora is not None
         same = self.head == other.head == "lm" and self.dtype == other.dtype
-        still = self.max_steps is None and self.decode is None
+        still = self.max_steps is None and self.decode is None and not self.moves
         return learns_beside and same and still and model_folder(self.model) == model_folder(other.model)
 
     def make(

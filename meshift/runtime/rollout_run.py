@@ -151,7 +151,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
 
 def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
-    kept = kept_models(checked.names, checked.trained)
+    kept = kept_models(checked.names, checked.trained, config.reference)
     return sum(
         resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
         for role, model in kept.items()
@@ -280,5 +280,5 @@ def _spec(name: str, config: RolloutRunConfig, checked: Checked) -> RoleSpec:
         seed=config.seed,
     )
     if name != "actor":
-        return spec
+        return replace(spec, moves=name == "reference" and config.reference.sync_ref_model)
     return replace(spec, num_slots=config.generation.num_slots, decode=checked.texts.decode_all)

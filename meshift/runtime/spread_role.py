@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ class SpreadRole:
         if peers is None:
             return
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
-        table = shard_table(model.config, model.head_kind)
+        table = shard_table(replace(model.config, adapter=None), model.head_kind)  # adapters come merged
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
         site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
         reallocation = Reallocation(moving, table, site)

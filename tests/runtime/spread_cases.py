@@ -89,7 +89,7 @@ CASES = {
     "grpo-lora": Case(
         POLICY["grpo"],
         APART,
-        {"actor": ADAPTED, "grpo": {"num_mini_batches": 2, "kl_coef": 0.1}},
+        {"actor": ADAPTED, "grpo": {"num_mini_batches": 2, "kl_coef": 0.1}, "reference": MOVING},
     ),
     "dpo-lora": Case(
         DPORunConfig, {"actor": placed(train="p2@1-2"), "reference": placed(infer="d1@0")}, {"actor": ADAPTED}

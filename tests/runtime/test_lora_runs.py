@@ -13,7 +13,7 @@ from meshift.cli.main import main
 from meshift.config.loading import make_config
 from meshift.config.policy_runs import GRPORunConfig
 from meshift.errors import ConfigError, ModelError
-from meshift.models.adapters import without_adapter
+from meshift.models.adapters import merged_model, without_adapter
 from meshift.models.hf.adapter_files import is_adapter
 from meshift.models.hf.load import load_model
 from meshift.runtime.dpo_run import build_dpo_job, check_dpo, run_dpo
@@ -24,6 +24,7 @@ from meshift.runtime.ppo_run import build_ppo_job, run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.role_spec import LocalOpener
 from meshift.runtime.sft_run import check_sft, run_sft
+from meshift.step import run_step
 from meshift.training.checkpoint import read_state
 
 LORA = {"rank": 4, "alpha": 8}
@@ -215,7 +216,7 @@ def test_adapters_that_cannot_be_are_refused(changes, sentence, sft_config_on_di
         check_sft(sft_config_on_disk(tmp_path / "run", model=model))
 
 
-def test_adapters_on_adapters_and_moving_references_are_refused(
+def test_adapters_on_adapters_and_moving_references_of_rows_are_refused(
     sft_config_on_disk, dpo_config_on_disk, sections, tmp_path
 ):
     final = run_sft(
@@ -228,8 +229,29 @@ def test_adapters_on_adapters_and_moving_references_are_refused(
         dpo_config_on_disk(tmp_path / "whole", actor={"model_name_or_path": str(final)}, max_steps=1),
         SilentObserver(),
     )
-    with pytest.raises(ConfigError, match=r"`reference\.sync_ref_model` mixes whole weights"):
-        dpo_config_on_disk(tmp_path / "dpo", actor=sections(), reference={"sync_ref_model": True})
+    with pytest.raises(ConfigError, match=r"`reference\.sync_ref_model` mixes whole matrices"):
+        dpo_config_on_disk(
+            tmp_path / "dpo",
+            actor=sections(),
+            reference={"sync_ref_model": True},
+            plan={"actor": {"train": {"mesh": "0-1", "layout": "d2s"}}},
+        )
+
+
+def test_a_moving_reference_would_follow_something_else_than_the_sums(dpo_config_on_disk, sections, tmp_path):
+    moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25}
+    config = dpo_config_on_disk(tmp_path / "run", actor=sections(), reference=moving, max_steps=2)
+    job = build_dpo_job(config, LocalOpener())
+    actor, reference = job.roles["actor"], job.roles["reference"]
+    expected = {name: p.detach().double().clone() for name, p in reference.model.named_parameters()}
+    for step in range(2):
+        run_step(job.graph, job.roles, job.next_batch(step), step=step)
+        now = merged_model(actor.model)
+        for name, parameter in now.named_parameters():
+            expected[name] = 0.25 * parameter.detach().double() + 0.75 * expected[name]
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-6)
+    assert not torch.equal(reference.model.layers[0].mlp.up.weight, actor.model.layers[0].mlp.up.weight)
 
 
 def test_frozen_layers_have_no_adapters(sft_config_on_disk, sections, tmp_path):

@@ -7,6 +7,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from meshift.models.decoder import Decoder
 from meshift.models.hf.families import FAMILIES, HEAD_NAMES
 from meshift.models.hf.files import WeightFiles, read_json, resolve_model
 from meshift.models.hf.stored import stored_tensors
+from meshift.models.linear import merge
 from meshift.models.shards import LORA_A, LORA_B
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,10 +81,16 @@ def find_adapter(directory: Path) -> AdapterFolder | None:
             f"{where} lacks base_model_name_or_path or lora_alpha; copy the adapter from its source again."
         )
     try:
-        folder = resolve_model(base)
+        folder = _base_folder(base)
     except ModelError as error:
         raise ModelError(f"{where} is an adapter for '{base}', which cannot be had: {error}") from None
     return AdapterFolder(directory=directory, settings=settings, base=folder)
+
+
+@cache
+def _base_folder(name: str) -> Path:
+    """Looked for once only: it may be on the hub."""
+    return resolve_model(name)
 
 
 class AdaptedWeights:
@@ -136,14 +144,14 @@ class AdaptedWeights:
 
     def _sum(self, name: str, weight: Tensor) -> Tensor:
         module = self._pairs[name]
-        a, b = (self._held[f"{PREFIX}{module}.lora_{side}.weight"].float() for side in "AB")
+        a, b = (self._held[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
         flat = weight.T if name in self._transposed else weight
         if flat.shape != (b.shape[0], a.shape[1]) or b.shape[1] != a.shape[0]:
             raise ModelError(
                 f"{self.directory}: the adapter of {module} is {list(b.shape)} times {list(a.shape)}, but {name} "
                 f"is {list(weight.shape)}: it is for another model."
             )
-        whole = torch.addmm(flat.float(), b, a, alpha=self._adapter.scale(module, a.shape[0]))
+        whole = merge(flat, a, b, self._adapter.scale(module, a.shape[0]))
         return whole.T if name in self._transposed else whole
 
 

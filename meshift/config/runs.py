@@ -203,6 +203,6 @@ def _need_whole_weights(config: RolloutRunConfig | DPORunConfig) -> None:
     home = given.get("train") or next(iter(given.values()), None)
     if home is not None and home.layout.endswith("s"):
         raise ValueError(
-            "`reference.sync_ref_model` mixes whole matrices, and in `plan.actor`'s layout "
-            f"{home.layout} ranks have some rows of each adapter; take out its `s`, sync_ref_model, or `actor.lora`"
+            "`reference.sync_ref_model` mixes whole matrices, and in "
+            f"{home.layout} of `plan.actor` ranks have rows of adapters; take out `s`, sync_ref_model or `actor.lora`"
         )

@@ -167,7 +167,7 @@ def of_other_sizes(held):
 
 
 def of_more_layers(held):
-    held.update({name.replace("layers.0", "layers.9"): tensor for name, tensor in held.items()})
+    held.update({name.replace("layers.0", "layers.9"): tensor.clone() for name, tensor in held.items()})
 
 
 @pytest.mark.parametrize(

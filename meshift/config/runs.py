@@ -203,6 +203,6 @@ def _need_whole_weights(config: RolloutRunConfig | DPORunConfig) -> None:
     home = given.get("train") or next(iter(given.values()), None)
     if home is not None and home.layout.endswith("s"):
         raise ValueError(
-            "`reference.sync_ref_model` mixes whole matrices, and in "
-            f"{home.layout} of `plan.actor` ranks have rows of adapters; take out `s`, sync_ref_model or `actor.lora`"
+            f"`reference.sync_ref_model` mixes whole matrices, and in {home.layout} of `plan.actor` ranks have rows "
+            "of adapters; take out the `s`, sync_ref_model or `actor.lora`"
         )

@@ -13,6 +13,7 @@ import torch
 
 from meshift.algorithms.dpo import REFERENCE_READING, dpo_graph, dpo_loss
 from meshift.algorithms.losses import DPOLoss
+from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
 from meshift.errors import ModelError
@@ -68,7 +69,11 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
 def _resident_bytes(config: DPORunConfig, names: Mapping[str, str]) -> int:
     dtype = compute_dtype(config.dtype)
     once = config.dpo.precompute_ref_log_probs
-    kept = {"actor": names["actor"]} if once else kept_models(names, {"actor": config.actor}, config.reference)
+    kept = (
+        {"actor": names["actor"]}
+        if once
+        else kept_models(names, {"actor": config.actor}, moves=config.reference.sync_ref_model)
+    )
     return sum(resident_bytes(names[r], "lm", dtype, config.actor if r == "actor" else None) for r in kept)
 
 
@@ -113,7 +118,7 @@ def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
         num_tokens=num_pair_tokens,
         memories=memories,
         rows=data.train.pairs,
-        messages=(*data.messages(), *_unused(data)),
+        messages=(*data.messages(), *data.unread_margins("DPO")),
     )
 
 
@@ -227,8 +232,8 @@ class _Evaluation:
         return heldout_metrics(self.loss, self.roles["actor"], batch)
 
 
-def heldout_metrics(loss: DPOLoss, actor: Infers, batch: Batch) -> dict[str, float]:
-    """Loss, accuracy and margin of the actor on pairs whose reference log-probs are in the batch."""
+def heldout_metrics(loss: DPOLoss | ReferenceFreeLoss, actor: Infers, batch: Batch) -> dict[str, float]:
+    """Loss, accuracy and margin of the actor on pairs; reference log-probs, where read, are in the batch."""
     result = loss(actor.infer(loss.reading, batch).batch.fields, batch)
     sums = {"loss": result.total, "accuracy": result.sums["accuracy"], "margin": result.sums["margin"]}
     return {f"eval/{name}": float(value) / len(batch) for name, value in sums.items()}
@@ -245,9 +250,3 @@ def _check(config: DPORunConfig) -> PairSets:
     role, limit = shortest_limit(names)
     data.check_lengths(role, names[role], limit)
     return data
-
-
-def _unused(data: PairSets) -> tuple[str, ...]:
-    where = next((pair.where for pair in data.train.pairs if pair.margin is not None), None)
-    note = f"the column margin is for reward models; DPO does not read it, as at {where}"
-    return () if where is None else (note,)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meshift.config.sections import ReferenceConfig, TrainableConfig
+from meshift.config.sections import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ConfigError, ModelError
 from meshift.layout.shard import Shard
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward", "cost": "reward", "cost_critic": "value"}
 """Of the roles that have no language model's head."""
 
 
@@ -96,11 +96,11 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
     return tuple(sorted({i for i in ids if i is not None}))
 
 
-def check_reward_model(reward: str) -> None:
+def check_reward_model(reward: str, role: str = "reward") -> None:
     """Raise `ModelError` unless the model has a score head of its own: a fresh one would reward at random."""
     if HEAD_NAMES["reward"] not in open_weights(model_folder(reward)).shapes:
         raise ModelError(
-            f"the reward model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
+            f"the {role} model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
             "train one with `meshift reward`"
         )
 
@@ -204,13 +204,14 @@ def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -
 
 
 def kept_models(
-    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], reference: ReferenceConfig
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], *, moves: bool
 ) -> dict[str, str]:
-    """Those of a run's roles that keep a model of their own: a reference may be what the actor leaves frozen."""
+    """Those of a run's roles that keep a model of their own: a reference may be what the actor leaves frozen.
+
+    One that `moves` is not.
+    """
     learns = trained.get("actor")
-    shared = (
-        learns is not None and learns.lora is not None and "reference" in names and not reference.sync_ref_model
-    )
+    shared = learns is not None and learns.lora is not None and "reference" in names and not moves
     if shared and model_folder(names["reference"]) == model_folder(names["actor"]):
         return {role: name for role, name in names.items() if role != "reference"}
     return dict(names)

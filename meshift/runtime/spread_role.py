@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
@@ -31,6 +32,7 @@ from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
 from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
+from meshift.runtime.models import device_for_run
 from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
@@ -124,8 +126,16 @@ class SpreadRole:
         return self._at(self.placements["infer"]).infer(task, batch)
 
     def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
-        """See `LocalRole`. The other placements have the new weights after `publish` only."""
-        return self._at(self.placements["train"]).train(task, batch, step=step)
+        """See `LocalRole`. The other placements have the new weights after `publish` only.
+
+        `perf/mfu/<role>` is the part of the call's seconds that it would take at its devices' peak.
+        """
+        role = self._at(self.placements["train"])
+        before = replace(role.work)
+        outcome = role.train(task, batch, step=step)
+        seconds, flops = role.work.seconds - before.seconds, role.work.flops - before.flops
+        used = {f"perf/mfu/{self.name}": flops / role.peak_flops / seconds} if flops and seconds else {}
+        return Outcome(batch=outcome.batch, metrics={**outcome.metrics, **used})
 
     def publish(self) -> dict[str, float]:
         """Move new weights to where else they are used; called by every process after each training call.
@@ -166,7 +176,7 @@ class SpreadRole:
             return None
         is_first = self.world.device == self._first
         model = self._open_model() if is_first else self._at(self.home).model
-        site = Site(device=self.world.device, ranks=self.world.ranks)
+        site = self._site()
         table, dtype = shard_table(model.config, model.head_kind), _dtype_of(model)
         moving = plan(self.home, alone, table, dtypes=Dtypes(source=dtype, target=dtype))
         into = {name: p.detach() for name, p in model.named_parameters()} if is_first else None
@@ -187,7 +197,7 @@ class SpreadRole:
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
         table = shard_table(replace(model.config, adapter=None), model.head_kind)  # adapters come merged
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
-        site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
+        site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
         reallocation.agree()
         self._mixes[source.name] = Move(reallocation=reallocation, target=self.home, peers=peers)
@@ -275,13 +285,19 @@ class SpreadRole:
         frozen = gather_facts(self._frozen(), peers)
         leave_out = sorted({name for names in frozen for name in names or ()})
         moving = plan(self.home, target, table, dtypes=Dtypes(source=dtype, target=dtype), leave_out=leave_out)
-        site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
+        site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
         reallocation.agree()
         return Move(reallocation=reallocation, target=target, peers=peers)
 
+    def _site(self, group: dist.ProcessGroup | None = None) -> Site:
+        where = device_for_run().type
+        return Site(device=self.world.device, ranks=self.world.ranks, group=group, torch_device=where)
+
     def _share_home(self) -> None:
         """Put the parameters where they are trained into memory that all can map, if all are on one machine."""
+        if device_for_run().type != "cpu":
+            return
         everybody, own = self.world.everybody, self._locals.get(self.home)
         where: list[Any] | None = None
         memory = None

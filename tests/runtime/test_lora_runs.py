@@ -229,7 +229,7 @@ def test_adapters_on_adapters_and_moving_references_of_rows_are_refused(
         dpo_config_on_disk(tmp_path / "whole", actor={"model_name_or_path": str(final)}, max_steps=1),
         SilentObserver(),
     )
-    with pytest.raises(ConfigError, match=r"`reference\.sync_ref_model` mixes whole matrices"):
+    with pytest.raises(ConfigError, match=r"the reference follows whole matrices, and in d2s"):
         dpo_config_on_disk(
             tmp_path / "dpo",
             actor=sections(),

@@ -292,6 +292,6 @@ def _need_whole_weights(actor: TrainableConfig, plan: PlanConfig, *, moves: bool
     home = given.get("train") or next(iter(given.values()), None)
     if home is not None and home.layout.endswith("s"):
         raise ValueError(
-            f"the reference follows whole matrices, and in {home.layout} of `plan.actor` ranks have rows of adapters; "
-            "take out the `s` or `actor.lora`, or let the reference stand still"
+            f"the reference follows whole matrices, and in {home.layout} of `plan.actor` ranks have rows of "
+            "adapters; take out the `s` or `actor.lora`, or let the reference stand still"
         )

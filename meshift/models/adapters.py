@@ -52,6 +52,18 @@ def without_adapter(model: Decoder) -> Decoder:
     return bare.train(model.training)
 
 
+def share_frozen(model: Decoder, adapted: Decoder) -> Decoder:
+    """Let a model of the same weights have those that another's adapters are beside, in place of its own.
+
+    A head of its own stays: a score head is trained with adapters.
+    """
+    for name, parameter in adapted.named_parameters():
+        if not is_adapters(name) and not name.startswith("head."):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameter)
+    return model
+
+
 class MergedWeights(Mapping[str, torch.Tensor]):
     """Parameters by name, those of adapters left out and summed into the matrices they are beside, in fp32.
 

@@ -206,15 +206,19 @@ def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -
 def kept_models(
     names: Mapping[str, str], trained: Mapping[str, TrainableConfig], *, moves: bool
 ) -> dict[str, str]:
-    """Those of a run's roles that keep a model of their own: a reference may be what the actor leaves frozen.
+    """Those of a run's roles that keep a model of their own; others read what one with adapters leaves frozen.
 
-    One that `moves` is not.
+    So does a reference unless it `moves`, and a reward model beside its critic (but for its head).
     """
-    learns = trained.get("actor")
-    shared = learns is not None and learns.lora is not None and "reference" in names and not moves
-    if shared and model_folder(names["reference"]) == model_folder(names["actor"]):
-        return {role: name for role, name in names.items() if role != "reference"}
-    return dict(names)
+    beside = {(model_folder(names[role]), role in HEADS) for role, how in trained.items() if how.lora is not None}
+    return {
+        role: name
+        for role, name in names.items()
+        if role in trained
+        or (role == "reference" and moves)
+        or not beside
+        or (model_folder(name), role in HEADS) not in beside
+    }
 
 
 def shortest_limit(roles: Mapping[str, str]) -> tuple[str, int]:

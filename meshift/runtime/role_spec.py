@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from meshift.config.sections import TrainableConfig
-from meshift.models.adapters import add_adapter, merged_model, without_adapter
+from meshift.models.adapters import add_adapter, merged_model, share_frozen, without_adapter
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.hf.save import save_adapter, save_model
@@ -54,9 +54,9 @@ class RoleSpec:
         return model if adapter is None else add_adapter(model, adapter, self.seed)
 
     def reads_frozen(self, other: RoleSpec) -> bool:
-        """Whether this role reads just what `other`, which learns by adapters, leaves as it is."""
+        """Whether this role reads just what `other`, which learns by adapters, leaves as it is; a score head apart."""
         learns_beside = other.max_steps is not None and other.config.lora is not None
-        same = self.head == other.head == "lm" and self.dtype == other.dtype
+        same = (self.head == "lm") == (other.head == "lm") and self.dtype == other.dtype
         still = self.max_steps is None and self.decode is None and not self.moves
         return learns_beside and same and still and model_folder(self.model) == model_folder(other.model)
 
@@ -93,7 +93,7 @@ class LocalOpener:
     """Opens roles in this process; those named `offloaded` leave the device between calls.
 
     A reference that reads the actor's model is opened after it: where the actor learns by adapters, the weights
-    beside them are the reference's too, and there is no second copy.
+    beside them are the reference's too, and there is no second copy. So it is with a reward model and its critic.
     """
 
     def __init__(self, observer: Observer | None = None, offloaded: frozenset[str] = frozenset()) -> None:
@@ -112,7 +112,10 @@ class LocalOpener:
         """What another role leaves frozen, if it is this one's model. One that leaves the device takes its own."""
         if spec.name in self._offloaded:
             return None
-        return next((without_adapter(model) for other, model in self._adapted if spec.reads_frozen(other)), None)
+        model = next((model for other, model in self._adapted if spec.reads_frozen(other)), None)
+        if model is None:
+            return None
+        return without_adapter(model) if spec.head == "lm" else share_frozen(spec.open_model(), model)
 
 
 def frozen_like(trained: TrainableConfig) -> TrainableConfig:

@@ -172,6 +172,25 @@ def test_roles_that_are_not_what_the_actor_leaves_would_share_with_it(
     assert not any(id(p) in own for p in roles["reference"].model.parameters())
 
 
+def test_a_reward_model_would_be_a_second_copy_beside_its_critic(
+    ppo_config_on_disk, sections, reward_folder, tmp_path, read_lines, monkeypatch
+):
+    critic = sections() | {"model_name_or_path": str(reward_folder)}
+    config = ppo_config_on_disk(tmp_path / "a", actor=sections(), critic=critic)
+    roles = build_ppo_job(config, LocalOpener()).roles
+    own = dict(roles["critic"].model.named_parameters())
+    apart = {name for name, p in roles["reward"].model.named_parameters() if p is not own[name]}
+    assert apart == {"head.weight"}
+    assert [one.role for one in held_models(config)] == ["actor", "critic"]
+    run_ppo(config, SilentObserver())
+    monkeypatch.setattr(LocalOpener, "_frozen_of_another", lambda opener, spec: None)
+    run_ppo(ppo_config_on_disk(tmp_path / "b", actor=sections(), critic=critic), SilentObserver())
+    for key in ("reward/reward_model", "objective/kl", "critic/vf_loss"):
+        one, other = (losses(read_lines, tmp_path / name, key) for name in "ab")
+        assert one == other
+        assert len(one) == 2
+
+
 def test_ppo_trains_the_adapters_of_actor_and_critic(ppo_config_on_disk, sections, reward_folder, tmp_path):
     critic = sections() | {"model_name_or_path": str(reward_folder)}
     run = run_ppo(ppo_config_on_disk(tmp_path / "run", actor=sections(), critic=critic), SilentObserver())

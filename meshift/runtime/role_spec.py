@@ -54,7 +54,7 @@ class RoleSpec:
         return model if adapter is None else add_adapter(model, adapter, self.seed)
 
     def reads_frozen(self, other: RoleSpec) -> bool:
-        """Whether this role reads just what `other`, which learns by adapters, leaves as it is; a score head apart."""
+        """Whether it reads just what `other`, which learns by adapters, leaves as it is; a score head apart."""
         learns_beside = other.max_steps is not None and other.config.lora is not None
         same = (self.head == "lm") == (other.head == "lm") and self.dtype == other.dtype
         still = self.max_steps is None and self.decode is None and not self.moves

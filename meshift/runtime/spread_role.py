@@ -23,6 +23,7 @@ from meshift.graph.calls import Kind
 from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_of
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
+from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.shards import num_parameters, shard_table
 from meshift.parallel.exchange import gather_facts
@@ -108,10 +109,9 @@ class SpreadRole:
         """Numbers of the whole model that are trained, and those that are not; where something of it is here."""
         if not self._locals:
             return 0, 0
-        model, learns = next(iter(self._locals.values())).model, "train" in self.placements
+        model = next(iter(self._locals.values())).model
         table = shard_table(model.config, model.head_kind)
-        frozen = [name for name in table if not (learns and is_trained(name, self._config, model.head_kind))]
-        fixed = sum(table[name].num_elements for name in frozen)
+        fixed = sum(one.num_elements for name, one in table.items() if not self._trains(name, model.head_kind))
         return num_parameters(table) - fixed, fixed
 
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
@@ -261,11 +261,11 @@ class SpreadRole:
         """As `LocalRole.fixed_weights`, of the whole model as it is opened: nothing is gathered."""
         if self.is_mixed:
             return {}
-        trained = "train" in self.placements
-        model, config = self._open_model(), self._config
-        return {
-            n: p for n, p in model.named_parameters() if not (trained and is_trained(n, config, model.head_kind))
-        }
+        model = self._open_model()
+        return {name: p for name, p in model.named_parameters() if not self._trains(name, model.head_kind)}
+
+    def _trains(self, name: str, head: HeadKind) -> bool:
+        return "train" in self.placements and is_trained(name, self._config, head)
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:

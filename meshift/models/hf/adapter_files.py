@@ -25,7 +25,7 @@ from meshift.models.shards import LORA_A, LORA_B
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 REFUSED = (
     "use_dora",
     "lora_bias",
@@ -43,7 +43,7 @@ class AdapterFolder:
 
     directory: Path
     settings: Mapping[str, Any]
-    base: Path
+    model: Path
 
     @property
     def has_score(self) -> bool:
@@ -75,20 +75,20 @@ def find_adapter(directory: Path) -> AdapterFolder | None:
     for key in REFUSED:
         if settings.get(key):
             raise ModelError(f"{where} sets {key}, which is not read; merge it with peft's merge_and_unload.")
-    base = settings.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or not isinstance(settings.get("lora_alpha"), int | float):
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or not isinstance(settings.get("lora_alpha"), int | float):
         raise ModelError(
             f"{where} lacks base_model_name_or_path or lora_alpha; copy the adapter from its source again."
         )
     try:
-        folder = _base_folder(base)
+        folder = _model_folder(name)
     except ModelError as error:
-        raise ModelError(f"{where} is an adapter for '{base}', which cannot be had: {error}") from None
-    return AdapterFolder(directory=directory, settings=settings, base=folder)
+        raise ModelError(f"{where} is an adapter for '{name}', which cannot be had: {error}") from None
+    return AdapterFolder(directory=directory, settings=settings, model=folder)
 
 
 @cache
-def _base_folder(name: str) -> Path:
+def _model_folder(name: str) -> Path:
     """Looked for once only: it may be on the hub."""
     return resolve_model(name)
 
@@ -100,10 +100,10 @@ class AdaptedWeights:
     """
 
     def __init__(
-        self, adapter: AdapterFolder, base: "WeightFiles | AdaptedWeights", config: DecoderConfig
+        self, adapter: AdapterFolder, beneath: "WeightFiles | AdaptedWeights", config: DecoderConfig
     ) -> None:
         self.directory = adapter.directory
-        self._adapter, self._base = adapter, base
+        self._adapter, self._beneath = adapter, beneath
         self._held = _read_held(adapter.directory)
         prefix = FAMILIES[config.family].prefix
         self._pairs: dict[str, str] = {}  # name of a base's weight -> the module in the adapter's names
@@ -115,16 +115,19 @@ class AdaptedWeights:
                 continue
             module = found[1]
             names = (f"{module}.weight", f"{module.removeprefix(prefix)}.weight")
-            name = next((name for name in names if name in base.shapes), None)
+            name = next((name for name in names if name in beneath.shapes), None)
             if name is None or f"{PREFIX}{module}.lora_{'AB'[found[2] == 'A']}.weight" not in self._held:
                 raise ModelError(
-                    f"{adapter.directory}: {key} has no counterpart in {adapter.base}: it is for another."
+                    f"{adapter.directory}: {key} has no counterpart in {adapter.model}: it is for another."
                 )
             self._pairs[name] = module
         stored = stored_tensors(config, "lm")
         bare = {name.removeprefix(prefix): held for name, held in stored.items()}
         self._transposed = {name for name, held in {**bare, **stored}.items() if held.transposed}
-        self.shapes = {**base.shapes, **{name: tuple(tensor.shape) for name, tensor in self._whole.items()}}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            **beneath.shapes,
+            **{name: tuple(tensor.shape) for name, tensor in self._whole.items()},
+        }
 
     def _name_of_whole(self, key: str) -> str:
         """Of what is kept as it is, beside adapters: the score head, and nothing else."""
@@ -139,7 +142,7 @@ class AdaptedWeights:
         wanted = set(names)
         for name in wanted & self._whole.keys():
             yield name, self._whole[name]
-        for name, tensor in self._base.read(wanted - self._whole.keys()):
+        for name, tensor in self._beneath.read(wanted - self._whole.keys()):
             yield name, self._sum(name, tensor) if name in self._pairs else tensor
 
     def _sum(self, name: str, weight: Tensor) -> Tensor:

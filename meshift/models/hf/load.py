@@ -67,7 +67,7 @@ def load_config(directory: Path) -> DecoderConfig:
     """The decoder's numbers from a folder's config.json, or from an adapter's base. Raises `ModelError`."""
     adapter = find_adapter(directory)
     if adapter is not None:
-        config = load_config(adapter.base)
+        config = load_config(adapter.model)
         classifier = {**config.hf, "architectures": [FAMILIES[config.family].classifier]}
         return replace(config, hf=classifier) if adapter.has_score else config
     raw = read_json(directory / "config.json")
@@ -82,7 +82,7 @@ def open_weights(directory: Path) -> Files:
     adapter = find_adapter(directory)
     if adapter is None:
         return WeightFiles(directory)
-    return AdaptedWeights(adapter, open_weights(adapter.base), load_config(adapter.base))
+    return AdaptedWeights(adapter, open_weights(adapter.model), load_config(adapter.model))
 
 
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
@@ -118,7 +118,7 @@ def tokenizer_folder(directory: Path) -> Path:
     adapter = find_adapter(directory)
     if adapter is None or (directory / "tokenizer_config.json").is_file():
         return directory
-    return tokenizer_folder(adapter.base)
+    return tokenizer_folder(adapter.model)
 
 
 def _stored_here(config: DecoderConfig, head: HeadKind, files: Files) -> dict[str, Stored]:

@@ -23,7 +23,6 @@ from meshift.graph.calls import Kind
 from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_of
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Mesh
-from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.shards import num_parameters, shard_table
 from meshift.parallel.exchange import gather_facts
@@ -76,8 +75,7 @@ class SpreadRole:
 
         `config` is that of the roles that `make_role` makes: it says what is left out of training.
         """
-        self.name = name
-        self._config = config or TrainableConfig()
+        self.name, self._config = name, config or TrainableConfig()
         self.is_mixed = False
         self._mixes: dict[str, Move | None] = {}
         self.placements = placements
@@ -111,7 +109,7 @@ class SpreadRole:
             return 0, 0
         model = next(iter(self._locals.values())).model
         table = shard_table(model.config, model.head_kind)
-        fixed = sum(one.num_elements for name, one in table.items() if not self._trains(name, model.head_kind))
+        fixed = sum(one.num_elements for name, one in table.items() if not self._trains(name, model))
         return num_parameters(table) - fixed, fixed
 
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
@@ -262,10 +260,10 @@ class SpreadRole:
         if self.is_mixed:
             return {}
         model = self._open_model()
-        return {name: p for name, p in model.named_parameters() if not self._trains(name, model.head_kind)}
+        return {name: p for name, p in model.named_parameters() if not self._trains(name, model)}
 
-    def _trains(self, name: str, head: HeadKind) -> bool:
-        return "train" in self.placements and is_trained(name, self._config, head)
+    def _trains(self, name: str, model: Decoder) -> bool:
+        return "train" in self.placements and is_trained(name, self._config, model.head_kind)
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:

@@ -50,6 +50,8 @@ def check_layouts(rank, name):
     assert moved == set(adapters_in(before))
 
 
-@pytest.mark.parametrize("name", ["llama-one-kv-head", "olmo2", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["llama-one-kv-head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "gpt2"))]
+)
 def test_adapters_would_learn_otherwise_where_they_are_cut(name, tmp_path):
     run_gang(4, check_layouts, tmp_path, name)

@@ -24,7 +24,7 @@ from meshift.runtime.models import (
     check_same_tokenizer,
     compute_dtype,
     kept_models,
-    model_folder,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
@@ -52,7 +52,7 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
     sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
     once = config.dpo.precompute_ref_log_probs
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
+        *model_rows(names, {**names} if config.dpo.precompute_ref_log_probs else _kept(config, names)),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
         *data.described(),
         *weights_in_words(config.data, pairs),
@@ -69,12 +69,12 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
 def _resident_bytes(config: DPORunConfig, names: Mapping[str, str]) -> int:
     dtype = compute_dtype(config.dtype)
     once = config.dpo.precompute_ref_log_probs
-    kept = (
-        {"actor": names["actor"]}
-        if once
-        else kept_models(names, {"actor": config.actor}, moves=config.reference.sync_ref_model)
-    )
+    kept = {"actor": names["actor"]} if once else _kept(config, names)
     return sum(resident_bytes(names[r], "lm", dtype, config.actor if r == "actor" else None) for r in kept)
+
+
+def _kept(config: DPORunConfig, names: Mapping[str, str]) -> dict[str, str]:
+    return kept_models(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
 
 
 def role_models(config: DPORunConfig) -> dict[str, str]:

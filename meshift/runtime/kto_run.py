@@ -44,7 +44,7 @@ from meshift.runtime.models import (
     check_same_tokenizer,
     compute_dtype,
     kept_models,
-    model_folder,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
@@ -69,10 +69,10 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
     rows = data.train.judged
     sizes = [len(one.tokens) for one in rows]
     trained = {"actor": config.actor}
-    kept = kept_models(names, trained, moves=config.reference.sync_ref_model)
+    kept = kept_models(names, trained, config.plan, moves=config.reference.sync_ref_model)
     memory = sum(resident_bytes(name, "lm", dtype, trained.get(role)) for role, name in kept.items())
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
+        *model_rows(names, kept),
         ("compute type", str(dtype).removeprefix("torch.")),
         ("completions", _counted(data.train)),
         ("held-out completions", _counted(data.heldout) if data.heldout else "none"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from meshift.config.plan import PlanConfig
 from meshift.config.policy_runs import CriticFreeRunConfig
 from meshift.config.runs import (
     DPORunConfig,
@@ -45,20 +46,24 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        return _held_roles(role_models(config), ppo_trained(config), moves=config.reference_moves)
+        return _held_roles(role_models(config), ppo_trained(config), config.plan, moves=config.reference_moves)
     if isinstance(config, CriticFreeRunConfig):
-        return _held_roles(policy_models(config), {"actor": config.actor}, moves=config.reference_moves)
+        return _held_roles(
+            policy_models(config), {"actor": config.actor}, config.plan, moves=config.reference_moves
+        )
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
         names = {"actor": actor}
         if not config.dpo.precompute_ref_log_probs:
             names["reference"] = config.reference.model_name_or_path or actor
-        return _held_roles(names, {"actor": config.actor}, moves=config.reference.sync_ref_model)
+        return _held_roles(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
     if isinstance(config, KTORunConfig):
-        return _held_roles(kto_models(config), {"actor": config.actor}, moves=config.reference.sync_ref_model)
+        return _held_roles(
+            kto_models(config), {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model
+        )
     if isinstance(config, ReferenceFreeRunConfig):
         names = {"actor": str(config.actor.model_name_or_path)}
-        return _held_roles(names, {"actor": config.actor}, moves=False)
+        return _held_roles(names, {"actor": config.actor}, config.plan, moves=False)
     if isinstance(config, SFTRunConfig | RewardRunConfig):
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
@@ -68,7 +73,7 @@ def held_models(config: RunConfig) -> list[Held]:
 def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig], *, moves: bool) -> list[Held]:
     return [
         Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
-        for role, name in kept_models(names, trained, moves=moves).items()
+        for role, name in kept_models(names, trained, plan, moves=moves).items()
     ]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meshift.config.plan import PlanConfig
 from meshift.config.sections import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ConfigError, ModelError
@@ -204,21 +205,30 @@ def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -
 
 
 def kept_models(
-    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], *, moves: bool
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], plan: PlanConfig, *, moves: bool
 ) -> dict[str, str]:
     """Those of a run's roles that keep a model of their own; others read what one with adapters leaves frozen.
 
-    So does a reference unless it `moves`, and a reward model beside its critic (but for its head).
+    So does a reference unless it `moves`, and a reward model beside its critic (but for its head), in one process.
     """
-    beside = {(model_folder(names[role]), role in HEADS) for role, how in trained.items() if how.lora is not None}
+    if plan.is_given:
+        return dict(names)
+    adapted = [role for role, how in trained.items() if how.lora is not None and role not in plan.offloaded]
+    beside = {(model_folder(names[role]), role in HEADS) for role in adapted}
+    apart = {*trained, *plan.offloaded, *(("reference",) if moves else ())}
     return {
         role: name
         for role, name in names.items()
-        if role in trained
-        or (role == "reference" and moves)
-        or not beside
-        or (model_folder(name), role in HEADS) not in beside
+        if role in apart or not beside or (model_folder(name), role in HEADS) not in beside
     }
+
+
+def model_rows(names: Mapping[str, str], kept: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Rows of a dry run: each role's model, and whether it is one that another role keeps."""
+    shared = " (no copy: what adapters leave as it is)"
+    return [
+        (f"{role} model", f"{model_folder(name)}{'' if role in kept else shared}") for role, name in names.items()
+    ]
 
 
 def shortest_limit(roles: Mapping[str, str]) -> tuple[str, int]:

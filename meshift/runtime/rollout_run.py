@@ -30,7 +30,7 @@ from meshift.runtime.models import (
     check_trained,
     compute_dtype,
     kept_models,
-    model_folder,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     stop_token_ids,
@@ -140,7 +140,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
     longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
     budget = config.actor.max_tokens_per_micro_batch
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in checked.names.items()),
+        *model_rows(checked.names, _kept(config, checked)),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
         ("prompts", f"{len(data.prompts)} ({left_out(data, '')})"),
         (
@@ -166,11 +166,14 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
 
 def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
-    kept = kept_models(checked.names, checked.trained, moves=config.reference_moves)
     return sum(
         resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
-        for role, model in kept.items()
+        for role, model in _kept(config, checked).items()
     )
+
+
+def _kept(config: RolloutRunConfig, checked: Checked) -> dict[str, str]:
+    return kept_models(checked.names, checked.trained, config.plan, moves=config.reference_moves)
 
 
 def rollout_job(

@@ -141,6 +141,7 @@ def test_a_reference_would_be_a_second_copy(dpo_config_on_disk, sections, tmp_pa
     learned = sum(p.numel() for n, p in actor.items() if ".lora_" in n)
     assert held_bytes(config, held) == 4 * numbers + 12 * learned
     rows = dict(check_dpo(config))
+    assert rows["reference model"].endswith("(no copy: what adapters leave as it is)")
     assert rows["actor trains"].startswith(f"{learned:,} numbers, ")
 
 

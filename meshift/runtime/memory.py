@@ -70,7 +70,9 @@ def held_models(config: RunConfig) -> list[Held]:
     return []
 
 
-def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig], *, moves: bool) -> list[Held]:
+def _held_roles(
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], plan: PlanConfig, *, moves: bool
+) -> list[Held]:
     return [
         Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
         for role, name in kept_models(names, trained, plan, moves=moves).items()

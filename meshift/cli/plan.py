@@ -128,7 +128,7 @@ def _step(config: RunConfig, lengths: Lengths) -> Step:
         section = getattr(config, name, None)
         if isinstance(section, TrainableConfig) and section.lora is not None:
             raise ConfigError(
-                f"the planner does not count adapters yet; plan without `{name}.lora`, which needs less"
+                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
             )
     dtype: ComputeType = "float32" if config.dtype == "float32" else "bfloat16"
     models = {role: read_model(name) for role, name in role_names(config).items()}

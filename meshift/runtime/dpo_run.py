@@ -13,6 +13,7 @@ import torch
 
 from meshift.algorithms.dpo import REFERENCE_READING, dpo_graph, dpo_loss
 from meshift.algorithms.losses import DPOLoss
+from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
 from meshift.errors import ModelError
@@ -117,7 +118,7 @@ def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
         num_tokens=num_pair_tokens,
         memories=memories,
         rows=data.train.pairs,
-        messages=(*data.messages(), *_unused(data)),
+        messages=(*data.messages(), *data.unread_margins("DPO")),
     )
 
 
@@ -214,8 +215,8 @@ class _Evaluation:
         return heldout_metrics(self.loss, self.roles["actor"], batch)
 
 
-def heldout_metrics(loss: DPOLoss, actor: Infers, batch: Batch) -> dict[str, float]:
-    """Loss, accuracy and margin of the actor on pairs whose reference log-probs are in the batch."""
+def heldout_metrics(loss: DPOLoss | ReferenceFreeLoss, actor: Infers, batch: Batch) -> dict[str, float]:
+    """Loss, accuracy and margin of the actor on pairs; reference log-probs, where read, are in the batch."""
     result = loss(actor.infer(loss.reading, batch).batch.fields, batch)
     sums = {"loss": result.total, "accuracy": result.sums["accuracy"], "margin": result.sums["margin"]}
     return {f"eval/{name}": float(value) / len(batch) for name, value in sums.items()}
@@ -232,9 +233,3 @@ def _check(config: DPORunConfig) -> PairSets:
     role, limit = shortest_limit(names)
     data.check_lengths(role, names[role], limit)
     return data
-
-
-def _unused(data: PairSets) -> tuple[str, ...]:
-    where = next((pair.where for pair in data.train.pairs if pair.margin is not None), None)
-    note = f"the column margin is for reward models; DPO does not read it, as at {where}"
-    return () if where is None else (note,)

@@ -10,14 +10,23 @@ from dataclasses import dataclass
 
 import torch
 
-from meshift.config.policy_runs import PolicyRunConfig
-from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.config.policy_runs import CriticFreeRunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    PPORunConfig,
+    ReferenceFreeRunConfig,
+    RewardRunConfig,
+    RunConfig,
+    SFTRunConfig,
+)
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
+from meshift.runtime.kto_run import kto_models
 from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import HEADS, compute_dtype, device_for_run, resident_bytes
 from meshift.runtime.policy_run import policy_models
-from meshift.runtime.ppo_run import role_models
+from meshift.runtime.ppo_run import ppo_trained, role_models
 
 TIGHT = 0.8
 """Above this share of the free memory a run may fail for its activations, which are not counted."""
@@ -36,8 +45,8 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic})
-    if isinstance(config, PolicyRunConfig):
+        return _held_roles(role_models(config), ppo_trained(config))
+    if isinstance(config, CriticFreeRunConfig):
         return _held_roles(policy_models(config), {"actor": config.actor})
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
@@ -45,6 +54,10 @@ def held_models(config: RunConfig) -> list[Held]:
         if not config.dpo.precompute_ref_log_probs:
             held.append(Held(role="reference", name=config.reference.model_name_or_path or actor, head="lm"))
         return held
+    if isinstance(config, KTORunConfig):
+        return _held_roles(kto_models(config), {"actor": config.actor})
+    if isinstance(config, ReferenceFreeRunConfig):
+        return _held_roles({"actor": str(config.actor.model_name_or_path)}, {"actor": config.actor})
     if isinstance(config, SFTRunConfig | RewardRunConfig):
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward", "cost": "reward", "cost_critic": "value"}
 """Of the roles that have no language model's head."""
 
 
@@ -94,11 +94,11 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
     return tuple(sorted({i for i in ids if i is not None}))
 
 
-def check_reward_model(reward: str) -> None:
+def check_reward_model(reward: str, role: str = "reward") -> None:
     """Raise `ModelError` unless the model has a score head of its own: a fresh one would reward at random."""
     if HEAD_NAMES["reward"] not in WeightFiles(model_folder(reward)).shapes:
         raise ModelError(
-            f"the reward model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
+            f"the {role} model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
             "train one with `meshift reward`"
         )
 

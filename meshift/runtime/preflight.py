@@ -138,7 +138,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # From the most telling columns to the least; SFT reads pairs too, where its config says that it is SFT.
 ROWS_OF: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("chosen", "rejected"): ("reward", "dpo"),
-    ("completion", "label"): ("reward", "dpo"),
+    ("completion", "label"): ("reward", "dpo", "kto"),
     ("messages",): ("sft",),
     ("completion",): ("sft",),
     ("text",): ("sft",),

@@ -39,9 +39,13 @@ from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_ou
 from meshift.runtime.run import Job, steps_of
 from meshift.runtime.run_folder import check_inputs_stay
 from meshift.training.checkpoint import Remembers
+from meshift.training.text_readings import SIDES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+TEXTS = ("tokens", *SIDES)
+"""The keys of what is trained on: completions, or pairs of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Checked:
     data: PromptData
     columns: tuple[str, ...]
     functions: list[WeightedFunction]
+    costs: list[WeightedFunction]
     max_steps: int
 
     @cached_property
@@ -71,10 +76,17 @@ class Checked:
 
     def reward_functions(self) -> Callable[[Batch], Outcome] | None:
         """The host call that scores texts, if any function does."""
-        if not self.functions:
+        return self._calling(self.functions)
+
+    def cost_functions(self) -> Callable[[Batch], Outcome] | None:
+        """The same of what they cost."""
+        return self._calling(self.costs)
+
+    def _calling(self, functions: list[WeightedFunction]) -> Callable[[Batch], Outcome] | None:
+        if not functions:
             return None
         return RewardFunctions(
-            functions=self.functions,
+            functions=functions,
             decode=self.texts.decode,
             decode_all=self.texts.decode_all,
             columns=self.columns,
@@ -87,12 +99,12 @@ def check_inputs(
 ) -> Checked:
     """Everything that can be found wrong before weights are read; a dry run and a run both begin with it."""
     check_inputs_stay(config, Path(config.output_dir))
-    functions = load_functions(config.reward.functions)
+    functions, costs = load_functions(config.reward.functions), load_functions(config.cost_functions)
     _check_models(config, names, trained)
     tokenizer = open_tokenizer(names["actor"])
     data = load_data(config, tokenizer)
     columns = reward_columns(config, data)
-    check_columns(functions, columns)
+    check_columns([*functions, *costs], columns)
     check_lengths(config, names, data)
     return Checked(
         names=names,
@@ -101,6 +113,7 @@ def check_inputs(
         data=data,
         columns=columns,
         functions=functions,
+        costs=costs,
         max_steps=steps_of(config, len(data.prompts)),
     )
 
@@ -108,8 +121,8 @@ def check_inputs(
 def _check_models(
     config: RolloutRunConfig, names: Mapping[str, str], trained: Mapping[str, TrainableConfig]
 ) -> None:
-    if "reward" in names:
-        check_reward_model(names["reward"])
+    for role in names.keys() & {"reward", "cost"}:
+        check_reward_model(names[role], role)
     check_same_tokenizer(names)
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
@@ -120,7 +133,8 @@ def _check_models(
 def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]]:
     """The rows of a dry run: models, batch arithmetic, steps, rewards, memory."""
     data, max_steps = checked.data, checked.max_steps
-    sequences, updates = config.num_sequences, config.num_mini_batches
+    sequences, updates, (count, what, texts) = config.num_sequences, config.num_mini_batches, config.trained_on
+    chosen = "" if count == sequences and texts == 1 else f"-> at most {count} {what} "
     longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
     budget = config.actor.max_tokens_per_micro_batch
     return [
@@ -130,17 +144,18 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
         (
             "batch",
             f"{config.data.batch_size} prompts x {config.generation.num_generations} generations = {sequences} "
-            f"sequences -> {config.num_passes} x {updates} updates of {sequences / updates:g} sequences",
+            f"sequences {chosen}-> {config.num_passes} x {updates} updates of {count / updates:g} {what}",
         ),
         (
             "micro-batches",
-            f"at most {budget} tokens on 1 data rank; up to {sequences * longest // updates} tokens an update",
+            f"at most {budget} tokens on 1 data rank; up to {count * texts * longest // updates} tokens an update",
         ),
         (
             "steps",
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
+        *([("costs", describe_functions(checked.costs))] if checked.costs else []),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
@@ -181,7 +196,7 @@ def rollout_job(
             *texts.samples(step, batch, config.num_logged_samples),
         ],
         fixed=fixed.rows,
-        num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        num_tokens=lambda batch: sum(int(batch[key].lengths.sum()) for key in TEXTS if key in batch),
         memories=memories,
         rows=data.prompts,
         messages=(left_out(data, "prompts "),) if data.overlong else (),
@@ -217,7 +232,12 @@ class Texts:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def samples(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
-        """The first completions of a step, as rows of samples.jsonl; `reward` is None where nothing scored one."""
+        """The first completions of a step, as rows of samples.jsonl; `reward` is None where nothing scored one.
+
+        Of pairs both texts, one after the other, with the `side` of each.
+        """
+        if "chosen" in batch:
+            return self._of_pairs(step, batch, count)
         rows, judged = [], total_score(batch, 1.0)[1]
         for i, tokens in enumerate(batch["tokens"].rows()[:count]):
             length = int(batch["completion_lengths"].values[i])
@@ -232,6 +252,25 @@ class Texts:
                 }
             )
         return rows
+
+    def _of_pairs(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
+        rows = []
+        for i in range(min(len(batch), (count + 1) // 2)):
+            num_prompt = int(batch["num_prompt_tokens"].values[i])
+            for side in SIDES:
+                tokens = batch[side].rows()[i].tolist()
+                rows.append(
+                    {
+                        "step": step + 1,
+                        "index": int(batch[f"{side}_index"].values[i]),
+                        "prompt": self.decode(tokens[:num_prompt]),
+                        "completion": self.decode(tokens[num_prompt:]),
+                        "reward": float(batch[f"{side}_scores"].values[i]),
+                        "truncated": bool(batch[f"{side}_truncated"].values[i]),
+                        "side": side,
+                    }
+                )
+        return rows[:count]
 
 
 def sampling_task(config: RolloutRunConfig, stops: tuple[int, ...]) -> SamplingTask:

@@ -6,10 +6,21 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from meshift.config.runs import DPORunConfig, RewardRunConfig, SFTRunConfig
+from meshift.config.policy_runs import OnlineDPORunConfig, RAFTRunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    ORPORunConfig,
+    PPORunConfig,
+    RewardRunConfig,
+    SFTRunConfig,
+)
 from meshift.runtime.dpo_run import run_dpo
+from meshift.runtime.kto_run import run_kto
 from meshift.runtime.observer import SilentObserver
+from meshift.runtime.pair_run import run_pairs
 from meshift.runtime.policy_run import METHODS, run_policy
+from meshift.runtime.ppo_run import run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.sft_run import run_sft
 
@@ -74,6 +85,31 @@ CASES = {
         {"actor": placed(generate="d2@1-2", train="t2@1-2"), "reference": placed(infer="d1@0")},
     ),
     "remax-apart": Case(POLICY["remax"], {"actor": placed(train="d1@1"), "reward": placed(infer="d1@2")}),
+    "online_dpo": Case(
+        OnlineDPORunConfig,
+        {"actor": placed(generate="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
+        {
+            "generation": {"num_generations": 3},
+            "reference": MOVING,
+            "online_dpo": {"pairs": "all", "labels": "soft"},
+        },
+    ),
+    "raft": Case(
+        RAFTRunConfig,
+        {"actor": placed(generate="d1@1", train="d2@1,2"), "reference": placed(infer="d1@2")},
+        {"raft": {"kl_coef": 0.1, "num_mini_batches": 2}, "reference": MOVING},
+    ),
+    "ppo-cost": Case(
+        PPORunConfig,
+        {
+            "actor": placed(generate="d1@1", train="t2@0,2"),
+            "critic": placed(train="d1@2"),
+            "cost": placed(infer="t2@1-2"),
+            "cost_critic": placed(infer="d1@0", train="d2@0-1"),
+            "reference": placed(infer="d1@2"),
+        },
+        {"ppo": {"num_mini_batches": 2, "missing_eos_penalty": 0.5}, "reward": {"per_token": True, "weight": 0.3}},
+    ),
     "dpo": Case(
         DPORunConfig,
         {"actor": placed(infer="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
@@ -84,10 +120,23 @@ CASES = {
         {"actor": placed(train="d2@1-2"), "reference": placed(infer="t2@0-1")},
         {"eval_steps": 2, "dpo": {"precompute_ref_log_probs": True, "loss_type": "ipo"}},
     ),
+    "kto": Case(
+        KTORunConfig,
+        {"actor": placed(infer="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
+        {"eval_steps": 1, "reference": MOVING},
+    ),
+    "orpo": Case(ORPORunConfig, {"actor": placed(infer="t2@0,2", train="d2@1-2")}, {"eval_steps": 2}),
     "sft": Case(SFTRunConfig, {"actor": placed(infer="t2@0,2", train="d3@2,1,0")}, {"eval_steps": 1}),
     "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
 }
-RUNS = {DPORunConfig: run_dpo, SFTRunConfig: run_sft, RewardRunConfig: run_reward}
+RUNS = {
+    PPORunConfig: run_ppo,
+    DPORunConfig: run_dpo,
+    KTORunConfig: run_kto,
+    ORPORunConfig: run_pairs,
+    SFTRunConfig: run_sft,
+    RewardRunConfig: run_reward,
+}
 
 
 def run(config, observer=None):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from meshift.runtime.observer import Observer
 
 MOST_PROCESSES = 16
+IDLE = 0.2
+"""Processors that other work may take without a word."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +91,8 @@ def _rows(hardware: Hardware, out: str) -> list[tuple[str, str]]:
     for kind, found in profile.crowding.items():
         most = max(found, key=int)
         rows.append((f"{kind} in {most} processes", f"{found[most]:.2f} times as long as in one"))
+    if profile.others > IDLE:
+        rows.append(("note", f"other work took {profile.others:.1f} processors: measure again when it has ended"))
     return [*rows, ("profile", out), ("use it", f"meshift plan --config run.yaml --devices N --hardware {out}")]
 
 

@@ -182,6 +182,11 @@ class OnlineDPORunConfig(CriticFreeRunConfig):
         return True
 
     @property
+    def reference_moves(self) -> bool:
+        """Rounds move it too."""
+        return super().reference_moves or self.online_dpo.steps_per_round is not None
+
+    @property
     def trained_on(self) -> TrainedOn:
         """Pairs, where no two scores are equal."""
         group = self.generation.num_generations

@@ -101,6 +101,11 @@ class RolloutRunConfig(RunConfig, ABC):
         return TrainedOn(units=self.num_sequences, what="sequences")
 
     @property
+    def reference_moves(self) -> bool:
+        """Whether the actor's weights come into the reference."""
+        return self.reference.sync_ref_model
+
+    @property
     def cost_functions(self) -> list[RewardFunctionConfig]:
         """Functions that give costs, of a method that knows such."""
         return []
@@ -118,6 +123,7 @@ class RolloutRunConfig(RunConfig, ABC):
     @model_validator(mode="after")
     def _has_actor_and_reward(self) -> Self:
         _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference_moves)
         if self.reward.model_name_or_path is None and not self.reward.functions:
             raise ValueError("a reward is needed: `reward.model_name_or_path`, `reward.functions`, or both")
         return self
@@ -224,6 +230,7 @@ class DPORunConfig(HeldOutRunConfig):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> DPORunConfig:
         _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference.sync_ref_model)
         if self.dpo.precompute_ref_log_probs and self.reference.sync_ref_model:
             raise ValueError(
                 "`dpo.precompute_ref_log_probs` is for a reference that stands still, and "
@@ -244,6 +251,7 @@ class KTORunConfig(HeldOutRunConfig):
     @model_validator(mode="after")
     def _has_model(self) -> KTORunConfig:
         _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference.sync_ref_model)
         return self
 
 
@@ -275,3 +283,15 @@ class SimPORunConfig(ReferenceFreeRunConfig):
 def _need_model(section: str, model: TrainableConfig) -> None:
     if model.model_name_or_path is None:
         raise ValueError(f"`{section}.model_name_or_path` is needed")
+
+
+def _need_whole_weights(actor: TrainableConfig, plan: PlanConfig, *, moves: bool) -> None:
+    if not moves or actor.lora is None:
+        return
+    given = {} if "actor" not in plan.roles else plan.roles["actor"].placements
+    home = given.get("train") or next(iter(given.values()), None)
+    if home is not None and home.layout.endswith("s"):
+        raise ValueError(
+            f"the reference follows whole matrices, and in {home.layout} of `plan.actor` ranks have rows of "
+            "adapters; take out the `s` or `actor.lora`, or let the reference stand still"
+        )

@@ -70,6 +70,22 @@ class UnpairedDataConfig(HeldOutDataConfig):
     append_eos: bool = Field(True, description="end complete completions with the end-of-sequence token")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021, arXiv:2106.09685). There is no dropout."""
+
+    rank: int = Field(16, ge=1, le=4096, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="W + alpha / rank * B A is what the model computes with")
+    rank_stabilized: bool = Field(False, description="divide alpha by the root of the rank (rsLoRA)")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="names of the model's linear layers, as [q_proj, v_proj]; all-linear: all in layers",
+    )
+    save_merged: bool = Field(
+        False,
+        description="write `final/` as a whole model with the adapters in it (default: PEFT's adapter folder)",
+    )
+
+
 class TrainableConfig(Section):
     """A model and how it is trained."""
 
@@ -89,6 +105,10 @@ class TrainableConfig(Section):
     share_prefixes: bool = Field(True, description="run a prompt once for all texts that begin with it")
     num_frozen_layers: int = Field(
         0, ge=0, description="the embedding and this many lowest layers are not trained (0: train everything)"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train adapters (and a score head) only; the model's own weights stay (null: train those)",
     )
 
 

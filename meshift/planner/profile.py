@@ -58,7 +58,8 @@ class Profile:
 
     `crowding[kind][k]` is how many times as long a thing takes one process while k processes do it at the same
     time. `cores`: processors that processes of the host share; 0: each process has a device of its own.
-    `call` is seconds for what every call does beside products.
+    `call` is seconds for what every call does beside products; `others` the most processors that other work took
+    where the profile looked for it.
     """
 
     products: tuple[Product, ...] = ()
@@ -68,6 +69,7 @@ class Profile:
     cores: int = 0
     call: float = 0.0
     model: str = ""
+    others: float = 0.0
 
     def threads_of(self, num_processes: int) -> int:
         """Of each of so many processes on a host, as the launcher shares processors out."""
@@ -83,6 +85,8 @@ class Profile:
 
     def message(self, kind: str, num_bytes: float, members: int, among: int) -> float:
         """Seconds. Of group sizes that were not measured, the nearest stands, by rings' steps."""
+        if kind == "late" and not any(one.kind == kind for one in self.messages):
+            kind = "sum"
         known = sorted({(one.members, one.among) for one in self.messages if one.kind == kind})
         if not known:
             raise ConfigError("the profile has no messages; measure them with `meshift profile`")
@@ -135,6 +139,7 @@ class Profile:
         """For JSON."""
         return {
             "model": self.model,
+            "others": self.others,
             "cores": self.cores,
             "call": self.call,
             "speeds": {kind: dict(found) for kind, found in self.speeds.items()},

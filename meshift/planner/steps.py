@@ -61,8 +61,9 @@ def _rollout_names(config: PPORunConfig | CriticFreeRunConfig) -> dict[str, str]
 def step_of(
     config: RunConfig, models: Mapping[str, DecoderConfig], dtype: ComputeType, lengths: Lengths | None = None
 ) -> Step:
-    """The step. `models` has every role of `role_names`. Raises `ConfigError` for a run without one."""
+    """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
+    _refuse_adapters(config)
     if isinstance(config, RolloutRunConfig):
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
@@ -85,6 +86,15 @@ def step_of(
     if role == "reward":
         call = replace(call, num_read=1.0)
     return _step(models, {role: config.model}, dtype, (call,), ReferenceConfig())
+
+
+def _refuse_adapters(config: RunConfig) -> None:
+    for name in ("actor", "critic", "cost_critic", "model"):
+        section = getattr(config, name, None)
+        if isinstance(section, TrainableConfig) and section.lora is not None:
+            raise ConfigError(
+                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
+            )
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:

@@ -43,11 +43,13 @@ from meshift.runtime.models import (
     check_same_shape,
     check_same_tokenizer,
     compute_dtype,
-    model_folder,
+    kept_models,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
     stop_token_ids,
+    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
@@ -66,9 +68,11 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
     data, names, dtype = _check(config), kto_models(config), compute_dtype(config.dtype)
     rows = data.train.judged
     sizes = [len(one.tokens) for one in rows]
-    memory = sum(resident_bytes(n, "lm", dtype, config.actor if r == "actor" else None) for r, n in names.items())
+    trained = {"actor": config.actor}
+    kept = kept_models(names, trained, config.plan, moves=config.reference.sync_ref_model)
+    memory = sum(resident_bytes(name, "lm", dtype, trained.get(role)) for role, name in kept.items())
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
+        *model_rows(names, kept),
         ("compute type", str(dtype).removeprefix("torch.")),
         ("completions", _counted(data.train)),
         ("held-out completions", _counted(data.heldout) if data.heldout else "none"),
@@ -77,6 +81,7 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
         *arithmetic(
             config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(rows)), "completions"
         ),
+        *trained_rows(names, trained),
         ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
         *plan_row(config, KTO_METHOD),
@@ -96,7 +101,13 @@ def build_kto_job(config: KTORunConfig, opener: Opener | None = None) -> Job:
     rows, dtype = data.train.judged, compute_dtype(config.dtype)
     max_steps = steps_of(config, len(rows))
     frozen = frozen_like(config.actor)
-    reference = RoleSpec(name="reference", model=names["reference"], dtype=dtype, config=frozen)
+    reference = RoleSpec(
+        name="reference",
+        model=names["reference"],
+        dtype=dtype,
+        config=frozen,
+        moves=config.reference.sync_ref_model,
+    )
     actor = RoleSpec(
         name="actor",
         model=names["actor"],
@@ -105,7 +116,7 @@ def build_kto_job(config: KTORunConfig, opener: Opener | None = None) -> Job:
         max_steps=max_steps,
         seed=config.seed,
     )
-    roles = {spec.name: opener.open(spec) for spec in (reference, actor)}
+    roles = {spec.name: opener.open(spec) for spec in (actor, reference)}
     loader = Loader(len(rows), config.data.batch_size, config.seed, config.data.shuffle)
     heldout = judged_batch(data.heldout.judged, data.longest) if data.heldout else None
     tokenizer = open_tokenizer(names["actor"])

@@ -24,15 +24,17 @@ from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
     HEADS,
-    check_frozen_layers,
     check_reward_model,
     check_same_shape,
     check_same_tokenizer,
+    check_trained,
     compute_dtype,
-    model_folder,
+    kept_models,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     stop_token_ids,
+    trained_rows,
 )
 from meshift.runtime.role_spec import RoleSpec, frozen_like
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
@@ -127,7 +129,7 @@ def _check_models(
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
     for role, how in trained.items():
-        check_frozen_layers(role, names[role], how)
+        check_trained(role, names[role], how)
 
 
 def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]]:
@@ -138,7 +140,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
     longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
     budget = config.actor.max_tokens_per_micro_batch
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in checked.names.items()),
+        *model_rows(checked.names, _kept(config, checked)),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
         ("prompts", f"{len(data.prompts)} ({left_out(data, '')})"),
         (
@@ -156,6 +158,7 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
         ),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
         *([("costs", describe_functions(checked.costs))] if checked.costs else []),
+        *trained_rows(checked.names, checked.trained),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
@@ -165,8 +168,12 @@ def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
     return sum(
         resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
-        for role, model in checked.names.items()
+        for role, model in _kept(config, checked).items()
     )
+
+
+def _kept(config: RolloutRunConfig, checked: Checked) -> dict[str, str]:
+    return kept_models(checked.names, checked.trained, config.plan, moves=config.reference_moves)
 
 
 def rollout_job(
@@ -315,5 +322,5 @@ def _spec(name: str, config: RolloutRunConfig, checked: Checked) -> RoleSpec:
         seed=config.seed,
     )
     if name != "actor":
-        return spec
+        return replace(spec, moves=name == "reference" and config.reference_moves)
     return replace(spec, num_slots=config.generation.num_slots, decode=checked.texts.decode_all)

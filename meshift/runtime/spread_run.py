@@ -92,7 +92,7 @@ class SpreadOpener:
         """See `Opener`."""
         make = partial(spec.make, offload=spec.name in self._offloaded)
         given = (self._placements[spec.name], self._world, spec.open_model, make)
-        return Everywhere(SpreadRole(spec.name, *given, spec.config.num_frozen_layers))
+        return Everywhere(SpreadRole(spec.name, *given, spec.config))
 
 
 def spread_job(job: Job, world: World, launch: LaunchConfig) -> tuple[Job, Mapping[str, SpreadRole]]:

@@ -26,6 +26,7 @@ from meshift.runtime.sft_run import run_sft
 
 SMOOTH = {"learning_rate": 0.01, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
+ADAPTED = {"lora": {"rank": 3, "alpha": 6, "save_merged": True}}
 REWARDS = """
 def odd(completion_ids, **columns):
     return [float(ids[0] % 2) for ids in completion_ids]
@@ -127,6 +128,15 @@ CASES = {
     ),
     "orpo": Case(ORPORunConfig, {"actor": placed(infer="t2@0,2", train="d2@1-2")}, {"eval_steps": 2}),
     "sft": Case(SFTRunConfig, {"actor": placed(infer="t2@0,2", train="d3@2,1,0")}, {"eval_steps": 1}),
+    "grpo-lora": Case(
+        POLICY["grpo"],
+        APART,
+        {"actor": ADAPTED, "grpo": {"num_mini_batches": 2, "kl_coef": 0.1}, "reference": MOVING},
+    ),
+    "dpo-lora": Case(
+        DPORunConfig, {"actor": placed(train="p2@1-2"), "reference": placed(infer="d1@0")}, {"actor": ADAPTED}
+    ),
+    "reward-lora": Case(RewardRunConfig, {"reward": placed(infer="d1@0", train="d2s@1-2")}, {"model": ADAPTED}),
     "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
 }
 RUNS = {

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ RESERVE = 6e8
 """Bytes of a process on a CPU beside models: interpreter, libraries, threads (measured with an empty run)."""
 FAR_RATE = 1.25e8
 """Of a network that was not measured: 1 Gb/s."""
+LOOK_SECONDS = 0.4
 NUM_PROCESSES = 4
 PER_HOST = 8
 
@@ -59,6 +61,7 @@ def measure(asked: Asked, observer: Observer | None = None) -> Hardware:
     threads = _threads(asked.num_processes) if device.type == "cpu" else (torch.get_num_threads(),)
     before = torch.get_num_threads()
     found, table = list[Product](), dict[str, dict[str, float]]()
+    others = [_others()]
     for dtype in asked.dtypes:
         for count in threads:
             torch.set_num_threads(count)
@@ -71,6 +74,7 @@ def measure(asked: Asked, observer: Observer | None = None) -> Hardware:
                 if cut == 1:
                     for kind, value in speeds(work).items():
                         table.setdefault(f"{kind}/{dtype}", {})[str(count)] = value
+            others.append(_others())
     torch.set_num_threads(before)
     shared = _beside_each_other(asked, config, observer) if device.type == "cpu" else {}
     profile = Profile(
@@ -81,6 +85,7 @@ def measure(asked: Asked, observer: Observer | None = None) -> Hardware:
         cores=(os.cpu_count() or 1) if device.type == "cpu" else 0,
         call=CALL_SECONDS if device.type == "cpu" else 0.0,
         model=asked.model,
+        others=max([*others, _others()]),
     )
     return described(profile, device)
 
@@ -89,6 +94,23 @@ def _threads(num_processes: int) -> tuple[int, ...]:
     """That processes have, as many as there may be: the launcher shares processors out."""
     cores = os.cpu_count() or 1
     return tuple(sorted({max(1, cores // n) for n in range(1, num_processes + 1)}))
+
+
+def _others() -> float:
+    """Processors that work of others takes while this process waits for a moment; 0 where Linux does not say."""
+    try:
+        before = _busy_seconds()
+        started = time.perf_counter()
+        time.sleep(LOOK_SECONDS)
+        return max(0.0, _busy_seconds() - before) / (time.perf_counter() - started)
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _busy_seconds() -> float:
+    """Of all processors together since the start (`proc(5)`: all columns of /proc/stat but idle and waiting)."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def _beside_each_other(asked: Asked, config: DecoderConfig, observer: Observer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from meshift.runtime.hosts import refuse_hosts
 from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
 from meshift.runtime.models import HEADS, model_folder
-from meshift.runtime.observer import Observer, SilentObserver
+from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
 from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
@@ -86,9 +86,9 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
 
-def settled_config(config: C, method: Method) -> C:
+def settled_config(config: C, method: Method, observer: Observer) -> C:
     """The config with a plan in place of `plan: auto`, for a dry run."""
-    found: C = settle(config, method.rows, SilentObserver()).config
+    found: C = settle(config, method.rows, observer).config
     return found
 
 

@@ -20,6 +20,7 @@ from meshift.models.hf.load import check_weights, load_config, open_weights
 from meshift.rewards.configured import load_functions
 from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict, peak_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
+from meshift.runtime.observer import SilentObserver
 from meshift.runtime.planned_run import expected_of, settled_config
 from meshift.runtime.run_folder import check_output_dir
 from meshift.runtime.spread_run import METHODS
@@ -91,9 +92,20 @@ def memory_of(config: RunConfig) -> tuple[bool, str]:
     return memory_verdict(held_bytes(config, held_models(config)), device_memory())
 
 
-def as_it_would_run(config: RunConfig) -> RunConfig:
-    """The config with the plan that `plan: auto` finds. Raises `ConfigError` where none fits."""
-    return settled_config(config, METHODS[type(config)])
+def as_it_would_run(config: RunConfig, tell: Callable[[str], None] = lambda text: None) -> RunConfig:
+    """The config with the plan that `plan: auto` finds; `tell` hears of it. `ConfigError` where none fits."""
+    return settled_config(config, METHODS[type(config)], _Told(tell))
+
+
+class _Told(SilentObserver):
+    """Passes messages on."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_message(self, text: str) -> None:
+        """See `Observer`."""
+        self._tell(text)
 
 
 def dry_run(

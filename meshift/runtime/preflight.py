@@ -16,10 +16,13 @@ from meshift.data.dataset import dataset_rows
 from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
+from meshift.planner.steps import adapted_section
 from meshift.rewards.configured import load_functions
-from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict
+from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict, peak_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
+from meshift.runtime.planned_run import expected_of, settled_config
 from meshift.runtime.run_folder import check_output_dir
+from meshift.runtime.spread_run import METHODS
 
 
 def file_problems(values: Mapping[str, Any]) -> list[str]:
@@ -80,8 +83,17 @@ def weight_problems(config: RunConfig) -> list[str]:
 
 
 def memory_of(config: RunConfig) -> tuple[bool, str]:
-    """Whether the run can fit into this machine's memory, and a sentence on it."""
+    """Whether the run can fit into this machine's memory, and a sentence on it; by its plan, if it has one."""
+    is_predicted = config.plan.is_given and adapted_section(config) is None
+    if is_predicted and config.launch.launcher == "local":
+        expected = expected_of(config, METHODS[type(config)])
+        return peak_verdict(expected.peaks, expected.worst.name, device_memory())
     return memory_verdict(held_bytes(config, held_models(config)), device_memory())
+
+
+def as_it_would_run(config: RunConfig) -> RunConfig:
+    """The config with the plan that `plan: auto` finds. Raises `ConfigError` where none fits."""
+    return settled_config(config, METHODS[type(config)])
 
 
 def dry_run(

@@ -29,6 +29,7 @@ from meshift.planner.hardware import Hardware, as_values, find_hardware
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.simulate import in_sentences, simulate
+from meshift.planner.tuning import better_micro_batches
 from meshift.planner.variants import Variant
 from meshift.planner.written import named_hosts, placements_of, plan_values
 from meshift.report.plan_page import plan_page
@@ -89,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"what would fit: {'; or '.join(planned.changes) or 'smaller models, or more memory'}")
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
-    sentences = [*(explanation(planned) if args.explain else ()), *_simulated(planned, args)]
+    sentences = [*(explanation(planned) if args.explain else ()), *_simulated(planned, args), *_advice(planned)]
     for sentence in sentences:
         print(f"  {sentence}")
     variants = variants_of(args.what_if, asked, planned)
@@ -110,6 +111,16 @@ def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
     placements = placements_of(problem, planned.choice)
     found = simulate(problem.step, problem.hardware, placements, num_steps=num_steps)
     return [] if found is None else list(in_sentences(found))
+
+
+def _advice(planned: Planned) -> Iterator[str]:
+    """Micro-batches that would make this plan faster."""
+    problem = planned.problem
+    for one in better_micro_batches(problem.step, problem.hardware, placements_of(problem, planned.choice)):
+        yield (
+            f"With {one.role}.max_tokens_per_micro_batch={one.tokens} a step of this plan would take "
+            f"{one.seconds:.3g} s."
+        )
 
 
 def _hosts(args: argparse.Namespace, planned: Planned) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -133,7 +134,7 @@ def _dry_run(check: Check, config: RunConfig) -> list[tuple[str, str]]:
     """What the run would do, whether or not it fits into this machine. Raises where weights are missing."""
     from meshift.runtime.preflight import as_it_would_run, memory_of, weight_problems
 
-    config = as_it_would_run(config)
+    config = as_it_would_run(config, partial(print, file=sys.stderr))
     rows = check(config)
     for problem in weight_problems(config):
         raise ModelError(problem)

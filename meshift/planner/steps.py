@@ -58,20 +58,12 @@ def _rollout_names(config: PPORunConfig | CriticFreeRunConfig) -> dict[str, str]
     return names | ({"cost": cost} if cost is not None else {})
 
 
-def adapted_section(config: RunConfig) -> str | None:
-    """The first section that trains adapters, which the planner does not count yet; None where none does."""
-    sections = ((name, getattr(config, name, None)) for name in ("actor", "critic", "cost_critic", "model"))
-    return next((n for n, one in sections if isinstance(one, TrainableConfig) and one.lora is not None), None)
-
-
 def step_of(
     config: RunConfig, models: Mapping[str, DecoderConfig], dtype: ComputeType, lengths: Lengths | None = None
 ) -> Step:
-    """The step. `models` has every role of `role_names`. Raises `ConfigError` for a run without one."""
-    adapted = adapted_section(config)
-    if adapted is not None:
-        raise ConfigError(f"the planner does not count adapters yet; plan without `{adapted}.lora`: it takes less")
+    """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
+    _refuse_adapters(config)
     if isinstance(config, RolloutRunConfig):
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
@@ -94,6 +86,15 @@ def step_of(
     if role == "reward":
         call = replace(call, num_read=1.0)
     return _step(models, {role: config.model}, dtype, (call,), ReferenceConfig())
+
+
+def _refuse_adapters(config: RunConfig) -> None:
+    for name in ("actor", "critic", "cost_critic", "model"):
+        section = getattr(config, name, None)
+        if isinstance(section, TrainableConfig) and section.lora is not None:
+            raise ConfigError(
+                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
+            )
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:

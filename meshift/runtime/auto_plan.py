@@ -47,6 +47,10 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
     if begun is not None:
         observer.on_message(f"the plan is the one that the run in {config.output_dir} was begun with")
         return Settled(config=config.model_copy(update={"plan": begun}))
+    if config.launch.launcher == "ray" and auto.devices is None:
+        raise ConfigError(
+            "`plan: auto` over Ray has to be told how many devices there are; set `plan.auto.devices`"
+        )
     hardware, measured = hardware_of_run(
         config.launch.hardware, dtype_name(config), measure=True, observer=observer
     )

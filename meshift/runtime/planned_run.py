@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meshift.config.runs import RunConfig
+from meshift.errors import ConfigError
 from meshift.models.hf.load import load_config
-from meshift.planner.steps import adapted_section
 from meshift.runtime.auto_plan import Settled, settle
 from meshift.runtime.hosts import refuse_hosts
 from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
 from meshift.runtime.models import HEADS, model_folder
-from meshift.runtime.observer import Observer, SilentObserver
+from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
 from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
@@ -71,22 +71,24 @@ def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResul
 
 
 def plan_file(settled: Settled, method: Method, job: Job, before: float) -> PlanFile:
-    """What a run writes of its plan; `before` is what the process had in memory before it built the job."""
+    """What a run writes of its plan; `before` is what the process had in memory before it built the job.
+
+    Without a prediction where the planner cannot count the step.
+    """
     config = settled.config
     plan = config.plan.model_dump(mode="json", exclude_none=True, exclude={"auto"})
-    if adapted_section(config) is not None:  # nothing is predicted of these yet
-        return PlanFile(values={"plan": plan, **settled.found}, metrics={})
     placements = placements_of(config.plan, method.uses(config))
-    lengths = lengths_of(config, job.rows)
-    expected = outlook(
-        config, placements, lengths, hardware_of_run(config.launch.hardware, dtype_name(config)), before
-    )
+    hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
+    try:
+        expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
+    except ConfigError:  # adapters, so far
+        return PlanFile(values={"plan": plan, **settled.found})
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
 
-def settled_config(config: C, method: Method) -> C:
+def settled_config(config: C, method: Method, observer: Observer) -> C:
     """The config with a plan in place of `plan: auto`, for a dry run."""
-    found: C = settle(config, method.rows, SilentObserver()).config
+    found: C = settle(config, method.rows, observer).config
     return found
 
 

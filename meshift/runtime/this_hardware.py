@@ -18,9 +18,9 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.profiling.profile import named_hardware, profile_path
 
 CPU = "cpu"
-CORE_FLOPS = MappingProxyType({"float32": 4e10, "bfloat16": 8e10})
+PROCESSOR_FLOPS = MappingProxyType({"float32": 4e10, "bfloat16": 8e10})
 """A second, of one core: a guess of the right order for servers of these years."""
-CORE_BYTES = 8e9
+PROCESSOR_BYTES = 8e9
 """Read a second by one core: a guess."""
 PROCESS_BYTES = 4e8
 """Of a process before it has a model: a guess, until it is measured in the process itself."""
@@ -59,11 +59,11 @@ def guessed_cpu() -> Hardware:
     return Hardware(
         name="this CPU, not profiled",
         memory=memory.total / cores,
-        flops=CORE_FLOPS,
-        memory_rate=CORE_BYTES,
+        flops=PROCESSOR_FLOPS,
+        memory_rate=PROCESSOR_BYTES,
         near_rate=2e9,
         far_rate=1e9,
-        host_rate=CORE_BYTES,
+        host_rate=PROCESSOR_BYTES,
         per_host=max(cores, 8),
         compute_share=1.0,
         memory_share=1.0,

@@ -153,6 +153,7 @@ def test_no_plan_in_a_word(room, capsys):
         (["--plan", "auto", "plan.auto.devices=0"], "plan.auto.devices"),
         (["--plan", "auto", "plan.auto.device=2"], "did you mean `plan.auto.devices`?"),
         (["--plan", "auto", "launch.hardware=abacus"], "abacus"),
+        (["--plan", "auto", "launch.launcher=ray"], "set `plan.auto.devices`"),
     ],
 )
 def test_a_plan_that_is_none_is_named_in_one_sentence(room, capsys, words, said):

@@ -160,3 +160,25 @@ def test_planning_needs_no_torch(run_file):
     code = "import sys; from meshift.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     words = ["plan", "--config", str(run_file), "--devices", "1", "--seconds", "1", "--command", "ppo"]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
+
+
+def test_a_model_far_too_large_is_told_how_many_devices_it_takes(tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    sizes = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    (folder / "config.json").write_text(json.dumps({**RAW, **sizes, "num_attention_heads": 64}))
+    file = tmp_path / "sft.yaml"
+    values = {
+        "output_dir": "runs/x",
+        "data": {"dataset_name": "x.jsonl"},
+        "model": {"model_name_or_path": str(folder)},
+    }
+    file.write_text(yaml.safe_dump(values))
+    words = ("--command", "sft", "--hardware", "h100")
+    assert plan(file, *words, "--devices", "1") == 2
+    told = capsys.readouterr().out
+    count = re.search(r"what would fit: (\d+) devices instead of 1", told)
+    assert count is not None, told
+    assert "GB too much on each" in told
+    assert plan(file, *words, "--devices", count[1]) == 0
+    assert plan(file, *words, "--devices", str(int(count[1]) // 2)) == 2

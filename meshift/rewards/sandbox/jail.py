@@ -70,6 +70,8 @@ class Walls:
 
 def enter(walls: Walls, limits: Limits, layers: Collection[str], uid: int) -> None:
     """Shut this process in. `uid` is the server's user. Raises `OSError` naming what the kernel refuses."""
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")  # where a cgroup runs full, this process ends and not the server
     if NAMESPACES in layers:
         map_user(NOBODY, uid, uid)
         _cover()

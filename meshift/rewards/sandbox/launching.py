@@ -37,7 +37,6 @@ class Launch:
 
     wall: WallKind
     folders: tuple[str, ...] = ()
-    drop_root: bool = True
 
     def command(self, control: int) -> list[str]:
         """The command line of a server that serves on the socket `control`, which it inherits."""
@@ -46,12 +45,17 @@ class Launch:
             "control": control,
             "build_wall": self.wall == "own",
             "binds": self._binds(),
-            "drop_root": self.drop_root,
+            "drop_root": self.wall != "none" or all(map(_is_open_to_all, _python_folders())),
             "readable": [*(target for _, target in self._binds()), *DEVICES, package],
         }
         flags = ["-I", "-S", "-X", "utf8", "-c", START]
-        server = [_interpreter(), *flags, package, json.dumps(settings)]
+        server = [self.interpreter, *flags, package, json.dumps(settings)]
         return [*self._bubblewrap(), *server] if self.wall == "bubblewrap" else server
+
+    @property
+    def interpreter(self) -> str:
+        """Python itself, not a virtual environment's link to it."""
+        return _interpreter()
 
     def _binds(self) -> list[tuple[str, str]]:
         own = [*_python_folders(), *SYSTEM, *self.folders]
@@ -84,6 +88,10 @@ def _python_folders() -> Sequence[str]:
     paths = [os.path.dirname(_interpreter()), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     prefix = sys.base_exec_prefix
     return paths if prefix in ("/", "/usr", "/usr/local") else [prefix, *paths]
+
+
+def _is_open_to_all(folder: str) -> bool:
+    return all(path.stat().st_mode & 0o001 for path in (Path(folder), *Path(folder).parents))
 
 
 def _parents(paths: Sequence[str]) -> list[str]:

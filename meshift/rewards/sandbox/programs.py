@@ -74,6 +74,7 @@ KINDS: dict[str, Callable[[Places], int]] = {
 
 def _read_text(place: int) -> str:
     with open(place, "rb") as file:
+        file.seek(0)  # a program's next test reads the same open file
         return file.read().decode("utf-8", errors="replace")
 
 

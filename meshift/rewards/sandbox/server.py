@@ -22,7 +22,7 @@ from typing import Any
 from meshift.rewards.sandbox import jail, wall
 from meshift.rewards.sandbox.layers import NAMESPACES, Limits
 from meshift.rewards.sandbox.programs import KINDS
-from meshift.rewards.sandbox.syscalls import clone
+from meshift.rewards.sandbox.syscalls import clone, control_process
 
 MAX_FILES = 16
 MAX_REQUEST = 1 << 16
@@ -42,6 +42,7 @@ def main(argument: str) -> None:
             wall.build([(source, target) for source, target in settings["binds"]])
         if os.geteuid() == 0 and settings["drop_root"]:
             wall.become(wall.NOBODY)
+        control_process(jail.PR_SET_NO_NEW_PRIVS, 1)
         walls = jail.Walls.of_this_process(settings["readable"])
     except OSError as error:
         control.send(json.dumps({"error": str(error)}).encode())
@@ -94,19 +95,37 @@ def _run(request: Mapping[str, Any], files: Sequence[int], walls: jail.Walls, co
     """Run the request's processes until the first of them ends."""
     started = time.monotonic()
     children: list[_Child] = []
+    places = list(files)
     try:
-        for process in request["processes"]:
-            children.append(_start(process, files, walls))
+        processes = _linked(request, places)
+        for process in processes:
+            children.append(_start(process, places, walls))
+        _close(places)  # or a process would not see that the other end of its pipe is gone
         failed = "".join(_complaint(child) for child in children)
         if not failed:
             _wait(children, control)
     finally:
-        for place in files:
-            os.close(place)
+        _close(places)
         ended = [child.end() for child in children]
     if failed:
         return {"error": failed}
     return {"ended": ended, "wall_s": time.monotonic() - started}
+
+
+def _linked(request: Mapping[str, Any], places: list[int]) -> list[dict[str, Any]]:
+    """The processes with both ends of every pipe between them among their files."""
+    processes = [dict(process, files=dict(process["files"])) for process in request["processes"]]
+    for writer, output, reader, entrance in request["links"]:
+        hears, says = os.pipe()
+        processes[writer]["files"][output] = len(places)
+        processes[reader]["files"][entrance] = len(places) + 1
+        places += [says, hears]
+    return processes
+
+
+def _close(places: list[int]) -> None:
+    while places:
+        os.close(places.pop())
 
 
 def _wait(children: Sequence[_Child], control: socket.socket) -> None:

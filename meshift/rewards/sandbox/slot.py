@@ -27,6 +27,10 @@ GRACE_S = 30.0  # beyond a request's own limits, before its server counts as los
 SERVER_BYTES = 128 * 2**20
 
 
+Link = tuple[int, str, int, str]
+"""A pipe: the number of the process that writes, its name there, the one that reads, its name there."""
+
+
 class SandboxError(RewardError):
     """The sandbox itself failed, not a program in it."""
 
@@ -61,12 +65,12 @@ class Slot:
         self._control: socket.socket | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
-    def run(self, processes: Sequence[Process]) -> list[Ended]:
+    def run(self, processes: Sequence[Process], links: Sequence[Link] = ()) -> list[Ended]:
         """Run the processes until the first of them ends, then end the others. Raises `SandboxError`."""
-        reply = self._ask(processes)
+        reply = self._ask(processes, links)
         if reply is None:
             self.close()
-            reply = self._ask(processes)
+            reply = self._ask(processes, links)
         if reply is None or "error" in reply:
             self.close()
             why = "its server was lost twice" if reply is None else reply["error"]
@@ -107,14 +111,14 @@ class Slot:
             self._finalizer()
         self._control = None
 
-    def _ask(self, processes: Sequence[Process]) -> dict[str, Any] | None:
+    def _ask(self, processes: Sequence[Process], links: Sequence[Link]) -> dict[str, Any] | None:
         self.start()
         assert self._control is not None
         places: dict[int, int] = {}
         for process in processes:
             for place in process.files.values():
                 places.setdefault(place, len(places))
-        request = {"processes": [_plain(process, places) for process in processes]}
+        request = {"processes": [_plain(process, places) for process in processes], "links": list(links)}
         files = array.array("i", places)
         try:
             self._control.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])

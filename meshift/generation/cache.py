@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meshift.kernels.cpu import decode_attention_serves, kernels_for
-from meshift.models.attention import AttentionLayer, PackedAttention, capped_attention, packed_positions
+from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
+from meshift.models.masked_attention import AttentionLayer, capped_attention
 
 LENGTH_STEP = 32
 """Attention looks at whole multiples of this many positions, so that few different shapes occur."""

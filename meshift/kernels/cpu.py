@@ -248,6 +248,16 @@ class Kernels(ProductKernels):
         assert table.is_contiguous()
         self._library.copy_rows(table.data_ptr(), len(table), threads())
 
+    def set_signal(self, number: Tensor, value: int) -> None:
+        """Write the first of these int64 numbers, for other processes that map it, after all that was written."""
+        self._library.set_signal(number.data_ptr(), value)
+
+    def await_signals(self, numbers: Sequence[Tensor], value: int, seconds: float) -> bool:
+        """Wait until the first number of each has become `value`, or more. False after so many seconds."""
+        addresses = torch.tensor([number.data_ptr() for number in numbers], dtype=torch.int64)
+        late: int = self._library.await_signals(addresses.data_ptr(), len(addresses), value, seconds)
+        return late < 0
+
     def bit_sums(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of each row and column of int16 or int32 [rows, columns], in int64. Raises `MemoryError`."""
         assert bits.is_contiguous()

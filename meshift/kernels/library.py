@@ -29,9 +29,11 @@ _SIGNATURES: dict[str, tuple[str, type | None]] = {
     "logprob_gradients": ("pllfppppi", None),
     "bit_sums": ("pllippi", _INT),
     "copy_rows": ("pli", None),
+    "set_signal": ("pL", None),
+    "await_signals": ("plLf", _LONG),
 }
-"""Arguments of each kernel: p a pointer, l a long, i an int, f a float."""
-_TYPES = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
+"""Arguments of each kernel: p a pointer, l a long, L 64 bits, i an int, f a float."""
+_TYPES = {"p": _POINTER, "l": _LONG, "L": ctypes.c_int64, "i": _INT, "f": _FLOAT}
 
 
 @cache

@@ -17,6 +17,8 @@
 #define QUERIES 64
 #define KEYS 256
 #define KEY_GROUPS (KEYS / WIDTH)
+#define MOST_GIVEN ((size_t)64 << 20) /* bytes of gradients that pieces give, between two times that they are added, */
+#define LEAST_TASKS 4                 /* unless these are less than so many a thread */
 
 typedef struct {
     const bf16 *q, *k, *v;
@@ -37,12 +39,15 @@ static Piece piece_of(const Call *c, long s) {
     return (Piece){start, own, c->starts[b], c->starts[b + 1] - c->starts[b]};
 }
 
+/* Within a parallel region nobody can be told otherwise. */
+static void no_memory(void) {
+    fputs("meshift: there is no memory left for attention's keys and values; use shorter sequences\n", stderr);
+    abort();
+}
+
 static void *allocate(size_t size) {
     void *found = malloc(size);
-    if (!found) { /* within a parallel region nobody can be told otherwise */
-        fputs("meshift: there is no memory left for attention's keys and values; use shorter sequences\n", stderr);
-        abort();
-    }
+    if (!found) no_memory();
     return found;
 }
 
@@ -258,13 +263,14 @@ static void unpack(const float *sums, long rows, long height, long dim, bf16 *to
             store_bf16(to + r * stride + i, _mm512_loadu_ps(sums + (i / WIDTH * height + r) * WIDTH + i % WIDTH));
 }
 
-/* Gradients of a backward pass and their strides, and for each piece and key head what it gives the rows before it. */
+/* Gradients of a backward pass and their strides. For each piece and key head, fp32 as in `Side`, keys' before values':
+   what a piece gives the rows before it, until that is added; and for one that is continued, what it was given. */
 typedef struct {
     const bf16 *out, *grad;
     const float *lse;
     bf16 *q, *k, *v;
     long stride_q, stride_k, stride_v;
-    float **given;
+    float **given, **taken;
 } Gradients;
 
 /* One piece and key head: writes its own rows' gradients. What it gives to the rows before it is kept; a piece that
@@ -285,11 +291,11 @@ static void backward_piece(const Call *c, const Gradients *g, long s, long h) {
     stride = c->stride_v;
     rows = whole_rows(c->v + h * dim, &stride, dim, &piece, room);
     pack_rows(rows, length, stride, dim, side.values);
-    memset(side.to_keys, 0, 2 * sums * sizeof(float));
-    for (long next = s + 1; next < c->num_pieces && c->before[next] == s; next++) {
-        const float *theirs = g->given[next * c->kv_heads + h];
-        for (size_t i = 0; theirs && i < 2 * sums; i++) side.to_keys[i] += theirs[i];
-    }
+    const float *taken = g->taken[s * c->kv_heads + h];
+    if (taken)
+        memcpy(side.to_keys, taken, 2 * sums * sizeof(float));
+    else
+        memset(side.to_keys, 0, 2 * sums * sizeof(float));
     for (long own = 0; own < group; own++)
         for (long first = piece.shared; first < length; first += QUERIES) {
             const long head = h * group + own, count = length - first < QUERIES ? length - first : QUERIES;
@@ -310,23 +316,50 @@ static void backward_piece(const Call *c, const Gradients *g, long s, long h) {
     free(memory);
 }
 
+/* Adds what pieces have given to what the piece that they continue takes, in their order, and frees it. */
+static void take_given(const Call *c, const Gradients *g, long base, long h) {
+    const size_t size = 2 * (size_t)((c->starts[base + 1] - c->starts[base]) * c->dim);
+    float **taken = g->taken + base * c->kv_heads + h;
+    for (long s = base + 1; s < c->num_pieces && c->before[s] == base; s++) {
+        float **given = g->given + s * c->kv_heads + h;
+        if (!*given) continue;
+        if (!*taken) memset(*taken = allocate(size * sizeof(float)), 0, size * sizeof(float));
+        for (size_t i = 0; i < size; i++) (*taken)[i] += (*given)[i];
+        free(*given);
+        *given = NULL;
+    }
+}
+
 /* The gradients of q, k, v, with the strides of `strides`[3..5], from that of `out`. */
 void packed_attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const int64_t *starts,
                                const int64_t *before, const int64_t *sizes, float scale, const bf16 *out,
                                const float *lse, const bf16 *grad, bf16 *to_q, bf16 *to_k, bf16 *to_v, int threads) {
     const Call c = {q, k, v, strides[0], strides[1], strides[2], starts, before, sizes[0], sizes[1], sizes[2], sizes[3],
                     sizes[4], scale};
-    const size_t num_tasks = (size_t)(c.num_pieces * c.kv_heads);
-    float **given = allocate((num_tasks + 1) * sizeof(float *));
-    memset(given, 0, (num_tasks + 1) * sizeof(float *));
-    const Gradients g = {out, grad, lse, to_q, to_k, to_v, strides[3], strides[4], strides[5], given};
-    /* First the pieces that come after others, then those that take in what these give. */
-    for (int first = 0; first < 2; first++)
+    const long num_tasks = c.num_pieces * c.kv_heads;
+    float **kept = calloc(2 * (size_t)num_tasks + 1, sizeof(float *));
+    if (!kept) no_memory();
+    const Gradients g = {out, grad, lse, to_q, to_k, to_v, strides[3], strides[4], strides[5], kept, kept + num_tasks};
+    /* First the pieces that come after others, some at a time, so that little of what they give is kept at once. */
+    for (long from = 0, to = 0; from < num_tasks; from = to) {
+        for (size_t size = 0; to < num_tasks && (size < MOST_GIVEN || to < from + LEAST_TASKS * threads); to++)
+            size += 2 * (size_t)(piece_of(&c, to / c.kv_heads).shared * c.dim) * sizeof(float);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (long task = 0; task < (long)num_tasks; task++) {
+        for (long task = from; task < to; task++) {
             const long s = task / c.kv_heads;
-            if ((c.before[s] == s) == first && c.starts[s + 1] > c.starts[s]) backward_piece(&c, &g, s, task % c.kv_heads);
+            if (before[s] != s && starts[s + 1] > starts[s]) backward_piece(&c, &g, s, task % c.kv_heads);
         }
-    for (size_t i = 0; i < num_tasks; i++) free(given[i]);
-    free(given);
+        const long base = before[from / c.kv_heads];
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long task = base * c.kv_heads; task < to; task++)
+            take_given(&c, &g, task / c.kv_heads, task % c.kv_heads);
+    }
+    /* Then those that take in what these give. */
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < num_tasks; task++) {
+        const long s = task / c.kv_heads;
+        if (before[s] == s && starts[s + 1] > starts[s]) backward_piece(&c, &g, s, task % c.kv_heads);
+    }
+    for (long i = 0; i < 2 * num_tasks; i++) free(kept[i]);
+    free(kept);
 }

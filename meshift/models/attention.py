@@ -5,7 +5,7 @@ Knows nothing of weights or of a cache (generation has an attention of its own t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from meshift.kernels import functions
 from meshift.kernels.cpu import Sequences, kernels_for, packed_attention_serves
+from meshift.models.continued import Continued
+from meshift.models.masked_attention import AttentionLayer, masked_attention
+from meshift.models.rows import pick
 
 # A bucket of sequences is padded to its longest; it is closed before padding exceeds this part of its rows.
 MAX_PADDING = 0.25
@@ -24,20 +27,6 @@ MAX_PADDING = 0.25
 MAX_UPCAST_LENGTH = 512
 # Rows of a sequence whose scores are made at once where a window or a softcap rules out the plain causal kernel.
 BLOCK = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionLayer:
-    """What an attention knows of the layer that calls it.
-
-    `scale` is what query-key products are multiplied by. A row sees the last `window` positions up to its own
-    (None: all). With a `softcap` c, a scaled product s becomes c tanh(s / c) (Gemma 2, arXiv:2408.00118).
-    """
-
-    index: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 class Attention(Protocol):
@@ -66,7 +55,8 @@ class PackedAttention:
     Sequences of similar length are brought together in right-padded buckets, for the attention alone. Right
     padding with a causal mask needs no other mask: a real query never sees the padding behind it, and the
     padding's own results are dropped. No matrix over all rows by all rows is ever made. Where a window is
-    shorter than the bucket, or scores are capped, the bucket is taken in blocks of rows.
+    shorter than the bucket, or scores are capped, the bucket is taken in blocks of rows. Pieces that continue
+    another are for `Continued`, where no kernel does all of it.
     """
 
     def __init__(self, lengths: Sequence[int], before: Sequence[int] | None = None) -> None:
@@ -80,9 +70,9 @@ class PackedAttention:
         self.num_rows = sum(lengths)
         self._starts = torch.tensor([0, *accumulate(lengths)])
         self._before = torch.arange(len(lengths)) if before is None else torch.tensor(before, dtype=torch.int64)
-        self._whole = _whole_sequences(self._starts, self._before)
-        if self._whole is not None:
-            lengths = self._whole.lengths
+        whole = self._before == torch.arange(len(lengths))
+        self._whole_rows = None if whole.all() else whole.repeat_interleave(self._starts.diff()).nonzero()[:, 0]
+        lengths = self._starts.diff()[whole].tolist()
         self.buckets = _buckets(lengths)
         padded, packed = _row_indices(lengths, self.buckets)
         in_order = torch.equal(padded, torch.arange(sum(lengths)))
@@ -99,15 +89,20 @@ class PackedAttention:
                 starts=self._starts, before=self._before, scale=layer.scale, window=layer.window or 0
             )
             return functions.packed_attention(kernels, query, key, value, sequences)
-        if self._whole is None:
+        if self._whole_rows is None:
             return self._attend(layer, query, key, value)
-        rows, own = self._whole.rows.to(query.device), self._whole.own.to(query.device)
-        # Gradients of rows that several sequences share add up in order so, at any number of threads.
-        parts = (part.index_select(0, rows) for part in (query, key, value))
-        return self._attend(layer, *parts).index_select(0, own)
+        rows = self._whole_rows.to(query.device)
+        others = self._attend(layer, *(pick(x, rows) for x in (query, key, value)))
+        return self._continued(layer, query, key, value, (rows, others))
+
+    @cached_property
+    def _continued(self) -> Continued:
+        return Continued(self._starts, self._before)
 
     def _attend(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same over whole sequences."""
+        """The rows of whole sequences alone, which continue nothing."""
+        if not self.buckets:
+            return query
         parts = [self._pad(x) for x in (query, key, value)]
         attended = [_attend_bucket(q, k, v, layer) for q, k, v in zip(*parts, strict=True)]
         return self._unpad(torch.cat(attended) if len(attended) > 1 else attended[0])
@@ -159,7 +154,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLa
 
     Each block of rows meets only the keys that some row of it sees.
     """
-    if layer.softcap is None:  # with a mask, the fused kernels want as many key heads as query heads
+    if layer.softcap is None:  # `masked_attention` would repeat the mask instead, and masks are kept
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
     parts = []
@@ -181,52 +176,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, layer: AttentionLay
     visible = columns <= rows
     if layer.window is not None:
         visible &= columns > rows - layer.window
-    if layer.softcap is not None:
-        return capped_attention(query, key, value, visible, layer)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=layer.scale)
-
-
-def capped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, layer: AttentionLayer) -> Tensor:
-    """softmax(c tanh(scale q k' / c)) v over the visible keys, in fp32, c being the layer's softcap.
-
-    `query` is [N, num_heads, Q, dim], `key` and `value` [N, num_kv_heads, K, dim], the result as `query`;
-    `visible` is bool and spreads to [N, num_kv_heads, num_heads / num_kv_heads, Q, K].
-    """
-    assert layer.softcap is not None
-    num_rows = query.shape[2]
-    grouped = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the heads of a group: more rows
-    products = grouped @ key.float().mT * layer.scale
-    scores = (products / layer.softcap).tanh() * layer.softcap
-    scores = scores.unflatten(2, (-1, num_rows)).masked_fill(~visible, float("-inf"))
-    attended = scores.softmax(dim=-1).flatten(2, 3) @ value.float()
-    return attended.unflatten(2, (-1, num_rows)).flatten(1, 2).to(query.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Whole:
-    """Sequences put together from pieces: their lengths, the packed row of each of their rows, int64, and where in
-    them each packed row stands as its piece's own, int64 [T]."""
-
-    lengths: list[int]
-    rows: Tensor
-    own: Tensor
-
-
-def _whole_sequences(starts: Tensor, before: Tensor) -> _Whole | None:
-    """None where no piece continues another."""
-    pieces = torch.arange(len(before))
-    if torch.equal(before, pieces):
-        return None
-    counts = starts.diff()
-    shared = torch.where(before == pieces, 0, counts[before])
-    spans = torch.stack([starts[before], shared, starts[:-1], counts], dim=1).tolist()
-    rows = torch.cat(
-        [torch.cat([torch.arange(n) + start for start, n in ((a, b), (c, d))]) for a, b, c, d in spans]
-    )
-    lengths = shared + counts
-    firsts = lengths.cumsum(0) - counts  # of a piece's own rows
-    own = torch.cat([torch.arange(n) + first for first, n in zip(firsts.tolist(), counts.tolist(), strict=True)])
-    return _Whole(lengths=lengths.tolist(), rows=rows, own=own)
+    return masked_attention(query, key, value, visible.unsqueeze(0), layer)
 
 
 class _Rearrange(torch.autograd.Function):

@@ -5,23 +5,23 @@ how parameters are cut is `shards.py`'s, and where weights come from is `hf/`'s.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.autograd.function import Function, once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 from meshift.kernels import functions
 from meshift.kernels.cpu import LANES, Kernels, products_for
-from meshift.models.attention import Attention, AttentionLayer
+from meshift.models.attention import Attention
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
 from meshift.models.linear import Linear, SummedLinear, fits_kernels
+from meshift.models.masked_attention import AttentionLayer
 from meshift.models.mlp import MLP
 from meshift.models.norm import make_norm
 from meshift.models.rotary import Angles, Rotary, rotate
+from meshift.models.rows import pick
 
 
 class SelfAttention(nn.Module):
@@ -191,27 +191,3 @@ class Decoder(nn.Module):
             else:
                 x = layer(*given)
         return self.norm(x) if self.ends else x
-
-
-def pick(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Those rows of `x`, of which none is named twice (None: all, in order)."""
-    if rows is None:
-        return x
-    picked: Tensor = _Pick.apply(x, rows)
-    return picked
-
-
-class _Pick(Function):
-    """`x[rows]`. No row is named twice, so that the gradient is a copy, where autograd's own adds row by row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.num_rows = len(x)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None

@@ -31,11 +31,15 @@ BUCKET = 1 << 24
 
 @dataclass(kw_only=True)
 class Statistics:
-    """Numbers of an update that add up over its parts, those of which the largest counts, and what went wrong."""
+    """Numbers of an update that add up over its parts, those of which the largest counts, and what went wrong.
+
+    `flops` are the operations of the parts, which add up too and are no statistic.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     trouble: str | None = None
+    flops: float = 0.0
 
     def add(self, sums: Mapping[str, float], maxima: Mapping[str, float]) -> None:
         """Take in those of another part."""
@@ -54,7 +58,7 @@ class Ranks:
 
     def __init__(self, model: Decoder, place: Place) -> None:
         """`model` is this rank's part."""
-        self.place = place
+        self.place, self._device = place, model.device
         self.stages = Stages(place.pipeline) if place.pipeline.group is not None else None
         self._shared = shared_parameters(model, place.tensor)
         table = shard_table(model.config, model.head_kind)
@@ -93,8 +97,11 @@ class Ranks:
         """Everybody's statistics together, and the first trouble that any of them has."""
         for peers in (self.place.pipeline, self.place.data):
             together = Statistics()
-            for sums, maxima, trouble in gather_facts([own.sums, own.maxima, own.trouble], peers):
+            for sums, maxima, trouble, flops in gather_facts(
+                [own.sums, own.maxima, own.trouble, own.flops], peers
+            ):
                 together.add(sums, maxima)
+                together.flops += flops
                 together.trouble = together.trouble or trouble
             own = together
         return own
@@ -120,10 +127,16 @@ class Ranks:
 
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The norm of the whole model's gradient; what several ranks hold counts once."""
-        squares = [g.double().square().sum() / self._num_holders[name] for name, g in gradients.items()]
-        own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        squares = [_squared(g) / self._num_holders[name] for name, g in gradients.items()]
+        none = torch.zeros((), dtype=torch.float64, device=self._device)
+        own = torch.stack(squares).sum() if squares else none
         total = sum_of(sum_of(own, self.place.tensor), self.place.pipeline)
         return math.sqrt(float(sum_of(total, self.place.data) if self._is_sharded else total))
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """The sum of its squares in fp64, with no more than `BUCKET` of them in memory."""
+    return torch.stack([part.double().square().sum() for part in gradient.flatten().split(BUCKET)]).sum()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -21,12 +21,14 @@ class Peers:
     """The processes that stand like this one but on one axis, in the order of that axis.
 
     `ranks` are their ranks in the world, `index` is this process's place among them; `group` is None where it is
-    alone, and then nothing is sent.
+    alone, and then nothing is sent. `back` is a group of the same processes for what goes to earlier ones: NCCL
+    does all that two processes send each other in one group in one order, so that each would wait for the other.
     """
 
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup | None
+    back: dist.ProcessGroup | None = None
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -64,9 +66,8 @@ def join(placement: Placement, device: Device, ranks: Mapping[Device, int]) -> P
     found: dict[str, Peers] = {}
     for axis in ("tensor", "data", "pipeline"):
         for line in _lines(layout, axis):
-            peers = _form(
-                [ranks[placement.device(rank)] for rank in line], line.index(own) if own in line else None
-            )
+            of_line = [ranks[placement.device(rank)] for rank in line]
+            peers = _form(of_line, line.index(own) if own in line else None, two_ways=axis == "pipeline")
             if peers is not None:
                 found[axis] = peers
     return None if own is None else Place(layout=layout, coordinates=layout.coordinates(own), **found)
@@ -76,7 +77,7 @@ def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
     """As torch's, which waits half an hour for a peer, whatever this run was told: this one as long as the run."""
     whole = dist.group.WORLD
     timeout = None
-    if whole is not None and dist.get_backend() == "gloo":
+    if whole is not None and "gloo" in dist.get_backend():
         timeout = whole._get_backend(torch.device("cpu")).options._timeout
     group: dist.ProcessGroup | None = dist.new_group(list(ranks), timeout=timeout, backend=backend)
     return group
@@ -89,7 +90,14 @@ def _lines(layout: Layout, axis: str) -> list[list[int]]:
     return [[layout.rank(replace(layout.coordinates(r), **{axis: i})) for i in range(size)] for r in firsts]
 
 
-def _form(ranks: list[int], index: int | None) -> Peers | None:
+def sends_in_one_order() -> bool:
+    """Whether messages between two processes of a group wait for one another, whichever way they go."""
+    return "nccl" in dist.get_backend()
+
+
+def _form(ranks: list[int], index: int | None, *, two_ways: bool) -> Peers | None:
     """The group of these ranks of the world; None where this process is not of them."""
-    group = new_group(ranks) if len(ranks) > 1 else None
-    return None if index is None else Peers(ranks=tuple(ranks), index=index, group=group)
+    group = back = new_group(ranks) if len(ranks) > 1 else None
+    if group is not None and two_ways and sends_in_one_order():
+        back = new_group(ranks)
+    return None if index is None else Peers(ranks=tuple(ranks), index=index, group=group, back=back)

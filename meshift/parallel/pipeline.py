@@ -70,7 +70,7 @@ class Stages:
 
     def pass_on(self, rows: Tensor) -> None:
         """Begin to send rows to the next stage."""
-        self._send(rows, self.peers.ranks[self.peers.index + 1], FORWARD)
+        self._send(rows, self.peers.index + 1, FORWARD)
 
     def receive(self, into: Tensor) -> Tensor:
         """Rows from the stage before."""
@@ -85,7 +85,7 @@ class Stages:
 
     def pass_back(self, gradient: Tensor) -> None:
         """Begin to send the gradient of received rows to where they came from."""
-        self._send(gradient, self.peers.ranks[self.peers.index - 1], BACKWARD)
+        self._send(gradient, self.peers.index - 1, BACKWARD)
 
     def receive_back(self, like: Tensor) -> Tensor:
         """The gradient of rows that were passed on."""
@@ -94,8 +94,8 @@ class Stages:
     def tell(self, numbers: Tensor) -> None:
         """Begin to send the other stages something; the last stage calls this, the others `hear`."""
         numbers = numbers.to(group_device(self.peers))
-        for rank in self.peers.ranks[:-1]:
-            self._send(numbers, rank, ASIDE)
+        for index in range(len(self.peers) - 1):
+            self._send(numbers, index, ASIDE)
 
     def hear(self, into: Tensor) -> Tensor:
         """What the last stage tells, of the shape and type of `into`, and where that is."""
@@ -109,7 +109,7 @@ class Stages:
         """
         other = 0 if self.is_last else len(self.peers) - 1
         for tensor in tensors:
-            self._send(tensor.clone(), self.peers.ranks[other], ASIDE)
+            self._send(tensor.clone(), other, ASIDE)
         for tensor in tensors:
             tensor.add_(self._receive(torch.empty_like(tensor), other, ASIDE))
 
@@ -118,14 +118,16 @@ class Stages:
         while self._under_way:
             self._under_way.popleft()[0].wait()
 
-    def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
+    def _send(self, tensor: Tensor, index: int, tag: int) -> None:
         tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, rank, group=self.peers.group, tag=tag)
+        group = self.peers.group if index > self.peers.index else self.peers.back
+        work = dist.isend(tensor, self.peers.ranks[index], group=group, tag=tag)
         assert work is not None
         self._under_way.append((work, tensor))
         while len(self._under_way) > MAX_UNDER_WAY:
             self._under_way.popleft()[0].wait()
 
     def _receive(self, into: Tensor, index: int, tag: int) -> Tensor:
-        dist.recv(into, self.peers.ranks[index], group=self.peers.group, tag=tag)
+        group = self.peers.group if index < self.peers.index else self.peers.back
+        dist.recv(into, self.peers.ranks[index], group=group, tag=tag)
         return into

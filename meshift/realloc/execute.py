@@ -19,10 +19,11 @@ from meshift.layout.boxes import Box, boxes_of, shape_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.layout.shard import Shard
-from meshift.realloc.copies import Copies
+from meshift.realloc.copies import Copies, place_of
 from meshift.realloc.fingerprint import fingerprint
 from meshift.realloc.near import Form
 from meshift.realloc.rounds import Round, rounds_of
+from meshift.realloc.signals import Signals
 from meshift.realloc.transfers import Plan, Transfer
 
 Shards = Mapping[str, Tensor]
@@ -74,6 +75,8 @@ class Reallocation:
         self._from_here, self._from_near = Copies(), Copies()
         self._held = self._boxes(plan.source)
         self._wanted = self._boxes(plan.target)
+        sides = (self._held, self._wanted)
+        self._shapes = tuple({name: shape_of(box) for name, box in boxes.items()} for boxes in sides)
 
     def agree(self) -> None:
         """Compare the plan with everybody's. Raises `ReallocationError` where one is of other arguments."""
@@ -96,11 +99,12 @@ class Reallocation:
         self._check(held, into, rate)
         started = time.perf_counter()
         new = self._memory(held, into)
-        self._copy(self._from_here, [(copy, held) for copy in self._share.copies], new, rate)
         if self.near is not None:
-            self._read_near(self.near, new, rate)
-        for part in self._rounds if self.near is None else ():
-            self._exchange(part, held, new, rate)
+            self._move_near(self.near, held, new, rate)
+        else:
+            self._copy(self._from_here, [(copy, held) for copy in self._share.copies], new, rate)
+            for part in self._rounds:
+                self._exchange(part, held, new, rate)
         sent = sum(transfer.num_bytes for transfer in self._share.sends)
         received = sum(transfer.num_bytes for transfer in self._share.receives)
         seconds = time.perf_counter() - started
@@ -140,11 +144,37 @@ class Reallocation:
             for rank in sorted({transfer.source for transfer in self._share.receives})
         }
 
-    def _read_near(self, near: Mapping[int, Shards], new: Shards, rate: float | None) -> None:
-        """Copy what would be received from where it lies, while nobody changes it."""
-        dist.barrier(group=self.site.group)
+    def _move_near(self, near: Mapping[int, Shards], held: Shards, new: Shards, rate: float | None) -> None:
+        """Copy what is here, and what would be received from where it lies, while nobody changes it."""
+        signals = self._signals
+        if signals is None:
+            dist.barrier(group=self.site.group)
+        else:
+            signals.ready()
+        self._copy(self._from_here, [(copy, held) for copy in self._share.copies], new, rate)
+        if signals is not None:
+            signals.await_ready(self._givers)
         self._copy(self._from_near, [(t, near[t.source]) for t in self._share.receives], new, rate)
-        dist.barrier(group=self.site.group)
+        if signals is None:
+            dist.barrier(group=self.site.group)
+        else:
+            signals.done()
+            signals.await_done(self._takers)
+
+    @cached_property
+    def _givers(self) -> set[int]:
+        """Who has what this device receives, as ranks in the group."""
+        return {self._rank(self.plan.source, rank) for rank in {t.source for t in self._share.receives}}
+
+    @cached_property
+    def _takers(self) -> set[int]:
+        """Who receives what this device has, as ranks in the group."""
+        return {self._rank(self.plan.target, rank) for rank in {t.target for t in self._share.sends}}
+
+    @cached_property
+    def _signals(self) -> Signals | None:
+        """Made when parameters move for the first time, by all processes."""
+        return Signals.open(dist.get_rank(self.site.group), self._gathered)
 
     def _copy(
         self,
@@ -157,10 +187,15 @@ class Reallocation:
 
         By way of the type that is sent, lest replicas that mix differ by how their numbers came.
         """
+        as_it_is = rate is None and self.plan.dtypes.source == self.plan.dtypes.wire == self.plan.dtypes.target
+        targets = [new[transfer.name] for transfer, _ in transfers]
+        place = place_of([*targets, *(held[transfer.name] for transfer, held in transfers)]) if as_it_is else None
+        if place and copies.again(place, targets):
+            return
         data = [held[transfer.name][transfer.source_slices].to(self._wire) for transfer, held in transfers]
         views = [new[transfer.name][transfer.target_slices] for transfer, _ in transfers]
         if rate is None:
-            copies.run(list(zip(views, data, strict=True)))
+            copies.run(list(zip(views, data, strict=True)), place)
             return
         for view, numbers in zip(views, data, strict=True):
             _write(view, numbers, rate)
@@ -211,9 +246,9 @@ class Reallocation:
     def _check(self, held: Shards, into: Shards | None, rate: float | None) -> None:
         if self.plan.mix != (rate is not None) or (self.plan.mix and into is None):
             raise ValueError("A plan that mixes needs a rate and memory to mix into; another takes no rate.")
-        _check_tensors(held, self._held, self.plan.dtypes.source)
+        _check_tensors(held, self._shapes[0], self.plan.dtypes.source)
         if into is not None:
-            _check_tensors(into, self._wanted, self.plan.dtypes.target)
+            _check_tensors(into, self._shapes[1], self.plan.dtypes.target)
 
     def _memory(self, held: Shards, into: Shards | None) -> dict[str, Tensor]:
         aliased = {alias.name for alias in self._share.aliases}
@@ -273,9 +308,10 @@ def _as_bytes(data: Tensor) -> Tensor:
     return data.view(-1).view(torch.uint8)
 
 
-def _check_tensors(tensors: Shards, boxes: Mapping[str, Box], dtype: str) -> None:
-    for name, box in boxes.items():
+def _check_tensors(tensors: Shards, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    expected: torch.dtype = getattr(torch, dtype)
+    for name, shape in shapes.items():
         tensor = tensors.get(name)
-        found = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if found != (shape_of(box), dtype):
-            raise ValueError(f"{name} is {found or 'missing'} here, and the plan has {(shape_of(box), dtype)}.")
+        if tensor is None or tensor.dtype is not expected or tensor.shape != shape:
+            found = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            raise ValueError(f"{name} is {found or 'missing'} here, and the plan has {(shape, dtype)}.")

@@ -120,8 +120,10 @@ class LocalRole:
 
     @property
     def peak_flops(self) -> float:
-        """FLOP/s that the device reaches at best in the type that the model computes in."""
-        return self._peak_rate(self.model.device, self.model.dtype)
+        """FLOP/s that the role's devices reach at best in the type that the model computes in."""
+        ranks = self.trainer.ranks
+        num_devices = 1 if ranks is None else ranks.place.layout.num_ranks
+        return num_devices * self._peak_rate(self.model.device, self.model.dtype)
 
     @property
     def num_numbers(self) -> tuple[int, int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from meshift.batch import Batch, Outcome
 from meshift.errors import ReallocationError
@@ -30,6 +31,7 @@ from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
 from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
+from meshift.runtime.models import device_for_run
 from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
@@ -123,8 +125,16 @@ class SpreadRole:
         return self._at(self.placements["infer"]).infer(task, batch)
 
     def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
-        """See `LocalRole`. The other placements have the new weights after `publish` only."""
-        return self._at(self.placements["train"]).train(task, batch, step=step)
+        """See `LocalRole`. The other placements have the new weights after `publish` only.
+
+        `perf/mfu/<role>` is the part of the call's seconds that it would take at its devices' peak.
+        """
+        role = self._at(self.placements["train"])
+        before = replace(role.work)
+        outcome = role.train(task, batch, step=step)
+        seconds, flops = role.work.seconds - before.seconds, role.work.flops - before.flops
+        used = {f"perf/mfu/{self.name}": flops / role.peak_flops / seconds} if flops and seconds else {}
+        return Outcome(batch=outcome.batch, metrics={**outcome.metrics, **used})
 
     def publish(self) -> dict[str, float]:
         """Move new weights to where else they are used; called by every process after each training call.
@@ -165,7 +175,7 @@ class SpreadRole:
             return None
         is_first = self.world.device == self._first
         model = self._open_model() if is_first else self._at(self.home).model
-        site = Site(device=self.world.device, ranks=self.world.ranks)
+        site = self._site()
         table, dtype = shard_table(model.config, model.head_kind), _dtype_of(model)
         moving = plan(self.home, alone, table, dtypes=Dtypes(source=dtype, target=dtype))
         into = {name: p.detach() for name, p in model.named_parameters()} if is_first else None
@@ -186,7 +196,7 @@ class SpreadRole:
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
         table = shard_table(model.config, model.head_kind)
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
-        site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
+        site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
         reallocation.agree()
         self._mixes[source.name] = Move(reallocation=reallocation, target=self.home, peers=peers)
@@ -272,13 +282,19 @@ class SpreadRole:
         frozen = gather_facts(self._frozen(), peers)
         leave_out = sorted({name for names in frozen for name in names or ()})
         moving = plan(self.home, target, table, dtypes=Dtypes(source=dtype, target=dtype), leave_out=leave_out)
-        site = Site(device=self.world.device, ranks=self.world.ranks, group=peers.group)
+        site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
         reallocation.agree()
         return Move(reallocation=reallocation, target=target, peers=peers)
 
+    def _site(self, group: dist.ProcessGroup | None = None) -> Site:
+        where = device_for_run().type
+        return Site(device=self.world.device, ranks=self.world.ranks, group=group, torch_device=where)
+
     def _share_home(self) -> None:
         """Put the parameters where they are trained into memory that all can map, if all are on one machine."""
+        if device_for_run().type != "cpu":
+            return
         everybody, own = self.world.everybody, self._locals.get(self.home)
         where: list[Any] | None = None
         memory = None

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from meshift.batch import Batch, Outcome
 from meshift.graph.calls import Call, Graph, LoopCall, ModelCall, SyncCall
+from meshift.runtime.models import device_for_run
 from meshift.runtime.peaks import PeakMeter
 from meshift.runtime.spread_role import SpreadRole
 from meshift.runtime.streaming import Streams
@@ -60,7 +59,7 @@ class SpreadStep:
             if isinstance(call, SyncCall):
                 roles[call.target].prepare_mix(roles[call.source])
         self._members = {call.name: self._members_of(call) for call in calls}
-        self._meter = PeakMeter(torch.device("cpu"))  # where all processes of a plan are so far
+        self._meter = PeakMeter(device_for_run())
         self._tags = {call.name: tag for tag, call in enumerate(calls, start=first_tag)}
         self._writers = {key: call.name for call in calls for key in _given(call, graph)}
         self._streams = Streams(graph, self._members, world, part_size, first_tag + len(calls))
@@ -121,6 +120,7 @@ class SpreadStep:
                 if call.name in lacking:
                     batch, found = self._receive(batch, call.name)
                     metrics.update(found)
+            metrics.update(self._utilisation(metrics))
         return Outcome(batch=batch, metrics=metrics)
 
     def _run(self, call: Call, batch: Batch, now: Now) -> Outcome:
@@ -139,6 +139,14 @@ class SpreadStep:
             f"timing_s/{call.name}": time.perf_counter() - started,
         }
         return Outcome(batch=outcome.batch, metrics={**outcome.metrics, **times})
+
+    def _utilisation(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`perf/mfu`: of all trained roles together, weighed by how long they had how many devices."""
+        calls = [call for call in self.graph.order() if isinstance(call, ModelCall) and call.kind == "train"]
+        measured = [call for call in calls if f"perf/mfu/{call.role}" in metrics]
+        times = [len(self._members[call.name]) * metrics[f"timing_s/{call.name}"] for call in measured]
+        used = [metrics[f"perf/mfu/{call.role}"] * time for call, time in zip(measured, times, strict=True)]
+        return {"perf/mfu": sum(used) / sum(times)} if sum(times) > 0 else {}
 
     def _fetch(self, batch: Batch, call: Call, lacking: set[str]) -> tuple[Batch, dict[str, float]]:
         """The batch with what those wrote elsewhere from whom the call reads, and their metrics."""

@@ -90,7 +90,10 @@ class TrainingEngine:
         name: str = "model",
         place: Place | None = None,
     ) -> None:
-        """With a `place`, `model` is cut for it, and every process of the placement makes the same calls."""
+        """With a `place`, `model` is cut for it, and every process of the placement makes the same calls.
+
+        `work` is then that of all of them together.
+        """
         self.name = name
         self.model = model
         self.config = config
@@ -167,14 +170,16 @@ class TrainingEngine:
         if self.ranks is None:
             return self._accumulate(loss, batch, count).by_name()
         rows = self.ranks.own_rows(loss.reading.sizes(batch))
-        own = Statistics()
+        own, done = Statistics(), self.work.flops
         with self._together(learning=True):
             try:
                 own = self._accumulate(loss, batch.index(rows), count) if rows else own
             except NonFiniteError as error:  # the others must hear of it, or they would wait for this rank
                 own = Statistics(trouble=str(error))
         self.passes.end()
+        own.flops = self.work.flops - done
         whole = self.ranks.settle(own)
+        self.work.flops = done + whole.flops
         if whole.trouble is not None:
             if self.optimizer is not None:
                 self.optimizer.discard()
@@ -249,7 +254,8 @@ class TrainingEngine:
         sizes, most = reading.sizes(batch), self.config.max_tokens_per_micro_batch
         if self.pipeline is not None:
             most = self.pipeline.max_tokens(sum(sizes))
-        return share_in_micro_batches(reading.sequences(batch), sizes, most, share=self.config.share_prefixes)
+        sequences, read = reading.sequences(batch), reading.rows(batch)
+        return share_in_micro_batches(sequences, sizes, most, read=read, share=self.config.share_prefixes)
 
     def master_weights(self) -> dict[str, Tensor]:
         """Every parameter by name, the trained ones from their fp32 masters."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from meshift.models.config import DecoderConfig
 from meshift.models.decoder import Decoder, Layer
+from meshift.models.shards import shard_table
 
 
 @dataclass(kw_only=True)
@@ -34,22 +33,22 @@ Spans = Sequence[tuple[int, int]]
 def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -> float:
     """Forward and backward, with `num_read` rows through the head, and `num_last` rows that leave the last layer.
 
-    Of a model that was cut, in the layers that are here; a gradient is taken to go to the layers before them.
+    Of a model that was cut into stages, in the layers that are here; a gradient is taken to go to the layers
+    before them. Of one that was cut within its layers, what all its parts do together.
 
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
     Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
     """
     num_rows, total = sum(own for _, own in spans), 0.0
+    num_weights, num_before = _num_weights(model)
     learned_below = any(p.requires_grad for p in model.embedding.parameters()) or not model.embeds
     for layer in model.layers:
         assert isinstance(layer, Layer)
         index = layer.attention.layer.index
         learned = any(p.requires_grad for p in layer.parameters())
         passes = 1 + (learned or learned_below) + learned
-        num_weights = _num_weights(layer)
         if index == model.config.num_layers - 1:  # what leaves: the products after attention see no other row
-            after = num_weights - _num_before_attention(layer)
-            total -= 2.0 * (num_rows - num_last) * after * passes
+            total -= 2.0 * (num_rows - num_last) * (num_weights - num_before) * passes
         total += 2.0 * num_rows * num_weights * passes
         attention = _attention_flops(model.config, spans, model.config.window(index))
         total += attention * (3 if learned or learned_below else 1)
@@ -57,15 +56,12 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
     return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model)) * model.ends
 
 
-def _num_weights(module: nn.Module) -> int:
-    linear = (own for own in module.modules() if isinstance(own, nn.Linear))
-    return sum(own.in_features * own.out_features for own in linear)  # whatever is kept here of a sharded one
-
-
-def _num_before_attention(layer: nn.Module) -> int:
-    assert isinstance(layer, Layer)
-    own = layer.attention
-    return sum(_num_weights(part) for part in (own.query, own.key, own.value))
+def _num_weights(model: Decoder) -> tuple[int, int]:
+    """Numbers of a layer's matrices, and of those before its attention; whatever is kept of them here."""
+    table = shard_table(model.config, model.head_kind)
+    matrices = {name: shard for name, shard in table.items() if shard.layer == 0 and len(shard.shape) == 2}
+    before = [f"layers.0.attention.{part}.weight" for part in ("query", "key", "value")]
+    return sum(one.num_elements for one in matrices.values()), sum(matrices[name].num_elements for name in before)
 
 
 def _attention_flops(config: DecoderConfig, spans: Spans, window: int | None) -> float:

@@ -15,6 +15,7 @@ from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
 from meshift.models.attention import PackedAttention
 from meshift.models.decoder import Decoder
+from meshift.models.rows import repeat
 from meshift.training.flops import training_flops
 from meshift.training.prefixes import Arranged, arrange
 from meshift.training.readings import Reading
@@ -64,8 +65,7 @@ class MicroBatch:
     def read(self, model: Decoder, hidden: Tensor, chunk: int) -> Mapping[str, Ragged]:
         """The reading's outputs, by the model's head, `chunk` rows of logits at a time."""
         if not torch.equal(self.back, torch.arange(len(self.rows))):  # several sequences', or in another order
-            # Its gradient adds up rows in their order, at any number of threads; that of an index does not.
-            hidden = hidden.index_select(0, self.back.to(hidden.device))
+            hidden = repeat(hidden, self.back)
         return self.reading.read(model.head, hidden, self.batch, chunk)
 
     def flops(self, model: Decoder) -> float:

@@ -86,17 +86,19 @@ def arrange(sequences: Ragged, *, share: bool) -> Arranged:
 
 
 def share_in_micro_batches(
-    sequences: Ragged, sizes: Sequence[int], max_tokens: int, *, share: bool
+    sequences: Ragged, sizes: Sequence[int], max_tokens: int, *, read: Tensor, share: bool
 ) -> list[list[int]]:
     """Rows of a batch in balanced micro-batches, those that share a beginning together where they fit.
 
-    `sequences` has one or several sequences a row: the first ones of all rows, then the second ones, and so on.
-    A micro-batch's budget counts the rows that run.
+    `sequences` has one or several sequences a row: the first ones of all rows, then the second ones, and so on;
+    `read` is int64, the packed rows of them that the head reads. A micro-batch's budget counts the rows that run,
+    or those that are read, if these are more: a shared row is read once for every sequence.
     """
     num_rows = len(sizes)
     if not share or not num_rows:
         return micro_batches(sizes, max_tokens)
     per_row = len(sequences) // num_rows
+    reads = (sequences.row_ids[read] % num_rows).bincount(minlength=num_rows).tolist()
     found = families(sequences.index(torch.arange(num_rows)))
     alone = set(range(num_rows)).difference(*(family.members for family in found))
     pending = [*(list(family.members) for family in found), *([row] for row in sorted(alone))]
@@ -105,7 +107,8 @@ def share_in_micro_batches(
         rows = pending.pop()
         every = [row + part * num_rows for part in range(per_row) for row in rows]
         together = sequences.index(torch.tensor(every))
-        cost = sum(sizes[row] for row in rows) - sum(_saved(family) for family in families(together))
+        running = sum(sizes[row] for row in rows) - sum(_saved(family) for family in families(together))
+        cost = max(running, sum(reads[row] for row in rows))
         if cost <= max_tokens or len(rows) == 1:
             items.append((rows, cost))
         else:

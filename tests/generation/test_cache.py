@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from meshift.generation.cache import CacheBuffer, DecodeAttention, KVCache, Prefix, PromptAttention
-from meshift.models.attention import AttentionLayer, PlainAttention
+from meshift.models.attention import PlainAttention
+from meshift.models.masked_attention import AttentionLayer
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 

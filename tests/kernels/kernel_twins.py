@@ -1,7 +1,6 @@
 """What the kernels are held to: the same in plain torch and fp32, and how close is close enough."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,14 +54,3 @@ def causal_attention(heads: Sequence[Tensor], lengths: Sequence[int], *, scale: 
         attended = F.scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=grouped)
         found.append(attended[0].transpose(0, 1))
     return torch.cat(found)
-
-
-@contextmanager
-def num_threads(number: int) -> Iterator[None]:
-    """So many threads of torch's, and of the kernels', for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_twins import near, num_threads, random_numbers
+from kernel_twins import near, random_numbers
+from threads import num_threads
 
 SCALE = 0.17
 

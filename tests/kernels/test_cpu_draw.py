@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_twins import num_threads, random_numbers
+from kernel_twins import random_numbers
+from threads import num_threads
 
 from meshift.generation.sampler import draw_by_block
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_twins import causal_attention, near, num_threads, random_numbers
+from kernel_twins import causal_attention, near, random_numbers
+from threads import num_threads
 
 from meshift.kernels.cpu import Sequences
 
@@ -183,3 +184,32 @@ def test_threads_would_change_the_gradients_of_shared_rows(cpu):
             found.append(all_of(cpu, parts, pieces_of(0), grad))
     for one, other in zip(*found, strict=True):
         assert one.equal(other)
+
+
+def test_gradients_of_shared_rows_that_are_added_in_turns_would_be_others(cpu):
+    """Twelve pieces give 4096 rows more gradients than the kernel keeps at once. Their window sees the last 64."""
+    shared, seen, own, window = 4096, 200, 3, 64
+    lengths = [shared, *[own] * 12]
+    parts = heads_of(sum(lengths), 2, 2, 256, scale=0.5)
+    grad = random_numbers(*parts[0].shape, seed=3)
+    pieces = Sequences(
+        starts=torch.tensor([0, *lengths]).cumsum(0),
+        before=torch.zeros(13, dtype=torch.int64),
+        scale=SCALE,
+        window=window,
+    )
+    found = []
+    for threads in (1, 2):
+        with num_threads(threads):
+            found.append(all_of(cpu, parts, pieces, grad))
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+    wide = [part[shared - seen :].float().requires_grad_() for part in parts]
+    common, starts = list(range(seen)), range(seen, seen + 12 * own, own)
+    rows = torch.tensor([*common, *(row for at in starts for row in (*common, *range(at, at + own)))])
+    out = causal_attention([part[rows] for part in wide], [seen, *[seen + own] * 12], scale=SCALE, window=window)
+    places = [torch.arange(seen), *(torch.arange(own) + 2 * seen + (seen + own) * i for i in range(12))]
+    out = out[torch.cat(places)]
+    true = torch.autograd.grad(out, wide, grad[shared - seen :].float())
+    for one, expected in zip(found[0][1:], true, strict=True):  # the first of these rows see others before them
+        near(one[shared - seen + window :], expected[window:], within=2**-6)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_twins import ACTIVATIONS, near, num_threads, random_numbers, rounded_once
+from kernel_twins import ACTIVATIONS, near, random_numbers, rounded_once
+from threads import num_threads
 
 from meshift.models.rotary import rotate
 

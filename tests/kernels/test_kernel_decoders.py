@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_twins import num_threads
+from threads import num_threads
 
 from meshift.config.sections import TrainableConfig
 from meshift.generation.engine import GenerationEngine

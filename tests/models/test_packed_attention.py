@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 
-from meshift.models.attention import AttentionLayer, PackedAttention, PlainAttention, packed_positions
+from meshift.models import continued
+from meshift.models.attention import PackedAttention, PlainAttention, packed_positions
+from meshift.models.masked_attention import AttentionLayer
 
 LAYER = AttentionLayer(index=0, scale=0.31)
 
@@ -107,8 +110,9 @@ def test_a_negative_length_is_refused():
     ),
     window=st.sampled_from([None, 1, 4]),
     softcap=st.sampled_from([None, 0.6]),
+    most=st.sampled_from([(256, 64), (5, 1), (5, 8)]),
 )
-def test_pieces_are_as_the_whole_sequences_of_the_plain_twin(groups, window, softcap):
+def test_pieces_are_as_the_whole_sequences_of_the_plain_twin(groups, window, softcap, most):
     layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
     lengths, before, whole, own, start = [], [], [], [], 0
     sequences = []
@@ -123,7 +127,68 @@ def test_pieces_are_as_the_whole_sequences_of_the_plain_twin(groups, window, sof
             sequences.append(len(common) + length)
             start += length
     rows = inputs(start)
-    packed = PackedAttention(lengths, before)(layer, *rows)
     picked = [row[torch.tensor(whole, dtype=torch.int64)] for row in rows]
     plain = PlainAttention(sequences)(layer, *picked)[torch.tensor(own, dtype=torch.int64)]
-    _compare(packed, plain, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continued, "BLOCK_ROWS", most[0])
+        patch.setattr(continued, "LEAST_ROWS", most[1])
+        packed = PackedAttention(lengths, before)(layer, *rows)
+        _compare(packed, plain, rows)
+
+
+MANY = [64] + [7, 32, 70] * 4
+"""Rows of a beginning and of what continues it."""
+
+
+def many_pieces():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(sum(MANY), heads, 64, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    return PackedAttention(MANY, [0] * len(MANY)), rows, torch.randn(sum(MANY), 4, 64, generator=generator)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_gradients_of_shared_rows_repeat_bit_for_bit_on_several_threads(softcap):
+    attention, rows, grad = many_pieces()
+    layer = AttentionLayer(index=0, scale=0.1, softcap=softcap)
+    found = []
+    with num_threads(2):
+        for _ in range(10):
+            found.append(torch.autograd.grad(attention(layer, *rows), rows, grad))
+    assert all(one.equal(other) for each in found[1:] for one, other in zip(each, found[0], strict=True))
+
+
+def test_gradients_of_shared_rows_are_those_of_autograd_for_whole_sequences():
+    attention, rows, grad = many_pieces()
+    layer = AttentionLayer(index=0, scale=0.1)
+    pieces = torch.arange(sum(MANY)).split(MANY)
+    whole = torch.cat([pieces[0], *(torch.cat([pieces[0], piece]) for piece in pieces[1:])])
+    own = torch.cat([torch.ones(64), *(torch.arange(64 + n) >= 64 for n in MANY[1:])]).bool()
+    lengths = [64, *(64 + n for n in MANY[1:])]
+    spread = PackedAttention(lengths)(layer, *(x[whole] for x in rows))[own]
+    ours, expected = (torch.autograd.grad(out, rows, grad) for out in (attention(layer, *rows), spread))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6 * other.abs().max().item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_nothing_of_the_length_of_whole_sequences_is_kept(window, softcap):
+    """16 pieces of 20 rows continue one of 500: 820 rows, while the sequences have 8320."""
+    lengths, kept = [500, *[20] * 16], {}
+    rows = inputs(sum(lengths))
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    layer = AttentionLayer(index=0, scale=0.31, window=window, softcap=softcap)
+
+    def size_of(attention, parts):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            attention(layer, *parts)
+        return sum(kept.values())
+
+    alone = size_of(PackedAttention([500]), [row[:500] for row in rows])
+    together = size_of(PackedAttention(lengths, [0] * 17), rows)
+    assert together < alone + 2 * sum(row.numel() for row in rows)

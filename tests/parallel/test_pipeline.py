@@ -18,6 +18,7 @@ from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
 from meshift.models.shards import shard_table
+from meshift.parallel import groups, pipeline
 from meshift.parallel.groups import join
 from meshift.parallel.pipeline import cut_for, keep_stage
 from meshift.runtime.role import LocalRole
@@ -55,6 +56,7 @@ def check_layouts(rank, name, layouts, config, num_ranks):
             assert one.keys() == other.keys()
             wrong = {k for k in one if not math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5)}
             assert not wrong, (layout, wrong, one, other)
+        assert role.work.flops == pytest.approx(whole.work.flops), layout
         weights, boxes = whole.master_weights(), boxes_of(place.layout, table, place.rank)
         assert boxes.keys() == dict(role.model.named_parameters()).keys()
         for parameter, weight in role.master_weights().items():
@@ -83,6 +85,21 @@ def test_eight_processes(tmp_path):
     run_gang(
         8, check_layouts, tmp_path, "llama-tied", ("d2t2p2", "d1t2p4", "d4t1p2", "d2t1p4s", "d2t2p2s"), CONFIG, 8
     )
+
+
+def check_one_order(rank):
+    """As where a backend knows no tags, and messages between two processes of a group keep one order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "sends_in_one_order", lambda: True)
+        for tag in ("FORWARD", "BACKWARD", "ASIDE"):
+            patch.setattr(pipeline, tag, 1)
+        place = place_in("d1t1p3", rank)
+        assert place is None or place.pipeline.back is not place.pipeline.group
+        check_layouts(rank, "llama-tied", ("d1t1p3", "d1t1p2"), CONFIG, 4)
+
+
+def test_stages_would_need_tags(tmp_path):
+    run_gang(4, check_one_order, tmp_path)
 
 
 def check_families(rank):

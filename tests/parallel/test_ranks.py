@@ -99,6 +99,7 @@ def check_layouts(rank, name):
                 one,
                 other,
             )
+        assert role.work.flops == pytest.approx(whole.work.flops), layout
         weights, boxes = whole.master_weights(), boxes_of(place.layout, table, place.rank)
         for parameter, weight in role.master_weights().items():
             part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]

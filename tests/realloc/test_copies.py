@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meshift.realloc import copies as copies_module
-from meshift.realloc.copies import Copies
+from meshift.realloc.copies import Copies, place_of
 
 
 def boxes(dtype, seed):
@@ -25,9 +25,13 @@ def test_boxes_arrive_whole_and_alone(dtype, chunk, monkeypatch):
     expected = [whole.clone() for whole, _ in wholes]
     for whole, (_, slices), source in zip(expected, wholes, sources, strict=True):
         whole[slices] = source
-    copies = Copies()
-    for _ in range(2):  # the second time by the table that was kept
-        copies.run([(whole[slices], source) for (whole, slices), source in zip(wholes, sources, strict=True)])
+    copies, targets = Copies(), [whole for whole, _ in wholes]
+    place = place_of([*targets, *sources])
+    for again in (False, True):  # the second time by the table that was kept
+        assert copies.again(place, targets) == again
+        if not again:
+            pairs = [(whole[slices], source) for (whole, slices), source in zip(wholes, sources, strict=True)]
+            copies.run(pairs, place)
         assert all(torch.equal(whole, other) for (whole, _), other in zip(wholes, expected, strict=True))
         for (whole, _), source in zip(wholes, sources, strict=True):
             source.neg_()
@@ -37,12 +41,17 @@ def test_boxes_arrive_whole_and_alone(dtype, chunk, monkeypatch):
             whole[slices] = source
 
 
-def test_tensors_that_moved_are_found_again():
+def test_tensors_that_moved_would_be_copied_from_where_they_were():
     copies, target = Copies(), torch.zeros(3, 4)
-    for value in (1.0, 2.0):
-        copies.run([(target[:, 1:3], torch.full((3, 4), value)[:, 1:3])])
-        assert target[:, 1:3].eq(value).all()
+    kept = [torch.full((3, 4), value) for value in (1.0, 2.0)]
+    for source in kept:
+        place = place_of([target, source])
+        assert not copies.again(place, [target])
+        copies.run([(target[:, 1:3], source[:, 1:3])], place)
+        assert target[:, 1:3].equal(source[:, 1:3])
         assert not target[:, 0].any()
+    assert place_of([source[:, 1:]]) != place_of([source])
+    assert place_of([torch.zeros(4, 4).t()[:1]]) != place_of([torch.zeros(4, 4)[:1]])
 
 
 def test_another_type_or_stride_goes_by_torch():
@@ -52,7 +61,21 @@ def test_another_type_or_stride_goes_by_torch():
 
 
 def test_a_copy_counts_as_a_change():
-    target = torch.zeros(3)
-    before = target._version
-    Copies().run([(target, torch.ones(3))])
-    assert target._version > before
+    target, source, copies = torch.zeros(3), torch.ones(3), Copies()
+    place = place_of([target, source])
+    for again in (False, True):
+        before = target._version
+        if not copies.again(place, [target]):
+            assert not again
+            copies.run([(target, source)], place)
+        assert target._version > before
+
+
+def test_a_place_that_was_copied_by_torch_is_copied_by_torch_again():
+    """Also where another one was copied by a table before."""
+    copies, target, source = Copies(), torch.zeros(3, 3), torch.arange(9.0).view(3, 3)
+    copies.run([(target, source)], place_of([target, source]))
+    place = place_of([target, source.t()])
+    copies.run([(target, source.t())], place)
+    assert target.equal(source.t())
+    assert not copies.again(place, [target])

@@ -66,7 +66,10 @@ def test_four_processes_write_what_one_writes(make_config, alone, tmp_path, read
         one, other = read_lines(spread.output_dir / name), read_lines(alone.output_dir / name)
         assert len(one) == len(other)
         for ours, theirs in zip(one, other, strict=True):
-            for key in theirs.keys() - {"perf/mfu"}:
+            if name == "metrics.jsonl":
+                used = [ours[f"perf/mfu/{role}"] for role in ("actor", "critic")]
+                assert 0 < min(used) <= ours["perf/mfu"] <= max(used)
+            for key in theirs:
                 if not key.startswith(("timing_s/", "perf/")):
                     assert is_close(ours[key], theirs[key]), f"{name}: {key} is {ours[key]}, not {theirs[key]}"
     moves = plan is PLAN  # else the actor generates where it is trained

@@ -1,12 +1,12 @@
 """Common beginnings run once: which are found, how they are laid out, and that nothing but time depends on it."""
 
-import hashlib
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 from tiny_families import MODELS, family_model
 from tiny_rl import tiny_model
 from twins import relative_difference
@@ -143,8 +143,9 @@ def test_many_texts_that_continue_one_another_would_be_too_deep():
 def test_without_common_beginnings_micro_batches_would_change():
     rows = Ragged.from_rows([draws(n, seed=n) for n in (30, 20, 40, 17, 25)])
     sizes = rows.lengths.tolist()
+    read = torch.arange(sum(sizes))
     for share in (True, False):
-        assert share_in_micro_batches(rows, sizes, 60, share=share) == micro_batches(sizes, 60)
+        assert share_in_micro_batches(rows, sizes, 60, read=read, share=share) == micro_batches(sizes, 60)
     assert arrange(rows, share=True).take.equal(torch.arange(len(rows.values)))
 
 
@@ -152,7 +153,8 @@ def test_without_common_beginnings_micro_batches_would_change():
 def test_a_family_would_be_torn_apart_or_a_budget_passed(short, budget):
     batch = groups([4, 4, 1, 8])
     tokens = batch["tokens"]
-    parts = share_in_micro_batches(tokens, tokens.lengths.tolist(), budget, share=True)
+    read = TokenLogprobs().rows(batch)
+    parts = share_in_micro_batches(tokens, tokens.lengths.tolist(), budget, read=read, share=True)
     assert sorted(row for part in parts for row in part) == list(range(len(batch)))
     running = [len(arrange(tokens.index(torch.tensor(part)), share=True).take) for part in parts]
     assert max(running) <= budget
@@ -169,11 +171,37 @@ def test_a_family_would_be_torn_apart_or_a_budget_passed(short, budget):
 def test_both_texts_of_a_pair_count_where_they_are_cut(short):
     batch, reading = pairs(), PairScores()
     sizes = reading.sizes(batch)
-    parts = share_in_micro_batches(reading.sequences(batch), sizes, 40, share=True)
+    parts = share_in_micro_batches(reading.sequences(batch), sizes, 40, read=reading.rows(batch), share=True)
     running = [len(arrange(reading.sequences(batch.index(part)), share=True).take) for part in parts]
     assert sorted(row for part in parts for row in part) == [0, 1, 2, 3]
     assert max(running) <= 40 < max(sizes[0] + sizes[1], 41)
     assert any({0, 1} <= set(part) for part in parts), "the two pairs of one prompt belong together"
+
+
+def test_more_rows_would_be_read_at_once_than_the_budget_allows():
+    start = draws(60)
+    texts = Ragged.from_rows([torch.cat([start, draws(4, seed=i)]) for i in range(1, 21)])
+    sizes = texts.lengths.tolist()
+    everywhere, behind = torch.arange(sum(sizes)), texts.starts + texts.lengths - 1
+    for read, most in ((everywhere, 3), (behind, 20)):
+        parts = share_in_micro_batches(texts, sizes, 200, read=read, share=True)
+        assert sorted(row for part in parts for row in part) == list(range(20))
+        assert max(map(len, parts)) == most, "three texts have 192 rows"
+
+
+def test_two_runs_of_one_step_would_differ_in_their_last_bits():
+    """Rows that several texts have in common get their gradients from all of them, on two threads."""
+    start = draws(40)
+    tokens = [torch.cat([start, draws(20, seed=i)]) for i in range(1, 17)]
+    batch = Batch({"tokens": Ragged.from_rows(tokens), "completion_lengths": Ragged.scalars([20] * 16)})
+    found = set()
+    with num_threads(2):
+        for checkpoint in [False] * 5 + [True] * 5:
+            model = tiny_model(hidden_size=128)
+            engine = engine_of(model, share=True, budget=10_000, trainable=True, gradient_checkpointing=checkpoint)
+            engine.forward(TokenLogprobs(), batch)["new_logprobs"].values.sum().backward()
+            found.add(b"".join(p.grad.numpy().tobytes() for p in model.parameters()))
+    assert len(found) == 1
 
 
 READINGS = {
@@ -253,23 +281,3 @@ def test_the_layout_of_two_texts_would_be_another(short):
     assert found.lengths == [9, 3, 3]
     assert found.spans == [(0, 9), (9, 3), (9, 3)]
     assert found.place.tolist() == [*range(12), *range(9), 12, 13, 14]
-
-
-def test_shared_rows_would_learn_otherwise_each_time_with_several_threads():
-    """Gradients of rows that several texts share add up in an order that does not depend on the threads."""
-    draw = torch.Generator().manual_seed(0)
-    prompt = torch.randint(13, (40,), generator=draw).tolist()
-    texts = [prompt + torch.randint(13, (20,), generator=draw).tolist() for _ in range(16)]
-    lengths = Ragged.scalars([20] * len(texts), torch.int64)
-    batch = Batch({"tokens": Ragged.from_rows(texts, torch.int64), "completion_lengths": lengths})
-    found, threads = set(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(10):
-            engine = TrainingEngine(tiny_model(hidden_size=128), TrainableConfig(), trainable=True)
-            engine.forward(TokenLogprobs(), batch)["new_logprobs"].values.sum().backward()
-            bits = [p.grad.numpy().tobytes() for p in engine.model.parameters()]
-            found.add(hashlib.sha256(b"".join(bits)).digest())
-    finally:
-        torch.set_num_threads(threads)
-    assert len(found) == 1

@@ -19,6 +19,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
+from meshift.errors import ConfigError
 from meshift.kernels.library import built
 from meshift.runtime.launch.conduct import GRACE_S, conduct
 from meshift.runtime.launch.gang import Ending, stacks_of, state_of
@@ -46,6 +49,7 @@ def run_gang(
     built()  # compiled once, not by every process
     limits = limits or Limits()
     threads = max(1, (os.cpu_count() or 1) // num_processes)
+    gpus = gpus_for(num_processes)
     with tempfile.TemporaryDirectory(prefix="meshift-") as folder:
         posts = [
             Post(
@@ -56,10 +60,25 @@ def run_gang(
                 num_threads=threads,
                 timeout_s=limits.hang_s + GRACE_S,
                 folder=folder,
+                gpu=gpus[rank],
             )
             for rank in range(num_processes)
         ]
         return conduct(LocalGang(posts), observer, limits)
+
+
+def gpus_for(num_processes: int) -> list[int | None]:
+    """The GPU of each process; none where this machine has none. Raises `ConfigError` where it has too few."""
+    found = torch.cuda.device_count()
+    if not found:
+        return [None] * num_processes
+    if found < num_processes:
+        raise ConfigError(
+            f"`plan` has {num_processes} devices, but this machine has {found} GPU{'s' * (found > 1)}; plan for "
+            "as many, set launch.launcher=ray for several machines, or hide them with CUDA_VISIBLE_DEVICES= to "
+            "run on the CPU"
+        )
+    return list(range(num_processes))
 
 
 class LocalGang:

@@ -38,8 +38,9 @@ ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 class Post:
     """What a process of a gang is told: what to run, and where it stands.
 
-    `folder` is the gang's own, on this machine. Where there are several machines, `meeting` is the host and the
-    port where all meet, on the machine of rank 0, and `host` is this one's own address.
+    `folder` is the gang's own, on this machine, and `gpu` the number of this process's GPU there, if it has one.
+    Where there are several machines, `meeting` is the host and the port where all meet, on the machine of rank 0,
+    and `host` is this one's own address.
     """
 
     entry: str
@@ -49,6 +50,7 @@ class Post:
     num_threads: int
     timeout_s: float
     folder: str
+    gpu: int | None = None
     meeting: tuple[str, int] | None = None
     host: str | None = None
 
@@ -134,7 +136,7 @@ def run_member(post: Post, mouth: Connection, listener: int | None = None) -> in
         teller.say("failed", [type(error).__name__, str(error)])
         return 1
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise
         teller.say("lost", str(error).splitlines()[0])
         return LOST_PEER
@@ -158,13 +160,17 @@ def _run(post: Post, teller: Teller, listener: int | None) -> Any:
     import torch.distributed as dist
 
     torch.set_num_threads(post.num_threads)
+    if post.gpu is not None:
+        torch.cuda.set_device(post.gpu)
     dist.init_process_group(
-        "gloo",
+        "gloo" if post.gpu is None else "cpu:gloo,cuda:nccl",
         store=_store(post, listener),
         rank=post.rank,
         world_size=post.num_processes,
         timeout=timedelta(seconds=post.timeout_s),
     )
+    if post.gpu is not None:  # NCCL's first call is for all of a group, and later ones are for some
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     module, name = post.entry.split(":")
     run = getattr(importlib.import_module(module), name)
     found = run(post.argument, post.rank, post.num_processes, teller)

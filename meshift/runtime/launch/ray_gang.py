@@ -167,6 +167,7 @@ class RayGang:
                 num_threads=max(1, num_cpus // self._seats.count(node)),
                 timeout_s=self._limits.hang_s + GRACE_S,
                 folder=folder,
+                gpu=0 if kind == "GPU" else None,  # Ray shows a process no other
                 meeting=(first, port),
                 host=node.address,
             )

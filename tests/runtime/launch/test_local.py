@@ -6,10 +6,11 @@ import signal
 import time
 
 import pytest
+import torch
 
 from meshift.config.runs import SFTRunConfig
-from meshift.errors import DataError, LostWorkerError, WorkerError
-from meshift.runtime.launch.local import run_gang
+from meshift.errors import ConfigError, DataError, LostWorkerError, WorkerError
+from meshift.runtime.launch.local import gpus_for, run_gang
 from meshift.runtime.launch.restarts import run_with_restarts
 from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import SilentObserver
@@ -33,6 +34,18 @@ def test_all_are_heard_and_the_first_one_answers():
     assert len(listener.steps) == 1
     assert listener.steps[0][0] == 0
     assert math.isnan(listener.steps[0][1]["loss"])
+
+
+@pytest.mark.parametrize(("found", "gpus"), [(0, [None] * 3), (3, [0, 1, 2]), (8, [0, 1, 2])])
+def test_each_process_has_a_gpu_of_its_own_or_none_has_one(found, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    assert gpus_for(3) == gpus
+
+
+def test_more_devices_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"^`plan` has 3 devices, but this machine has 2 GPUs; plan for as many"):
+        gpus_for(3)
 
 
 def test_an_error_of_one_ends_all_as_what_it_is():

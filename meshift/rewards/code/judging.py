@@ -97,7 +97,11 @@ class Judge:
                 results.wrong = results.wrong or f"test {test}: no time was left"
                 return
             limits = self._limits(problem, deadline)
-            with MemoryFile(given.encode(errors="replace")) as stdin, MemoryFile() as stdout, MemoryFile() as stderr:
+            with (
+                MemoryFile(given.encode(errors="replace")) as stdin,
+                MemoryFile() as stdout,
+                MemoryFile() as stderr,
+            ):
                 files = {
                     "code": code.place,
                     "stdin": stdin.place,
@@ -143,11 +147,19 @@ class Judge:
     ) -> tuple[list[dict[str, Any]], list[Ended]]:
         """The tests' process and the program's, joined by two pipes; what the first of them wrote."""
         one = self._limits(problem, time.monotonic() + self.total_timeout_s)
-        work = {"setup": problem.setup, "remote": list(problem.remote), "limit_s": one.wall_s, "tests": list(tests)}
+        work = {
+            "setup": problem.setup,
+            "remote": list(problem.remote),
+            "limit_s": one.wall_s,
+            "tests": list(tests),
+        }
         with MemoryFile(json.dumps(work).encode()) as given, MemoryFile() as written:
             testing = {"tests": given.place, "verdicts": written.place}
             generous = Limits(
-                cpu_s=limits.cpu_s, wall_s=limits.wall_s, memory_bytes=self.memory_bytes, output_bytes=VERDICT_BYTES
+                cpu_s=limits.cpu_s,
+                wall_s=limits.wall_s,
+                memory_bytes=self.memory_bytes,
+                output_bytes=VERDICT_BYTES,
             )
             ended = slot.run(
                 [

@@ -6,6 +6,7 @@ A row becomes inputs with outputs, or tests of functions. It knows nothing of ho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "verl rows": ("reward_model",),
 }
 """By form: its columns, of which CodeContests needs one and the others all. The first form that a row has is taken."""
+
+
+DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
 
 
 class ProblemError(Exception):
@@ -67,7 +71,9 @@ def read_problem(row: Mapping[str, Any], prompt: Any, max_tests: int | None = No
     try:
         problem = READERS[form](row, prompt)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ProblemError(f"tests in the form of {form} cannot be read ({type(error).__name__}: {error})") from None
+        raise ProblemError(
+            f"tests in the form of {form} cannot be read ({type(error).__name__}: {error})"
+        ) from None
     return problem if max_tests is None else _first(problem, max_tests)
 
 
@@ -159,7 +165,11 @@ def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
 def _mbpp(row: Mapping[str, Any], prompt: Any) -> Problem:
     imports = row.get("test_imports") or []
     setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
-    return Problem(tests=[{"code": str(test)} for test in row["test_list"]], setup=setup, form="MBPP")
+    tests = [{"code": str(test)} for test in row["test_list"]]
+    named = DEFINED.findall(
+        str(row.get("code") or "")
+    )  # in the solution that comes with it: some are Python's own
+    return Problem(tests=tests, setup=setup, remote=named, form="MBPP")
 
 
 def _plain(row: Mapping[str, Any], prompt: Any) -> Problem:

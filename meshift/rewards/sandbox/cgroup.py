@@ -65,9 +65,7 @@ def _own_folder() -> Path | None:
         _, controllers, path = line.split(":", 2)
         for mounted in mounts:
             _, place, kind, options, *_ = mounted.split()
-            is_ours = (
-                kind == "cgroup2" if not controllers else kind == "cgroup" and "memory" in options.split(",")
-            )
+            is_ours = kind == "cgroup2" if not controllers else kind == "cgroup" and "memory" in options.split(",")
             if is_ours and (not controllers or "memory" in controllers.split(",")):
                 folder = Path(place + path.rstrip("/"))
                 if (folder / "memory.max").exists() or (folder / "memory.limit_in_bytes").exists():

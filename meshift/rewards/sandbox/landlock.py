@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from meshift.rewards.sandbox.syscalls import system_call
 
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_FILE = (1 << i for i in (1, 2, 3, 4, 5, 7, 8))
+WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_FILE = (
+    1 << i for i in (1, 2, 3, 4, 5, 7, 8)
+)
 REFER, TRUNCATE = 1 << 13, 1 << 14
 NUM_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by ABI; 16 from 5 on
 READ = READ_FILE | READ_DIR

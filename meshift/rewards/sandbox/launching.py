@@ -46,6 +46,7 @@ class Launch:
             "build_wall": self.wall == "own",
             "binds": self._binds(),
             "drop_root": self.wall != "none" or all(map(_is_open_to_all, _python_folders())),
+            "packages": list(self.folders),
             "readable": [*(target for _, target in self._binds()), *DEVICES, package],
         }
         flags = ["-I", "-S", "-X", "utf8", "-c", START]
@@ -66,7 +67,7 @@ class Launch:
     def _bubblewrap(self) -> list[str]:
         found = shutil.which("bwrap")
         options = [found or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-        options += ["--unshare-cgroup-try", "--clearenv", "--cap-drop", "ALL"]
+        options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
         if os.geteuid() == 0:  # to become another user within
             options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         else:

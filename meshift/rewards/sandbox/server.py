@@ -49,6 +49,7 @@ def main(argument: str) -> None:
         return
     for name in OFTEN_IMPORTED:
         importlib.import_module(name)
+    sys.path += settings["packages"]
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"ready": True, "landlock": walls.landlock_abi}).encode())
@@ -91,7 +92,9 @@ class _Child:
         return {"status": status, "cpu_s": cpu_s, "max_rss_kb": used.ru_maxrss, "stopped": self.stopped}
 
 
-def _run(request: Mapping[str, Any], files: Sequence[int], walls: jail.Walls, control: socket.socket) -> dict[str, Any]:
+def _run(
+    request: Mapping[str, Any], files: Sequence[int], walls: jail.Walls, control: socket.socket
+) -> dict[str, Any]:
     """Run the request's processes until the first of them ends."""
     started = time.monotonic()
     children: list[_Child] = []
@@ -147,9 +150,7 @@ def _start(process: Mapping[str, Any], files: Sequence[int], walls: jail.Walls) 
     if pid == 0:
         _be_child(process, files, says, lambda: jail.enter(walls, limits, layers, uid))
     os.close(says)
-    return _Child(
-        pid=pid, handle=os.pidfd_open(pid), limits=limits, started=time.monotonic(), setup=hears
-    )
+    return _Child(pid=pid, handle=os.pidfd_open(pid), limits=limits, started=time.monotonic(), setup=hears)
 
 
 def _be_child(process: Mapping[str, Any], files: Sequence[int], says: int, shut_in: Callable[[], None]) -> None:

@@ -25,6 +25,8 @@ from meshift.rewards.sandbox.layers import LAYERS, Limits
 START_S = 60.0
 GRACE_S = 30.0  # beyond a request's own limits, before its server counts as lost
 SERVER_BYTES = 128 * 2**20
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": "/tmp"}
+"""All that a server, and so a program, has of it: nothing of the run's own, where secrets may be."""
 
 
 Link = tuple[int, str, int, str]
@@ -92,7 +94,7 @@ class Slot:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={"PATH": "/usr/bin:/bin"},
+                env=ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )

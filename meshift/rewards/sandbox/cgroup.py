@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 NAMES = itertools.count()
+NUM_TRIES, PAUSE_S = 100, 0.01  # until an empty group can be removed
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,16 @@ class MemoryGroup:
         return str(self.path / "cgroup.procs")
 
     def remove(self) -> None:
-        """Once its processes have ended; the kernel keeps it a moment longer at times."""
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+        """After its processes were killed, which takes the kernel a moment."""
+        for _ in range(NUM_TRIES):
+            try:
+                self.path.rmdir()
+            except FileNotFoundError:
+                return
+            except OSError:
+                time.sleep(PAUSE_S)
+            else:
+                return
 
 
 def make_group(memory_bytes: int) -> MemoryGroup | None:

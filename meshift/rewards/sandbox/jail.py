@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from meshift.rewards.sandbox import landlock, seccomp
 from meshift.rewards.sandbox.layers import LANDLOCK, LIMITS, NAMESPACES, PRIVILEGES, SECCOMP, Limits
-from meshift.rewards.sandbox.syscalls import control_process, mount, system_call
+from meshift.rewards.sandbox.syscalls import control_process, drop_from_bounding_set, mount, system_call
 from meshift.rewards.sandbox.wall import (
     NEWCGROUP,
     NEWIPC,
@@ -36,9 +36,10 @@ from meshift.rewards.sandbox.wall import (
 
 FRESH = NEWUSER | NEWPID | NEWNS | NEWNET | NEWIPC | NEWUTS | NEWCGROUP
 WORK_FOLDER = "/tmp"
+WRITABLE = ((WORK_FOLDER, True), ("/dev/null", False))
 WORK_BYTES = 32 * 2**20
 NUM_OPEN_FILES = 64
-PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 4, 24, 28, 38
+PR_SET_DUMPABLE, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 4, 28, 38
 ALL_SECURE_BITS = 0b10101111  # no root privileges, no keeping of capabilities, locked; no ambient ones, locked
 
 
@@ -46,10 +47,10 @@ ALL_SECURE_BITS = 0b10101111  # no root privileges, no keeping of capabilities, 
 class Walls:
     """What the server has found out once for all its children."""
 
-    readable: Sequence[str]
+    readable: Sequence[tuple[str, bool]]  # paths, and whether each is a folder
     landlock_abi: int
     last_capability: int
-    program: Sequence[seccomp.Instruction]
+    seccomp_filter: bytes
     memory_before: int  # bytes of address space of the interpreter without a program
 
     @staticmethod
@@ -60,10 +61,10 @@ class Walls:
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[0])
         return Walls(
-            readable=[path for path in readable if os.path.exists(path)],
+            readable=[(path, os.path.isdir(path)) for path in readable if os.path.exists(path)],
             landlock_abi=landlock.version(),
             last_capability=last,
-            program=seccomp.filter_program(),
+            seccomp_filter=seccomp.pack(seccomp.filter_program()),
             memory_before=pages * resource.getpagesize(),
         )
 
@@ -81,9 +82,9 @@ def enter(walls: Walls, limits: Limits, layers: Collection[str], uid: int) -> No
     if PRIVILEGES in layers:
         _drop_privileges(walls.last_capability, has_any=NAMESPACES in layers)
     if LANDLOCK in layers:
-        landlock.restrict(walls.landlock_abi, walls.readable, [WORK_FOLDER, "/dev/null"])
+        landlock.restrict(walls.landlock_abi, walls.readable, WRITABLE)
     if SECCOMP in layers:
-        seccomp.install(walls.program)
+        seccomp.install(walls.seccomp_filter)
 
 
 def _cover() -> None:
@@ -117,8 +118,7 @@ def _limit(limits: Limits, memory_before: int) -> None:
 def _drop_privileges(last_capability: int, *, has_any: bool) -> None:
     """No capability in any set, now or later."""
     if has_any:  # as the first process of a new user namespace it has all of them
-        for capability in range(last_capability + 1):
-            control_process(PR_CAPBSET_DROP, capability)
+        drop_from_bounding_set(last_capability)
         control_process(PR_SET_SECUREBITS, ALL_SECURE_BITS)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     system_call("capset", header, ctypes.create_string_buffer(24))

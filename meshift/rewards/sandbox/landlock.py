@@ -23,6 +23,8 @@ WORK = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_FILE | REF
 ONLY_ABI = 1
 PATH_BENEATH = 1
 
+Place = tuple[str, bool]  # a path, and whether it is a folder
+
 
 def version() -> int:
     """The kernel's Landlock ABI, 0 where it has none."""
@@ -32,14 +34,15 @@ def version() -> int:
         return 0
 
 
-def restrict(abi: int, readable: Sequence[str], writable: Sequence[str]) -> None:
+def restrict(abi: int, readable: Sequence[Place], writable: Sequence[Place]) -> None:
     """Leave this thread only these files and folders, for good. Needs `no_new_privs`."""
     rights = (1 << NUM_FILE_RIGHTS.get(abi, 16)) - 1
     attributes = struct.pack("QQQ", rights, 3, 3)[: 8 * (1 + (abi >= 4) + (abi >= 6))]
     ruleset = system_call("landlock_create_ruleset", ctypes.create_string_buffer(attributes), len(attributes), 0)
     for paths, allowed in ((readable, READ), (writable, WORK)):
-        for path in paths:
-            _add(ruleset, path, allowed & rights)
+        for path, is_folder in paths:
+            of_kind = allowed if is_folder else allowed & (READ_FILE | WRITE_FILE | TRUNCATE)
+            _add(ruleset, path, of_kind & rights)
     system_call("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
 
@@ -47,8 +50,6 @@ def restrict(abi: int, readable: Sequence[str], writable: Sequence[str]) -> None
 def _add(ruleset: int, path: str, allowed: int) -> None:
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        if not os.path.isdir(path):
-            allowed &= READ_FILE | WRITE_FILE | TRUNCATE
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, place))
         system_call("landlock_add_rule", ruleset, PATH_BENEATH, rule, 0)
     finally:

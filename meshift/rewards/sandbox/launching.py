@@ -19,7 +19,7 @@ WallKind = Literal["bubblewrap", "own", "none"]
 PACKAGE = Path(__file__).resolve().parents[2]
 PACKAGE_INSIDE = "/opt/meshift-sandbox"
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/zero", "/dev/random", "/dev/urandom")
 START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from meshift.rewards.sandbox.server import main; "
     "del sys.path[0]; main(sys.argv[1])"
@@ -45,9 +45,9 @@ class Launch:
             "control": control,
             "build_wall": self.wall == "own",
             "binds": self._binds(),
-            "drop_root": self.wall != "none" or all(map(_is_open_to_all, _python_folders())),
+            "drop_root": self.wall != "none" or all(map(_is_open_to_all, python_folders())),
             "packages": list(self.folders),
-            "readable": [*(target for _, target in self._binds()), *DEVICES, package],
+            "readable": [*self._readable(), *DEVICES],
         }
         flags = ["-I", "-S", "-X", "utf8", "-c", START]
         server = [self.interpreter, *flags, package, json.dumps(settings)]
@@ -59,10 +59,16 @@ class Launch:
         return _interpreter()
 
     def _binds(self) -> list[tuple[str, str]]:
-        own = [*_python_folders(), *SYSTEM, *self.folders]
+        own = [*python_folders(), *SYSTEM, *self.folders]
         there = list(dict.fromkeys(p for p in own if os.path.exists(p)))
         tops = [p for p in there if not any(p != other and _is_below(p, other) for other in there)]
         return [*((p, p) for p in tops), (str(PACKAGE), f"{PACKAGE_INSIDE}/{PACKAGE.name}")]
+
+    def _readable(self) -> list[str]:
+        """What a program may read: the targets of the binds, each once where several are links to one."""
+        package = str(PACKAGE) if self.wall == "none" else f"{PACKAGE_INSIDE}/{PACKAGE.name}"
+        places = {os.path.realpath(target): target for _, target in self._binds()[:-1]}
+        return [*places.values(), package]
 
     def _bubblewrap(self) -> list[str]:
         found = shutil.which("bwrap")
@@ -84,7 +90,7 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _python_folders() -> Sequence[str]:
+def python_folders() -> Sequence[str]:
     """Where the interpreter, its library and its extension modules are."""
     paths = [os.path.dirname(_interpreter()), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     prefix = sys.base_exec_prefix

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from meshift.errors import ConfigError
-from meshift.rewards.sandbox.launching import Launch, WallKind, best_wall
+from meshift.rewards.sandbox.launching import Launch, WallKind, best_wall, python_folders
 from meshift.rewards.sandbox.layers import (
     FIXES,
     LANDLOCK,
@@ -27,6 +29,7 @@ from meshift.rewards.sandbox.layers import (
     WALL,
     Limits,
 )
+from meshift.rewards.sandbox.syscalls import ARCHITECTURES
 from meshift.rewards.sandbox.slot import MemoryFile, Process, SandboxError, Slot
 
 HEAD = """
@@ -141,7 +144,8 @@ class Protection:
 
 
 def probe(walls: Collection[WallKind] | None = None) -> Protection:
-    """Try every attack. Of the walls (default: bubblewrap if installed, then our own) the first that holds is taken."""
+    """Try every attack. Raises `ConfigError` where no program can be run at all. Of the walls (default: bubblewrap if installed, then our own) the first that holds is taken."""
+    _check_machine()
     missing: dict[str, str] = {}
     order = walls if walls is not None else dict.fromkeys((best_wall(), "own"))
     for wall in order:
@@ -153,6 +157,18 @@ def probe(walls: Collection[WallKind] | None = None) -> Protection:
     missing.setdefault(WALL, "none was asked for")
     with _slot("none") as slot:
         return _protection(slot, missing)
+
+
+def _check_machine() -> None:
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        here = f"{sys.platform} on {platform.machine()}"
+        raise ConfigError(f"generated code is run on Linux on {' or '.join(ARCHITECTURES)} alone, not on {here}")
+    hidden = [path for path in python_folders() if path.startswith("/tmp/")]
+    if hidden:
+        raise ConfigError(
+            f"Python is installed in {hidden[0]}, and programs in the sandbox have a /tmp of their own; run "
+            "Meshift by a Python that is installed elsewhere"
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from meshift.rewards.sandbox.syscalls import ARCHITECTURES, NUMBERS, control_pro
 
 # struct seccomp_data: int nr; u32 arch; u64 instruction_pointer; u64 args[6]
 NR, ARCH, ARGUMENTS = 0, 4, 16
-LOAD, JUMP_EQUAL, JUMP_ABOVE, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
+LOAD, JUMP, JUMP_EQUAL, JUMP_ABOVE, AND, RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, ENOSYS = 1, 38
 X32 = 0x40000000  # calls of the x32 ABI, which have other numbers
@@ -46,23 +46,29 @@ def filter_program() -> list[Instruction]:
         (JUMP_ABOVE, 0, 1, X32),
         (RETURN, 0, 0, KILL),
     ]
-    for name in ALLOWED:
-        number = number_of(name)
-        if number is not None:
-            program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
     threads_only = [(LOAD, 0, 0, ARGUMENTS), (AND, 0, 0, CLONE_THREAD | CLONE_NAMESPACES)]
-    program += _where("clone", threads_only + _one_of((CLONE_THREAD,)))
-    program += _where("clone3", [(RETURN, 0, 0, ERRNO | ENOSYS)])  # its flags cannot be read: libc takes clone
-    program += _where("ioctl", [(LOAD, 0, 0, ARGUMENTS + 8), *_one_of(TERMINAL_QUESTIONS)])
-    program += _where("prctl", [(LOAD, 0, 0, ARGUMENTS), *_one_of(NAMES_OF_THREADS)])
-    program += _where("prlimit64", [(LOAD, 0, 0, ARGUMENTS), *_one_of((0,))])  # of the process itself
-    return [*program, (RETURN, 0, 0, ERRNO | EPERM)]
+    bodies: dict[str, list[Instruction]] = {name: [(RETURN, 0, 0, ALLOW)] for name in ALLOWED}
+    bodies |= {
+        "clone": threads_only + _one_of((CLONE_THREAD,)),
+        "clone3": [(RETURN, 0, 0, ERRNO | ENOSYS)],  # its flags cannot be read: libc takes clone
+        "ioctl": [(LOAD, 0, 0, ARGUMENTS + 8), *_one_of(TERMINAL_QUESTIONS)],
+        "prctl": [(LOAD, 0, 0, ARGUMENTS), *_one_of(NAMES_OF_THREADS)],
+        "prlimit64": [(LOAD, 0, 0, ARGUMENTS), *_one_of((0,))],  # of the process itself
+    }
+    numbered = {number: body for name, body in bodies.items() if (number := number_of(name)) is not None}
+    return program + _search(sorted(numbered.items()))
 
 
-def _where(name: str, body: Sequence[Instruction]) -> list[Instruction]:
-    """The body, which ends in returns, for the call of this name."""
-    number = number_of(name)
-    return [] if number is None else [(JUMP_EQUAL, 0, len(body), number), *body]
+def _search(bodies: Sequence[tuple[int, list[Instruction]]]) -> list[Instruction]:
+    """By halves, to the body of a call's number. The kernel runs it for every number there is when it is installed."""
+    if len(bodies) == 1:
+        ((number, body),) = bodies
+        return [(JUMP_EQUAL, 0, len(body), number), *body, (RETURN, 0, 0, ERRNO | EPERM)]
+    middle = len(bodies) // 2
+    low, high = _search(bodies[:middle]), _search(bodies[middle:])
+    if len(low) < 256:
+        return [(JUMP_ABOVE, len(low), 0, bodies[middle][0]), *low, *high]
+    return [(JUMP_ABOVE, 0, 1, bodies[middle][0]), (JUMP, 0, 0, len(low)), *low, *high]
 
 
 def _one_of(values: Sequence[int]) -> list[Instruction]:
@@ -77,9 +83,13 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def install(instructions: Sequence[Instruction]) -> None:
+def pack(instructions: Sequence[Instruction]) -> bytes:
+    """The instructions as the kernel takes them."""
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+
+
+def install(packed: bytes) -> None:
     """Put this thread, and all that it starts, under the filter for good. Needs `no_new_privs`."""
-    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
-    buffer = ctypes.create_string_buffer(packed, len(packed))
-    program = _Program(len(instructions), ctypes.cast(buffer, ctypes.c_void_p))
+    buffer = ctypes.c_char_p(packed)
+    program = _Program(len(packed) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     control_process(PR_SET_SECCOMP, SET_FILTER_MODE, ctypes.byref(program))

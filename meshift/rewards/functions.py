@@ -96,7 +96,8 @@ class RewardFunctions:
         return Outcome(batch=Batch({"function_scores": Ragged.scalars(total)}), metrics=metrics)
 
     def _scores(self, samples: Samples) -> list[tuple[Scores, float]]:
-        """Every function's scores and seconds. Those that wait for others do so at the same time, beside the plain ones.
+        """Every function's scores and seconds. Those that wait for others do so at the same time, beside the
+        plain ones.
 
         Plain ones run one after another in this thread, outside of any event loop: they may use signals, or start
         a loop themselves.

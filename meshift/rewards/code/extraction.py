@@ -11,11 +11,13 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", r
 LANGUAGES = ("python", "py", "python3")
 END_OF_THOUGHT = "</think>"
 NEXT_PART = re.compile(r"\n(?:class |def |#|print\(|if |@|```|<)")
-"""Where a completion of a function's body has left the body: the stop sequences of HumanEval's paper and a few more."""
+"""Where a completion of a function's body has left the body: the stop sequences of HumanEval's paper and a few
+more."""
 
 
 def extract_code(completion: str) -> str:
-    """The last block marked as Python, else the last block, else everything; what came before `</think>` is left out.
+    """The last block marked as Python, else the last block, else everything; what came before `</think>` is left
+    out.
 
     A block that the length limit cut off counts up to its end.
     """

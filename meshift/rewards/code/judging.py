@@ -62,8 +62,8 @@ class _Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Runs programs within limits. `timeout_s` of processor time a test, by the clock twice that and a second; of a
-    problem with a limit of its own, that one if it is lower. `stop_early`: one failed test decides."""
+    """Runs programs within limits. `timeout_s` of processor time a test, by the clock twice that and a second; of
+    a problem with a limit of its own, that one if it is lower. `stop_early`: one failed test decides."""
 
     layers: Sequence[str]
     timeout_s: float = 4.0
@@ -73,7 +73,8 @@ class Judge:
     stop_early: bool = False
 
     def judge(self, slot: Slot, problem: Problem, program: str) -> Verdict:
-        """Run a program's tests. Raises `SandboxError` where the sandbox fails, never for what the program does."""
+        """Run a program's tests. Raises `SandboxError` where the sandbox fails, never for what the program
+        does."""
         results = _Results()
         deadline = time.monotonic() + self.total_timeout_s
         with MemoryFile(program.encode(errors="replace")) as code:

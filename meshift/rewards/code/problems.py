@@ -1,4 +1,5 @@
-"""Programming problems as their data sets have them: rows of APPS, CodeContests, HumanEval, MBPP, or plain `tests`.
+"""Programming problems as their data sets have them: rows of APPS, CodeContests, HumanEval, MBPP, or plain
+`tests`.
 
 A row becomes inputs with outputs, or tests of functions. It knows nothing of how they are run.
 """
@@ -20,7 +21,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "verl": ("ground_truth",),
     "verl rows": ("reward_model",),
 }
-"""By form: its columns, of which CodeContests needs one and the others all. The first form that a row has is taken."""
+"""By form: its columns, of which CodeContests needs one and the others all. The first form that a row has is
+taken."""
 
 
 DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
@@ -34,9 +36,9 @@ class ProblemError(Exception):
 class Problem:
     """Tests of one problem: either `inputs` (stdin, expected stdout) or `tests` of functions.
 
-    A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`. `setup` is
-    code that the tests run after; names in `remote` are always the program's. `opening` is what a completion goes
-    on with, `entry_point` the function that it is to define. Limits are None where the data has none.
+    A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`. `setup`
+    is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
+    goes on with, `entry_point` the function that it is to define. Limits are None where the data has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()
@@ -63,7 +65,8 @@ def form_of(columns: Sequence[str]) -> str | None:
 
 
 def read_problem(row: Mapping[str, Any], prompt: Any, max_tests: int | None = None) -> Problem:
-    """The problem of a row with its prompt (a text, or messages). Raises `ProblemError` saying what cannot be read."""
+    """The problem of a row with its prompt (a text, or messages). Raises `ProblemError` saying what cannot be
+    read."""
     present = [name for name, value in row.items() if value is not None]
     form = form_of(present)
     if form is None:
@@ -148,8 +151,8 @@ def _with_number_keys(value: Any) -> Any:
 
 
 def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
-    """`check(candidate)` is one test. The prompt's own helpers are run where the tests are: the program cannot change
-    what they compute."""
+    """`check(candidate)` is one test. The prompt's own helpers are run where the tests are: the program cannot
+    change what they compute."""
     name = str(row["entry_point"])
     opening = row.get("opening") or (prompt if isinstance(prompt, str) and f"def {name}" in prompt else "")
     return Problem(

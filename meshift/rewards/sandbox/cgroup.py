@@ -6,13 +6,11 @@ Versions 1 and 2. It is a second bound: a program is one process, whose address 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = itertools.count()
 NUM_TRIES, PAUSE_S = 100, 0.01  # until an empty group can be removed
 
 
@@ -45,7 +43,7 @@ def make_group(memory_bytes: int) -> MemoryGroup | None:
     own = _own_folder()
     if own is None:
         return None
-    path = own / f"meshift-{os.getpid()}-{next(NAMES)}"
+    path = own / f"meshift-{os.getpid()}-{time.monotonic_ns()}"
     try:
         path.mkdir()
     except OSError:

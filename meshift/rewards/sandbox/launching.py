@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 WallKind = Literal["bubblewrap", "own", "none"]
-PACKAGE = Path(__file__).resolve().parents[2]
 PACKAGE_INSIDE = "/opt/meshift-sandbox"
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("/dev/zero", "/dev/random", "/dev/urandom")
@@ -24,6 +23,11 @@ START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from meshift.rewards.sandbox.server import main; "
     "del sys.path[0]; main(sys.argv[1])"
 )
+
+
+def package() -> Path:
+    """Where Meshift's own modules are."""
+    return Path(__file__).resolve().parents[2]
 
 
 def best_wall() -> WallKind:
@@ -40,7 +44,7 @@ class Launch:
 
     def command(self, control: int) -> list[str]:
         """The command line of a server that serves on the socket `control`, which it inherits."""
-        package = PACKAGE_INSIDE if self.wall == "bubblewrap" else str(PACKAGE.parent)  # where it is at the start
+        found = PACKAGE_INSIDE if self.wall == "bubblewrap" else str(package().parent)  # at the start
         settings = {
             "control": control,
             "build_wall": self.wall == "own",
@@ -50,7 +54,7 @@ class Launch:
             "readable": [*self._readable(), *DEVICES],
         }
         flags = ["-I", "-S", "-X", "utf8", "-c", START]
-        server = [self.interpreter, *flags, package, json.dumps(settings)]
+        server = [self.interpreter, *flags, found, json.dumps(settings)]
         return [*self._bubblewrap(), *server] if self.wall == "bubblewrap" else server
 
     @property
@@ -62,13 +66,13 @@ class Launch:
         own = [*python_folders(), *SYSTEM, *self.folders]
         there = list(dict.fromkeys(p for p in own if os.path.exists(p)))
         tops = [p for p in there if not any(p != other and _is_below(p, other) for other in there)]
-        return [*((p, p) for p in tops), (str(PACKAGE), f"{PACKAGE_INSIDE}/{PACKAGE.name}")]
+        return [*((p, p) for p in tops), (str(package()), f"{PACKAGE_INSIDE}/{package().name}")]
 
     def _readable(self) -> list[str]:
         """What a program may read: the targets of the binds, each once where several are links to one."""
-        package = str(PACKAGE) if self.wall == "none" else f"{PACKAGE_INSIDE}/{PACKAGE.name}"
+        own = str(package()) if self.wall == "none" else f"{PACKAGE_INSIDE}/{package().name}"
         places = {os.path.realpath(target): target for _, target in self._binds()[:-1]}
-        return [*places.values(), package]
+        return [*places.values(), own]
 
     def _bubblewrap(self) -> list[str]:
         found = shutil.which("bwrap")

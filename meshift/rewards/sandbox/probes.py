@@ -1,5 +1,5 @@
-"""Attacks that are tried before the first program, on each layer while the others inside it are down: a layer counts
-as there when all attacks on it fail.
+"""Attacks that are tried before the first program, on each layer while the others inside it are down: a layer
+counts as there when all attacks on it fail.
 
 The attacks are ours and report honestly what they could do. Where one succeeds, the layer is missing.
 """
@@ -29,8 +29,8 @@ from meshift.rewards.sandbox.layers import (
     WALL,
     Limits,
 )
-from meshift.rewards.sandbox.syscalls import ARCHITECTURES
 from meshift.rewards.sandbox.slot import MemoryFile, Process, SandboxError, Slot
+from meshift.rewards.sandbox.syscalls import ARCHITECTURES
 
 HEAD = """
 import ctypes, json, os, sys
@@ -65,22 +65,19 @@ libc.shmget(0x4D534846, 4096, 0o1666)
 """
 NAMESPACE_ATTACKS = """
 attack("see another process", lambda: os.getpid() != 1 or os.getppid() != 0)
-attack("signal another process", lambda: any(pid_is_there(pid) for pid in range(2, 64)))
+attack("signal another process", lambda: any(libc.kill(pid, 0) == 0 for pid in range(2, 64)))
 attack("find what another program left in a file", lambda: os.path.exists("/tmp/left"))
 attack("find what another program left in shared memory", lambda: libc.shmget(0x4D534846, 4096, 0) >= 0)
 attack("read the memory of another process", lambda: open("/proc/1/mem", "rb"))
-""".replace("pid_is_there(pid)", "libc.kill(pid, 0) == 0")
+"""
 PRIVILEGE_ATTACKS = """
+sets = ctypes.create_string_buffer(24)
 attack("become root", lambda: os.getuid() == 0 or os.setuid(0))
 attack("mount", lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0)
 attack("name the machine", lambda: libc.sethostname(b"x", 1) == 0)
 attack("change the root folder", lambda: os.chroot("/tmp"))
-attack("hold a capability", lambda: held())
-""".replace(
-    "held()",
-    "(lambda d: libc.capget(ctypes.create_string_buffer(b'\\x22\\x05\\x08\\x20' + bytes(4)), d) == 0 and any(d.raw))"
-    "(ctypes.create_string_buffer(24))",
-)
+attack("hold a capability", lambda: libc.capget(bytes([0x22, 5, 8, 0x20]) + bytes(4), sets) == 0 and any(sets.raw))
+"""
 LIMIT_ATTACKS = """
 attack("take more memory", lambda: bytearray(given["memory"]))
 attack("write more", lambda: os.write(1, b" " * given["output"]) == given["output"])
@@ -98,7 +95,8 @@ attack("make a link", lambda: os.symlink("/", "/tmp/link"))
 SECCOMP_ATTACKS = """
 import socket
 attack("make a process", lambda: os.fork() or os._exit(0))
-attack("run a program", lambda: os.execv(given["python"], [given["python"], "-c", "print('[\\"run a program\\"]')"]))
+said = "print('[\\"run a program\\"]')"
+attack("run a program", lambda: os.execv(given["python"], [given["python"], "-c", said]))
 attack("open a socket", lambda: socket.socket())
 attack("trace", lambda: libc.ptrace(0, 0, 0, 0) == 0)
 attack("make a memory file", lambda: os.memfd_create("x"))
@@ -144,7 +142,8 @@ class Protection:
 
 
 def probe(walls: Collection[WallKind] | None = None) -> Protection:
-    """Try every attack. Raises `ConfigError` where no program can be run at all. Of the walls (default: bubblewrap if installed, then our own) the first that holds is taken."""
+    """Try every attack. Raises `ConfigError` where no program can be run at all. Of the walls (default:
+    bubblewrap if installed, then our own) the first that holds is taken."""
     _check_machine()
     missing: dict[str, str] = {}
     order = walls if walls is not None else dict.fromkeys((best_wall(), "own"))

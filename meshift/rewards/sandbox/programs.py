@@ -11,7 +11,6 @@ import atexit
 import builtins
 import io
 import json
-import os
 import sys
 import threading
 import traceback
@@ -19,6 +18,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from meshift.rewards.sandbox.caught import Caught
 from meshift.rewards.sandbox.remote import Channel
 from meshift.rewards.sandbox.tester import run_tests
 from meshift.rewards.sandbox.values import ValueNotPlainError, decode, encode, receive, send
@@ -31,13 +31,15 @@ def run_program(places: Places) -> int:
     """Run it as `__main__`, on stdin and stdout. The exit status, which proves nothing."""
     code = _read_text(places["code"])
     module = _main_module("__main__")
-    try:
+    status = 0
+    with Caught() as program:
         exec(compile(code, "program.py", "exec"), module.__dict__)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001 - it is the program's; its end is told by the status
-        _tell_error()
+    if isinstance(program.error, SystemExit):
+        end = program.error.code
+        status = end if isinstance(end, int) else int(end is not None)
+    elif program.error is not None:
+        with Caught():  # the program may have taken stderr, or all memory
+            sys.stderr.write("".join(traceback.format_exception(program.error, limit=-3))[-2000:])
         status = 1
     return _finish(status & 0xFF)
 
@@ -47,10 +49,10 @@ def serve_functions(places: Places) -> int:
     hear, answer = places["hear"], places["answer"]
     module = _main_module("solution")
     objects: list[Any] = []
-    try:
+    with Caught() as program:
         exec(compile(_read_text(places["code"]), "program.py", "exec"), module.__dict__)
-    except BaseException as error:  # noqa: BLE001 - it is the program's, and the other side is told of it
-        send(answer, {"fatal": f"{type(error).__name__}: {_text(error)}"})
+    if program.error is not None:
+        send(answer, {"fatal": f"{type(program.error).__name__}: {_text(program.error)}"})
         return 1
     send(answer, {"loaded": True})
     while isinstance(question := receive(hear), dict):
@@ -86,28 +88,21 @@ def _main_module(name: str) -> types.ModuleType:
         del sys.modules[loaded]
     sys.modules[name] = module
     sys.argv[:] = ["program.py"]
-    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")  # type: ignore[assignment]  # `site` was not loaded
-    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")  # type: ignore[assignment]
-    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8", errors="replace")
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")  # `site` was not loaded
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+    sys.stdin = io.TextIOWrapper(
+        io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8", errors="replace"
+    )
     return module
-
-
-def _tell_error() -> None:
-    try:
-        sys.stderr.write(traceback.format_exc(limit=-3)[-2000:])
-    except (OSError, ValueError, RecursionError, MemoryError):
-        return
 
 
 def _finish(status: int) -> int:
     """Wait for threads, run what was put off to the end, and write what is still in buffers."""
-    try:
+    with Caught() as end:  # the program may have replaced any of these
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
-    except BaseException:  # noqa: BLE001 - the program may have replaced any of these
-        return status or 1
-    return status
+    return status if end.error is None else status or 1
 
 
 def _answer(question: Mapping[str, Any], names: dict[str, Any], objects: list[Any]) -> dict[str, Any]:
@@ -118,18 +113,20 @@ def _answer(question: Mapping[str, Any], names: dict[str, Any], objects: list[An
     def resolve(data: Mapping[str, Any]) -> Any:
         return objects[data["h"]] if "h" in data else _global(names, data["g"])
 
-    try:
+    answer: dict[str, Any] = {}
+    with Caught() as program:
         given = [decode(data, resolve) for data in question["given"]]
         named = {key: decode(data, resolve) for key, data in question["named"].items()}
-        value = USES[question["use"]](resolve(question["of"]), *given, **named)
+        value = _use(question["use"], resolve(question["of"]), given, named)
         answer = {"value": encode(value, refer)}
-        return answer | _changes(question["given"], given, refer)
-    except StopIteration:
-        return {"end": True} if question["use"] == "next" else {"raised": "StopIteration"}
-    except ValueNotPlainError as error:
-        return {"raised": "ValueError", "text": str(error)}
-    except BaseException as error:  # noqa: BLE001 - it is the program's, and the other side is told of it
-        return {"raised": type(error).__name__, "text": _text(error)}
+        answer |= _changes(question["given"], given, refer)
+    error = program.error
+    if error is None:
+        return answer
+    if isinstance(error, StopIteration) and question["use"] == "next":
+        return {"end": True}
+    name = "ValueError" if isinstance(error, ValueNotPlainError) else type(error).__name__
+    return {"raised": name, "text": _text(error)}
 
 
 def _global(names: Mapping[str, Any], name: str) -> Any:
@@ -146,20 +143,23 @@ def _changes(before: list[Any], given: list[Any], refer: Callable[[Any], dict[st
     return {"changed": after}
 
 
-USES: dict[str, Callable[..., Any]] = {
-    "call": lambda of, *given, **named: of(*given, **named),
-    "get": getattr,
-    "set": setattr,
-    "item": lambda of, key: of[key],
-    "len": len,
-    "str": str,
-    "iter": iter,
-    "next": next,
-}
+def _use(name: str, of: Any, given: list[Any], named: dict[str, Any]) -> Any:
+    match name:
+        case "call":
+            return of(*given, **named)
+        case "item":
+            return of[given[0]]
+        case "get":
+            return getattr(of, given[0])
+        case "set":
+            setattr(of, given[0], given[1])
+            return None
+    uses: dict[str, Callable[[Any], Any]] = {"len": len, "str": str, "iter": iter, "next": next}
+    return uses[name](of)
 
 
 def _text(error: BaseException) -> str:
-    try:
+    """What it says; a class of the program's own may raise here too."""
+    with Caught():
         return str(error)[:200]
-    except BaseException:  # noqa: BLE001 - a class of the program's own may raise here too
-        return ""
+    return ""

@@ -90,7 +90,7 @@ class Channel:
                 own[:] = value
             elif type(own) is type(value) and isinstance(own, dict | set):
                 own.clear()
-                own.update(value)
+                own.update(value)  # type: ignore[arg-type]  # of the same type
 
 
 class Remote:
@@ -103,6 +103,7 @@ class Remote:
         object.__setattr__(self, "_of", dict(of))
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the call gives there."""
         return self._channel.question("call", self._of, *arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:

@@ -60,7 +60,8 @@ def filter_program() -> list[Instruction]:
 
 
 def _search(bodies: Sequence[tuple[int, list[Instruction]]]) -> list[Instruction]:
-    """By halves, to the body of a call's number. The kernel runs it for every number there is when it is installed."""
+    """By halves, to the body of a call's number. The kernel runs it for every number there is when it is
+    installed."""
     if len(bodies) == 1:
         ((number, body),) = bodies
         return [(JUMP_EQUAL, 0, len(body), number), *body, (RETURN, 0, 0, ERRNO | EPERM)]

@@ -1,7 +1,8 @@
 """The fork server: a bare interpreter behind the outer wall that makes one child after another, each shut in anew.
 
-It sees no program, no input and no output: they pass through it as open files, for its children to read, so that no
-child finds anything of another's in the memory that it begins with. It says how children ended, not what that means.
+It sees no program, no input and no output: they pass through it as open files, for its children to read, so that
+no child finds anything of another's in the memory that it begins with. It says how children ended, not what that
+means.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshift.rewards.sandbox import jail, wall
+from meshift.rewards.sandbox.caught import Caught
 from meshift.rewards.sandbox.layers import NAMESPACES, Limits
 from meshift.rewards.sandbox.programs import KINDS
 from meshift.rewards.sandbox.syscalls import clone, control_process
@@ -157,16 +159,14 @@ def _be_child(process: Mapping[str, Any], files: Sequence[int], says: int, shut_
     """Run what is asked for and end: a child never gets back into the server's loop."""
     status = 125
     places = {"setup": says}
-    try:
+    with Caught() as child:
         places = _arrange(process["files"], files, says)
         shut_in()
         os.close(places.pop("setup"))
         status = KINDS[process["kind"]](places)
-    except BaseException as error:  # noqa: BLE001 - told to the server where the layers could not be put up
-        if "setup" in places:
-            os.write(places["setup"], f"{type(error).__name__}: {error}".encode())
-    finally:
-        os._exit(status)
+    if child.error is not None and "setup" in places:  # the layers could not be put up
+        os.write(places["setup"], f"{type(child.error).__name__}: {child.error}".encode())
+    os._exit(status)
 
 
 def _complaint(child: _Child) -> str:

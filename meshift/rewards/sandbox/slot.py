@@ -7,6 +7,7 @@ It knows nothing of problems, nor of what a right answer is.
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import signal
@@ -150,10 +151,8 @@ def _plain(process: Process, places: Mapping[int, int]) -> dict[str, Any]:
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, group: MemoryGroup | None) -> None:
     control.close()
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stderr is not None:
         process.stderr.close()
@@ -163,10 +162,8 @@ def _end(process: subprocess.Popen[bytes], control: socket.socket, group: Memory
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:
     """What a server that did not come up wrote to stderr."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     assert process.stderr is not None
     lines = process.stderr.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""

@@ -1,4 +1,5 @@
-"""System calls that Python has no function for, made through ctypes, and the numbers of those that are let through.
+"""System calls that Python has no function for, made through ctypes, and the numbers of those that are let
+through.
 
 Linux on x86_64 and aarch64. It knows nothing of what they are used for.
 """

@@ -1,4 +1,5 @@
-"""The process that tests: it runs a problem's tests on functions that live in another process, and writes verdicts.
+"""The process that tests: it runs a problem's tests on functions that live in another process, and writes
+verdicts.
 
 No line of the program that is tested runs here; what comes from it is plain data. It knows nothing of layers.
 """
@@ -16,6 +17,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from meshift.rewards.sandbox.caught import Caught
 from meshift.rewards.sandbox.comparing import same_value
 from meshift.rewards.sandbox.remote import Channel, Remote, SolutionEndedError
 
@@ -30,8 +32,8 @@ def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
     """Write one JSON line per test: `{"test": index, "passed": ..., "detail": ...}`.
 
     `work` has `setup` (code), `remote` (names that are always the program's), `limit_s`, and `tests`: of each
-    `code`, or `call` (a dotted name) with `given` and `expected`. It ends early where the program has to be started
-    anew; a program that does not load gives one line, with `fatal`.
+    `code`, or `call` (a dotted name) with `given` and `expected`. It ends early where the program has to be
+    started anew; a program that does not load gives one line, with `fatal`.
     """
     signal.signal(signal.SIGALRM, _too_late)
     limit_s = float(work["limit_s"])
@@ -114,22 +116,26 @@ def _global_reads(table: symtable.SymbolTable) -> Iterator[str]:
 
 def _failure(test: Mapping[str, Any], namespace: Namespace, channel: Channel) -> str | None:
     """None where the test passes, else why not."""
-    try:
+    with Caught() as run:
         if "call" in test:
-            first, *rest = test["call"].split(".")
-            function: Any = Remote(channel, {"g": first})
-            for name in rest:
-                function = getattr(function() if function._of == {"g": first} else function, name)
-            value = function(*test["given"])
+            value = _called(test["call"], channel)(*test["given"])
             return None if same_value(value, test["expected"]) else f"gave {value!r:.80}"
         exec(compile(test["code"], "test", "exec"), namespace)
-    except TestTimeError:
-        raise
-    except BaseException as error:  # noqa: BLE001 - whatever a test raises, it has not passed; the verdict says what
-        if not isinstance(error, Exception):
-            return f"the test raised {type(error).__name__}"
-        return f"{type(error).__name__}: {error!s:.200}"
-    return None
+    if isinstance(run.error, TestTimeError):
+        raise run.error
+    if run.error is not None:
+        return f"{type(run.error).__name__}: {run.error!s:.200}"
+    # A test may have taken the end of the program for an exception that it expects.
+    return None if channel.is_open else "the program ended"
+
+
+def _called(name: str, channel: Channel) -> Any:
+    """The function of a dotted name: of a class, a method of a new object."""
+    first, *rest = name.split(".")
+    found: Any = Remote(channel, {"g": first})
+    for method in rest:
+        found = getattr(found(), method)
+    return found
 
 
 def _write(verdicts: int, line: Mapping[str, Any]) -> None:

@@ -29,7 +29,8 @@ class ValueNotPlainError(Exception):
 
 
 def encode(value: Any, refer: Refer, depth: int = 0) -> Any:
-    """JSON data for a value; `refer` gives the data of what has no plain form. Subclasses pass as their parents."""
+    """JSON data for a value; `refer` gives the data of what has no plain form. Subclasses pass as their
+    parents."""
     if depth > MAX_DEPTH:
         raise ValueNotPlainError(f"a value is nested more than {MAX_DEPTH} deep")
     if value is None or value is True or value is False:
@@ -48,7 +49,7 @@ def encode(value: Any, refer: Refer, depth: int = 0) -> Any:
     return refer(value)
 
 
-COLLECTIONS: tuple[tuple[type, str], ...] = ((tuple, "t"), (set, "s"), (frozenset, "z"), (deque, "q"))
+COLLECTIONS: tuple[tuple[Any, str], ...] = ((tuple, "t"), (set, "s"), (frozenset, "z"), (deque, "q"))
 
 
 def _encode_scalar(value: Any) -> Any:
@@ -93,20 +94,26 @@ def _decode(data: Any, resolve: Resolve, depth: int) -> Any:
     for kind, own in COLLECTIONS:
         if tag == own:
             return kind(_decode(item, resolve, depth + 1) for item in content)
-    if tag in SCALARS:
-        return SCALARS[tag](content)
-    return resolve(data)
+    return _decode_scalar(tag, content, resolve)
 
 
-SCALARS: dict[str, Callable[[Any], Any]] = {
-    "i": lambda text: int(text, 16),
-    "f": float,
-    "c": lambda parts: complex(float(parts[0]), float(parts[1])),
-    "b": lambda text: base64.b64decode(text, validate=True),
-    "y": lambda text: bytearray(base64.b64decode(text, validate=True)),
-    "m": Decimal,
-    "r": lambda parts: Fraction(int(parts[0], 16), int(parts[1], 16)),
-}
+def _decode_scalar(tag: str, content: Any, resolve: Resolve) -> Any:
+    match tag:
+        case "i":
+            return int(content, 16)
+        case "f":
+            return float(content)
+        case "c":
+            return complex(float(content[0]), float(content[1]))
+        case "b":
+            return base64.b64decode(content, validate=True)
+        case "y":
+            return bytearray(base64.b64decode(content, validate=True))
+        case "m":
+            return Decimal(content)
+        case "r":
+            return Fraction(int(content[0], 16), int(content[1], 16))
+    return resolve({tag: content})
 
 
 def send(place: int, message: Any) -> None:

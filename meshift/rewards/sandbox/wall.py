@@ -1,5 +1,5 @@
-"""The outer wall where bubblewrap is not installed: a root of its own with few folders, read-only, in namespaces of
-its own, and another user where root started it.
+"""The outer wall where bubblewrap is not installed: a root of its own with few folders, read-only, in namespaces
+of its own, and another user where root started it.
 
 It runs inside the process that becomes the server. It knows nothing of programs.
 """

@@ -1,4 +1,5 @@
-"""Programs that take too much, or never end. None of them prints what is expected; all of them must be over soon."""
+"""Programs that take too much, or never end. None of them prints what is expected; all of them must be over
+soon."""
 
 BOMBS = {
     "a loop": "while True: pass",
@@ -17,14 +18,17 @@ BOMBS = {
     "one large block": "x = bytearray(1 << 40)",
     "memory mapped": "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(64)]",
     "a text that doubles": "x = 'a'\nwhile True: x += x",
-    "a zip bomb": "import zlib\nc = zlib.compressobj(9); z = b''.join(c.compress(bytes(1 << 20)) for _ in range(300))\n"
+    "a zip bomb": "import zlib\n"
+           "c = zlib.compressobj(9); z = b''.join(c.compress(bytes(1 << 20)) for _ in range(300))\n"
     "x = zlib.decompress(z + c.flush(), bufsize=1 << 30)\nprint(len(x * 4))",
     "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(n): return f(n + 1) + 1\nf(0)",
-    "deep recursion in C": "import sys\nsys.setrecursionlimit(10 ** 9)\nx = []\nfor _ in range(10 ** 6): x = [x]\nrepr(x)",
+    "deep recursion in C": "import sys\nsys.setrecursionlimit(10 ** 9)\nx = []\n"
+           "for _ in range(10 ** 6): x = [x]\nrepr(x)",
     "deep source": "eval('(' * 10 ** 5 + ')' * 10 ** 5)",
     "a fork bomb": "import os\nwhile True: os.fork()",
     "a fork bomb that goes on": "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
-    "threads without end": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "threads without end": "import threading, time\n"
+           "while True: threading.Thread(target=time.sleep, args=(99,)).start()",
     "threads that compute": "import threading\ndef f():\n  while True: pass\n"
     "for _ in range(8): threading.Thread(target=f).start()",
     "a hidden thread": "import threading, os\ndef f():\n  while True: os.write(1, b'x')\n"

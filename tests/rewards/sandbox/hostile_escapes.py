@@ -1,6 +1,7 @@
 """Programs that try to get out of the sandbox: each prints ESCAPED where it has.
 
-`works_outside` says that it does so as a plain process, which a test shows: such an attack is known to be a real one.
+`works_outside` says that it does so as a plain process, which a test shows: such an attack is known to be a real
+one.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Escape:
 
 ESCAPES = [
     Escape("fork", "pid = os.fork()\nif pid == 0: os._exit(0)\nescaped()"),
-    Escape("vfork by libc", "pid = libc.vfork()\nif pid == 0: libc._exit(0)\nescaped(pid > 0)", works_outside=False),
+    Escape("vfork by libc", "pid = libc.vfork()\nif pid == 0: libc._exit(0)\n"
+           "escaped(pid > 0)", works_outside=False),
     Escape("posix_spawn", "os.posix_spawn('/bin/true', ['true'], {})\nescaped()"),
     Escape("system", "escaped(os.system('true') == 0)"),
     Escape("subprocess", "import subprocess\nescaped(subprocess.run([sys.executable, '-c', '']).returncode == 0)"),
@@ -41,7 +43,8 @@ ESCAPES = [
     Escape("exec from a memory file", "f = os.memfd_create('x')\nos.write(f, open('/bin/echo', 'rb').read())\n"
            "os.execve(f, ['echo', 'ESCAPED'], {})"),
     Escape("a memory file", "os.memfd_create('x'); escaped()"),
-    Escape("a raw clone with namespaces", "pid = call(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0)\n"
+    Escape("a raw clone with namespaces", "pid = call(56 if os.uname().machine == 'x86_64' else 220, "
+           "0x10000011, 0, 0, 0)\n"
            "if pid == 0: os._exit(0)\nescaped(pid > 0)"),
     Escape("an internet socket", "import socket; socket.socket(); escaped()"),
     Escape("a local socket", "import socket; socket.socket(socket.AF_UNIX); escaped()"),
@@ -74,10 +77,13 @@ ESCAPES = [
     Escape("a symbolic link", "os.symlink('/etc', f'/tmp/link-{os.getpid()}'); escaped()"),
     Escape("a hard link", "p = f'/tmp/hard-{os.getpid()}'; open(p, 'w'); os.link(p, p + 'b'); escaped()"),
     Escape("a named pipe", "os.mkfifo(f'/tmp/fifo-{os.getpid()}'); escaped()"),
-    Escape("a file with the user's bit", "p = f'/tmp/suid-{os.getpid()}'; open(p, 'w'); os.chmod(p, 0o4755); escaped()"),
+    Escape("a file with the user's bit", "p = f'/tmp/suid-{os.getpid()}'; open(p, 'w'); os.chmod(p, 0o4755); "
+           "escaped()"),
     Escape("climb out by dots", "escaped('root' in open('/tmp/' + '../' * 40 + 'etc/passwd').read())"),
-    Escape("an open folder and openat", "d = os.open('/', os.O_RDONLY); os.open('etc/passwd', 0, dir_fd=d); escaped()"),
-    Escape("a device", "os.mknod(f'/tmp/dev-{os.getpid()}', 0o20666, os.makedev(1, 3)); escaped()", needs_root=True),
+    Escape("an open folder and openat", "d = os.open('/', os.O_RDONLY); os.open('etc/passwd', 0, dir_fd=d); "
+           "escaped()"),
+    Escape("a device", "os.mknod(f'/tmp/dev-{os.getpid()}', 0o20666, os.makedev(1, 3)); "
+           "escaped()", needs_root=True),
     Escape("the kernel's memory", "os.open('/dev/mem', os.O_RDONLY); escaped()", works_outside=False),
     Escape("a disk", "os.open('/dev/vda', os.O_RDONLY) or os.open('/dev/sda', 0); escaped()", works_outside=False),
     Escape("a terminal's input", "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); escaped()", works_outside=False),
@@ -93,12 +99,14 @@ ESCAPES = [
     Escape("set the clock", "import time; time.clock_settime(0, time.time()); escaped()", works_outside=False),
     Escape("load a kernel module", "escaped(call(313 if os.uname().machine == 'x86_64' else 273, 0, b'', 0) == 0)",
            works_outside=False),
-    Escape("keys", "escaped(call(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 1) >= 0)", works_outside=False),
+    Escape("keys", "escaped(call(250 if os.uname().machine == 'x86_64' else 219, 0, -3, 1) >= 0)",
+           works_outside=False),
     Escape("io_uring", "escaped(call(425, 1, ctypes.create_string_buffer(120)) >= 0)", works_outside=False),
     Escape("bpf", "escaped(call(321 if os.uname().machine == 'x86_64' else 280, 0, bytes(72), 72) >= 0)",
            works_outside=False),
     Escape("performance counters", "b = ctypes.create_string_buffer(bytes([1, 0, 0, 0, 120]) + bytes(115), 120)\n"
-           "escaped(call(298 if os.uname().machine == 'x86_64' else 241, b, 0, -1, -1, 0) >= 0)", works_outside=False),
+           "escaped(call(298 if os.uname().machine == 'x86_64' else 241, b, 0, -1, -1, 0) >= 0)",
+           works_outside=False),
     Escape("page faults in user space", "escaped(call(323 if os.uname().machine == 'x86_64' else 282, 1) >= 0)",
            works_outside=False),
     Escape("shared memory of System V", "escaped(libc.shmget(0, 4096, 0o1600) >= 0)"),
@@ -106,7 +114,8 @@ ESCAPES = [
     Escape("watch files", "escaped(libc.inotify_init() >= 0)"),
     Escape("raise its own limits", "import resource as r\nr.setrlimit(r.RLIMIT_AS, (r.RLIM_INFINITY,) * 2)\n"
            "r.setrlimit(r.RLIMIT_NPROC, (1 << 16,) * 2); escaped()", needs_root=True),
-    Escape("set the limits of another", "import resource as r\nr.prlimit(os.getppid(), r.RLIMIT_CPU)\nescaped(os.getppid() > 0)"),
+    Escape("set the limits of another", "import resource as r\nr.prlimit(os.getppid(), r.RLIMIT_CPU)\n"
+           "escaped(os.getppid() > 0)"),
     Escape("gain privileges by a program", "escaped(libc.prctl(39, 0, 0, 0, 0) == 0)"),  # no_new_privs is not set
     Escape("put up a filter of its own", "class P(ctypes.Structure):\n    _fields_ = [('n', ctypes.c_ushort), "
            "('f', ctypes.c_void_p)]\ni = ctypes.create_string_buffer(bytes([6, 0, 0, 0, 0, 0, 0xff, 0x7f]), 8)\n"

@@ -32,7 +32,12 @@ def make_slot():
 
 
 def output_of(slot, code, layers=LAYERS, limits=probes.PROBE_LIMITS, stdin=b""):
-    with MemoryFile(code.encode()) as program, MemoryFile(stdin) as given, MemoryFile() as out, MemoryFile() as err:
+    with (
+        MemoryFile(code.encode()) as program,
+        MemoryFile(stdin) as given,
+        MemoryFile() as out,
+        MemoryFile() as err,
+    ):
         files = {"code": program.place, "stdin": given.place, "stdout": out.place, "stderr": err.place}
         [ended] = slot.run([Process(kind="program", files=files, limits=limits, layers=layers)])
         return out.read(2**16).decode(), err.read(2**12).decode(), ended

@@ -16,6 +16,7 @@ from meshift.rewards.code.problems import Problem
 from meshift.rewards.sandbox.comparing import same_output
 from meshift.rewards.sandbox.layers import Limits
 from meshift.rewards.sandbox.slot import Ended, MemoryFile, Process, Slot
+from meshift.rewards.sandbox.values import encode
 
 VERDICT_BYTES = 2**20
 ERROR_BYTES = 4096
@@ -152,7 +153,7 @@ class Judge:
             "setup": problem.setup,
             "remote": list(problem.remote),
             "limit_s": one.wall_s,
-            "tests": list(tests),
+            "tests": [_sent(test) for test in tests],
         }
         with MemoryFile(json.dumps(work).encode()) as given, MemoryFile() as written:
             testing = {"tests": given.place, "verdicts": written.place}
@@ -171,6 +172,16 @@ class Judge:
             )
             lines = written.read(VERDICT_BYTES).decode(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")], ended
+
+
+def _sent(test: Mapping[str, Any]) -> dict[str, Any]:
+    """A test as it goes to its process: JSON alone would make texts of a dictionary's numbers."""
+    values = {name: encode(test[name], _refuse) for name in ("given", "expected") if name in test}
+    return {**test, **values}
+
+
+def _refuse(value: Any) -> dict[str, Any]:
+    raise TypeError(f"a test has a value of type {type(value).__name__}")
 
 
 def _wrong_output(ended: Ended, output: bytes, expected: str, stderr: MemoryFile) -> str | None:

@@ -42,6 +42,8 @@ def same_value(actual: Any, expected: Any) -> bool:
 def _listed(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_listed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
     return value
 
 
@@ -50,4 +52,6 @@ def _equal(value: Any, expected: Any) -> bool:
         return value == expected or math.isclose(value, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_equal, value, expected))
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(_equal(value[key], expected[key]) for key in value)
     return bool(value == expected)

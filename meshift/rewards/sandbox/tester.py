@@ -20,6 +20,7 @@ from typing import Any
 from meshift.rewards.sandbox.caught import Caught
 from meshift.rewards.sandbox.comparing import same_value
 from meshift.rewards.sandbox.remote import Channel, Remote, SolutionEndedError
+from meshift.rewards.sandbox.values import decode
 
 Namespace = dict[str, Any]
 
@@ -118,8 +119,9 @@ def _failure(test: Mapping[str, Any], namespace: Namespace, channel: Channel) ->
     """None where the test passes, else why not."""
     with Caught() as run:
         if "call" in test:
-            value = _called(test["call"], channel)(*test["given"])
-            return None if same_value(value, test["expected"]) else f"gave {value!r:.80}"
+            given, expected = (decode(test[name], dict) for name in ("given", "expected"))
+            value = _called(test["call"], channel)(*given)
+            return None if same_value(value, expected) else f"gave {value!r:.80}"
         exec(compile(test["code"], "test", "exec"), namespace)
     if isinstance(run.error, TestTimeError):
         raise run.error

@@ -5,9 +5,10 @@ import gc
 
 import pytest
 import torch
-from reward_batches import rollout, score
+from reward_batches import host_call, rollout, score
 
 from meshift.errors import RewardError
+from meshift.rewards.functions import WeightedFunction
 
 
 def test_a_function_is_given_texts_token_ids_and_every_column():

@@ -43,6 +43,7 @@ def make_group(memory_bytes: int) -> MemoryGroup | None:
     own = _own_folder()
     if own is None:
         return None
+    _sweep(own)
     path = own / f"meshift-{os.getpid()}-{time.monotonic_ns()}"
     try:
         path.mkdir()
@@ -59,6 +60,14 @@ def make_group(memory_bytes: int) -> MemoryGroup | None:
         group.remove()
         return None
     return group
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the empty groups of processes that were killed before they could."""
+    for path in folder.glob("meshift-*-*"):
+        if not Path(f"/proc/{path.name.split('-')[1]}").exists():
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _own_folder() -> Path | None:

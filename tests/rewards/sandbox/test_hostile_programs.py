@@ -19,7 +19,7 @@ from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem
 
 MEMORY = 128 * 2**20
-TIMEOUT_S = 0.3
+TIMEOUT_S = 0.2
 LONGEST_S = 2 * TIMEOUT_S + 1 + 1.5  # of one test, and what the machine's other work may add
 
 
@@ -83,7 +83,9 @@ def test_that_escape_works_outside_so_it_is_the_sandbox_that_stops_it(escape, su
         pytest.skip("only root can do this outside")
     script = tmp_path / "escape.py"
     script.write_text(surroundings[0] + escape.program)
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", script], stdout=subprocess.PIPE, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=20)
     finally:
@@ -136,7 +138,9 @@ def test_that_forgery_fools_a_scorer_by_exit_code(forgery, tmp_path):
     script = tmp_path / "forgery.py"
     script.write_text("\n".join([forgery.code, *with_secret(forgery.tests)]))
     assert (
-        subprocess.run([sys.executable, script], timeout=20, stderr=subprocess.DEVNULL, check=False).returncode
+        subprocess.run(
+            [sys.executable, "-I", "-S", script], timeout=20, stderr=subprocess.DEVNULL, check=False
+        ).returncode
         == 0
     )
 
@@ -174,3 +178,14 @@ def test_after_all_of_them_a_right_program_passes_and_nothing_is_left(
 
 def num_hostile():
     return len(ESCAPES) + len(BOMBS) + len(FUNCTIONS) + len(OUTPUTS)
+
+
+def test_the_page_of_attacks_names_every_program():
+    """docs/sandbox_attacks.md is written by attack_table.py."""
+    page = (Path(__file__).parents[3] / "docs" / "sandbox_attacks.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    items = [line.removeprefix("* ") for line in page.splitlines() if line.startswith("* ")]
+    assert [row for row in rows if row not in ("attack", "forgery")] == [
+        one.what for one in (*ESCAPES, *FUNCTIONS)
+    ]
+    assert items == [*BOMBS, *OUTPUTS]

@@ -1,7 +1,11 @@
 """Each layer is found missing when it is, and the run is told what to do."""
 
+import contextlib
 import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,3 +191,37 @@ def test_nothing_is_left_when_a_slot_closes(make_slot):
     assert process.poll() is not None
     assert not slot.os.path.exists(f"/proc/{process.pid}")
     assert group is None or not group.path.exists()
+
+
+def test_no_process_outlives_a_run_that_is_killed(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom meshift.rewards.sandbox.launching import Launch, best_wall\n"
+        "from meshift.rewards.sandbox.layers import Limits\n"
+        "from meshift.rewards.sandbox.slot import MemoryFile, Process, Slot\n"
+        "slot = Slot(Launch(wall=best_wall()), 2**28)\nslot.start()\n"
+        "print(slot._finalizer.peek()[2][0].pid, flush=True)\n"
+        "with MemoryFile(b'while True: pass') as code:\n"
+        "    slot.run([Process(kind='program', files={'code': code.place}, limits=Limits(cpu_s=99, wall_s=99))])\n"
+    )
+    run = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    leader = int(run.stdout.readline())
+    deadline = time.monotonic() + 10
+    while len(group_members(leader)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(group_members(leader)) >= 2
+    run.kill()
+    run.communicate()
+    while group_members(leader) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not group_members(leader)
+
+
+def group_members(leader):
+    """The processes of a group, by what they are called."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == leader:
+                found.append((folder / "cmdline").read_bytes())
+    return found

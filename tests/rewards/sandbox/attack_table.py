@@ -1,10 +1,11 @@
-"""Writes docs/sandbox_attacks.md: every hostile program, and for escapes which layers stop it alone, as measured here.
+"""Writes docs/sandbox_attacks.md: every hostile program, and for escapes which layers stop it alone, as measured.
 
 PYTHONPATH=.:tests/rewards/sandbox python tests/rewards/sandbox/attack_table.py > docs/sandbox_attacks.md
 """
 
 import os
 import socket
+import sys
 import tempfile
 
 from hostile_bombs import BOMBS
@@ -28,14 +29,13 @@ ALONE = {
 }
 HEAD = """# The hostile programs
 
-Written by `tests/rewards/sandbox/attack_table.py`. With all layers none of these passes, gets out or outlasts its limits
-([sandbox.md](sandbox.md)); tests run them all.
+Written by `tests/rewards/sandbox/attack_table.py`. With all layers none of these passes, gets out or outlasts its
+limits ([sandbox.md](sandbox.md)); tests run them all.
 
 ## Escapes
 
-`x`: this layer stops it without the others (behind the wall, which is always up here; privileges with namespaces). `outside`: it
-works as a plain process of the user that runs the tests, or of root, which a test shows. A row without an `x` is
-stopped by the machine this table was made on: it has no such device or feature to be abused.
+`x`: this layer stops it without the others (behind the wall, which is always up here; privileges with namespaces).
+`outside`: it works as a plain process of the user that runs the tests, or of root, which a test shows.
 
 | attack | outside | wall | namespaces | privileges | limits | Landlock | seccomp |
 |---|---|---|---|---|---|---|---|"""
@@ -63,18 +63,21 @@ def escapes():
 
 
 def main():
-    print(HEAD)
-    for row in escapes():
-        print(f"| {row} |")
-    print("\nWhere the wall alone stops it, the layers inside were not tried.")
-    print("\n## Bombs and programs without end\n\n" + "\n".join(f"* {what}" for what in BOMBS))
-    print(
-        "\n## Forged verdicts of functions\n\n`fools`: a scorer that believes the exit code takes it for right.\n"
-    )
-    print("| forgery | |\n|---|---|")
-    for forgery in FUNCTIONS:
-        print(f"| {forgery.what} | {'fools' if forgery.fools_exit_codes else ''} |")
-    print("\n## Forged outputs\n\n" + "\n".join(f"* {what}" for what in OUTPUTS))
+    forgeries = [f"| {one.what} | {'fools' if one.fools_exit_codes else ''} |" for one in FUNCTIONS]
+    lines = [
+        HEAD,
+        *(f"| {row} |" for row in escapes()),
+        "\nWhere the wall alone stops it, the layers inside were not tried.",
+        "\n## Bombs and programs without end\n",
+        *(f"* {what}" for what in BOMBS),
+        "\n## Forged verdicts of functions\n",
+        "`fools`: a scorer that believes the exit code takes it for right.\n",
+        "| forgery | |\n|---|---|",
+        *forgeries,
+        "\n## Forged outputs\n",
+        *(f"* {what}" for what in OUTPUTS),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

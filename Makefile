@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # Tests run tiny models, for which more threads are slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
+# Processes that run tests, a file of them at a time.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow check format clean
 
@@ -28,7 +31,7 @@ quickstart: $(VENV)/.installed  ## align a small language model with RLHF on thi
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests (ARGS="-k batch" is passed on)
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed  ## run the tests that need minutes or the real model
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)

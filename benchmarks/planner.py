@@ -2,21 +2,25 @@
 
 `brute_force`: small cases against every plan there is. `scale`: time and proven gap up to 8,192 devices.
 `strategies`: settings of ReaL's paper (Mei et al. 2024, arXiv:2406.14088) against plans by hand. `scaling`: step
-times as batch and devices grow. All of it is the cost model's word: nothing is run on a device.
+times as batch and devices grow. All of that is the cost model's word. `prediction`: it is held against real steps
+of this machine (`prediction.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.prediction import in_prediction
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
@@ -212,12 +216,13 @@ def in_scaling(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-SECTIONS: Mapping[str, tuple[Callable[[float], list[dict[str, Any]]], float]] = MappingProxyType(
+SECTIONS: Mapping[str, tuple[Callable[[float], Any], float]] = MappingProxyType(
     {
         "brute_force": (in_brute_force, 10.0),
         "scale": (in_scale, 30.0),
         "strategies": (in_strategies, 12.0),
         "scaling": (in_scaling, 10.0),
+        "prediction": (in_prediction, 10.0),
     }
 )
 """Name -> what it measures, and the seconds that each plan may take."""
@@ -228,7 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas between")
+    parser.add_argument("--under", default="", help="begins each command of `prediction` that measures")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="what `prediction` measures; not measured again")
     given = parser.parse_args(arguments)
+    sections: dict[str, tuple[Callable[[float], Any], float]] = {
+        **SECTIONS,
+        "prediction": (partial(in_prediction, prefix=shlex.split(given.under), folder=given.keep), 10.0),
+    }
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
@@ -236,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "paper": {"ReaL's measured gain, 70B and 70B on 128 A100s": dict(MEASURED)},
     }
     for name in given.sections.split(","):
-        measure, seconds = SECTIONS[name]
+        measure, seconds = sections[name]
         result[name] = measure(seconds)
     text = json.dumps(result, indent=1)
     if given.json:

@@ -105,18 +105,31 @@ class World:
         return run_step(self.graph, self.roles, Batch(fields), step)
 
 
-def make_world(reward, config: PPORunConfig, *, stops=(), max_steps=1, **model) -> World:
-    """`reward(completion_ids) -> list[float]` (by that name) over freshly drawn actor, critic and reference."""
+def make_world(reward, config: PPORunConfig, *, stops=(), max_steps=1, cost=None, **model) -> World:
+    """`reward(completion_ids) -> list[float]` (by that name) over freshly drawn actor, critic and reference.
+
+    With a `cost` of that signature there is a critic of it too.
+    """
     algorithm = PPO(config, sampling_task(config, stops))
-    weighted = WeightedFunction(name="rule", function=reward, weight=1.0)
-    functions = RewardFunctions(functions=[weighted], decode=str)
+    functions, costs = (_functions(one) if one is not None else None for one in (reward, cost))
     options = {"trainable": True, "max_steps": max_steps}
     actor = LocalRole("actor", tiny_model("lm", **model), config.actor, seed=config.seed, **options)
-    critic = tiny_model("value", **model)
-    torch.nn.init.zeros_(critic.head.weight)
+
+    def critic(name, how, seed):
+        fresh = tiny_model("value", **model)
+        torch.nn.init.zeros_(fresh.head.weight)
+        return LocalRole(name, fresh, how, seed=seed, **options)
+
     roles = {
         "actor": actor.can_generate(64, str),
-        "critic": LocalRole("critic", critic, config.critic, seed=config.seed + 1, **options),
+        "critic": critic("critic", config.critic, config.seed + 1),
         "reference": LocalRole("reference", tiny_model("lm", **model), TrainableConfig()),
     }
-    return World(algorithm, algorithm.graph(functions), roles)
+    if cost is not None:
+        roles["cost_critic"] = critic("cost_critic", config.cost_critic, config.seed + 2)
+    return World(algorithm, algorithm.graph(functions, cost_functions=costs), roles)
+
+
+def _functions(function) -> RewardFunctions:
+    weighted = WeightedFunction(name="rule", function=function, weight=1.0)
+    return RewardFunctions(functions=[weighted], decode=str)

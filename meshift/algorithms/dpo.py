@@ -11,9 +11,8 @@ from meshift.batch import WHERE
 from meshift.config.runs import DPORunConfig
 from meshift.graph.calls import Call, Graph, ModelCall, SyncCall
 from meshift.training.engine import TrainTask
-from meshift.training.text_readings import PairLogprobs
+from meshift.training.text_readings import PAIR_TEXTS, PairLogprobs
 
-TEXT_INPUTS = ("chosen", "rejected", "num_prompt_tokens")
 REFERENCE_READING = PairLogprobs(prefix="ref_")
 
 
@@ -28,7 +27,7 @@ def dpo_graph(config: DPORunConfig) -> Graph:
         role="reference",
         kind="infer",
         task=REFERENCE_READING,
-        reads=TEXT_INPUTS,
+        reads=PAIR_TEXTS,
         writes=REFERENCE_READING.keys,
     )
     train = ModelCall(
@@ -36,7 +35,7 @@ def dpo_graph(config: DPORunConfig) -> Graph:
         role="actor",
         kind="train",
         task=TrainTask(loss=dpo_loss(config)),
-        reads=(*TEXT_INPUTS, "pair_weight", *REFERENCE_READING.keys, WHERE),
+        reads=(*PAIR_TEXTS, "pair_weight", *REFERENCE_READING.keys, WHERE),
     )
     calls: list[Call] = [train] if known else [reference, train]
     if config.reference.sync_ref_model:
@@ -50,7 +49,7 @@ def dpo_graph(config: DPORunConfig) -> Graph:
             )
         )
     given = REFERENCE_READING.keys if known else ()
-    return Graph(tuple(calls), frozenset((*TEXT_INPUTS, "pair_weight", *given, WHERE)))
+    return Graph(tuple(calls), frozenset((*PAIR_TEXTS, "pair_weight", *given, WHERE)))
 
 
 def dpo_loss(config: DPORunConfig) -> DPOLoss:

@@ -96,21 +96,25 @@ class PolicyLoss:
 class ValueLoss:
     """Clipped squared error of the critic, per completion token, in the critic's (normalised) units.
 
-    0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
+    0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). `values` and `returns` are the batch's keys, and
+    `name` is the critic's in the metrics.
     """
 
     cliprange_value: float | None = 0.2
+    values: str = "values"
+    returns: str = "returns"
+    name: str = "critic"
     reading: TokenValues = field(default_factory=lambda: TokenValues(key="new_values"))
 
     def count(self, batch: Batch) -> int:
         """Completion tokens."""
-        return int(batch["returns"].values.numel())
+        return int(batch[self.returns].values.numel())
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         new = outputs[self.reading.key].drop_last().values
-        old = batch["values"].drop_last().values.to(new)
-        returns = batch["returns"].values.to(new)
+        old = batch[self.values].drop_last().values.to(new)
+        returns = batch[self.returns].values.to(new)
         error = (new - returns).square()
         clipfrac = torch.zeros((), device=new.device)
         if self.cliprange_value is not None:
@@ -129,7 +133,8 @@ class ValueLoss:
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """`critic/*`."""
         return {
-            f"critic/{key}": mean_over_updates(updates, key) for key in ("vf_loss", "vf_clipfrac", "grad_norm")
+            f"{self.name}/{key}": mean_over_updates(updates, key)
+            for key in ("vf_loss", "vf_clipfrac", "grad_norm")
         }
 
 
@@ -181,12 +186,12 @@ class PairwiseLoss:
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         chosen, rejected = outputs["chosen_scores"].values, outputs["rejected_scores"].values
-        required = _pair_numbers(batch, "required_margin", 0.0, chosen)
+        required = pair_numbers(batch, "required_margin", 0.0, chosen)
         per_pair = -F.logsigmoid(chosen - rejected - required)
         if self.center_rewards_coefficient > 0:
             per_pair = per_pair + self.center_rewards_coefficient * (chosen + rejected).square()
-        total = (_pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
-        return LossSums(total=total, sums=_preference_sums(chosen.detach(), rejected.detach()))
+        total = (pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
+        return LossSums(total=total, sums=preference_sums(chosen.detach(), rejected.detach()))
 
     def stop_reason(self, stats: Mapping[str, float]) -> str | None:
         """Never stopped."""
@@ -195,7 +200,7 @@ class PairwiseLoss:
 
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Loss, accuracy and margin under the field's names."""
-        return _preference_metrics(updates)
+        return preference_metrics(updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +209,8 @@ class DPOLoss:
 
     With d = log p(completion) - log p_ref(completion), a sum over its tokens, of chosen (w) and rejected (l):
     sigmoid: -(1 - s) log sigmoid(beta (d_w - d_l)) - s log sigmoid(-beta (d_w - d_l)), Rafailov et al. 2023,
-    equation 7, with label smoothing s as in cDPO (Mitchell 2023, equation 3);
+    equation 7, with label smoothing s as in cDPO (Mitchell 2023, equation 3), or with s of each pair, the key
+    `flip_probability` [1];
     ipo: (d_w / T_w - d_l / T_l - 1 / (2 beta))^2, Azar et al. 2023, equation 17, with beta for its tau and with
     log-ratios per completion token (T tokens), as TRL has it, so that a config from there means the same.
     The reward of a completion is beta * d, of either loss. Weights are the key `pair_weight` [1] (default 1).
@@ -227,15 +233,16 @@ class DPOLoss:
         if self.loss_type == "ipo":
             per_pair = self._ipo(chosen_ratio, rejected_ratio, batch)
         else:
-            per_pair = self._sigmoid(chosen_ratio, rejected_ratio)
-        total = (_pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
-        sums = _preference_sums(self.beta * chosen_ratio.detach(), self.beta * rejected_ratio.detach())
+            flipped = pair_numbers(batch, "flip_probability", self.label_smoothing, chosen)
+            per_pair = self._sigmoid(chosen_ratio - rejected_ratio, flipped)
+        total = (pair_numbers(batch, "pair_weight", 1.0, chosen) * per_pair).sum()
+        sums = preference_sums(self.beta * chosen_ratio.detach(), self.beta * rejected_ratio.detach())
         sums |= {"chosen_logps": chosen.detach().sum(), "rejected_logps": rejected.detach().sum()}
         return LossSums(total=total, sums=sums)
 
-    def _sigmoid(self, chosen_ratio: Tensor, rejected_ratio: Tensor) -> Tensor:
-        margin = self.beta * (chosen_ratio - rejected_ratio)
-        return -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
+    def _sigmoid(self, ahead: Tensor, flipped: Tensor) -> Tensor:
+        margin = self.beta * ahead
+        return -(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)
 
     def _ipo(self, chosen_ratio: Tensor, rejected_ratio: Tensor, batch: Batch) -> Tensor:
         num_tokens = (num_completion_tokens(batch, side).clamp(min=1).to(chosen_ratio) for side in SIDES)
@@ -250,7 +257,7 @@ class DPOLoss:
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """As a reward model's, of the implicit rewards; and log-probs, summed over each completion."""
         logps = {f"logps/{side}": mean_over_updates(updates, f"{side}_logps") for side in SIDES}
-        return _preference_metrics(updates) | logps
+        return preference_metrics(updates) | logps
 
 
 def share_won(margin: Tensor) -> Tensor:
@@ -258,11 +265,13 @@ def share_won(margin: Tensor) -> Tensor:
     return (margin > 0).float() + 0.5 * (margin == 0).float()
 
 
-def _pair_numbers(batch: Batch, key: str, default: float, like: Tensor) -> Tensor:
+def pair_numbers(batch: Batch, key: str, default: float, like: Tensor) -> Tensor:
+    """One number per pair [n]: the batch's, or the default where it has none."""
     return batch[key].values.to(like) if key in batch else torch.full_like(like, default)
 
 
-def _preference_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+def preference_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Of the rewards of both texts [n]: how often the chosen one is ahead, by how much, and each."""
     margin = chosen - rejected
     return {
         "accuracy": share_won(margin).sum(),
@@ -272,7 +281,8 @@ def _preference_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _preference_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def preference_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means of those, under the field's names, with loss and gradient norm."""
     accuracy, margin = mean_over_updates(updates, "accuracy"), mean_over_updates(updates, "margin")
     return {
         "loss": mean_over_updates(updates, "loss"),

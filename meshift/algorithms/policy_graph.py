@@ -28,6 +28,7 @@ from meshift.algorithms.rollouts import (
 )
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.policy_runs import PolicyRunConfig
+from meshift.config.runs import RolloutRunConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Call, Graph, HostCall, LoopCall, ModelCall
 from meshift.training.engine import TrainTask
@@ -141,7 +142,7 @@ def policy_graph(config: PolicyRunConfig, drawing: Drawing, method: Method) -> G
 
 
 def drawing_calls(
-    config: PolicyRunConfig, drawing: Drawing, sampling: SamplingTask | None = None
+    config: RolloutRunConfig, drawing: Drawing, sampling: SamplingTask | None = None
 ) -> tuple[Call, ...]:
     """The rollout, by `sampling` if that is another than training's, and what scores it."""
     scoring = scoring_calls(config.reward, drawing.reward_functions, drawing.columns)

@@ -199,6 +199,16 @@ class ClippedLoss(PolicyGradientLoss):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LikelihoodLoss(PolicyGradientLoss):
+    """-A * logprob: with A = 1 maximum likelihood of trained completions (Dong et al. 2023, algorithm 1)."""
+
+    def surrogate(self, logprobs: Tensor, ratios: Ratios, advantages: Tensor) -> Surrogate:
+        """See the class."""
+        nowhere = torch.zeros_like(ratios.weight, dtype=torch.bool)
+        return Surrogate(per_token=-advantages * logprobs, low=nowhere, high=nowhere)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClippedWeightLoss(PolicyGradientLoss):
     """-stop_gradient(clip(ratio, 1 - low, 1 + high)) * A * logprob (MiniMax-M1, equations 4 and 5).
 

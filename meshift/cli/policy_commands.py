@@ -13,6 +13,8 @@ from meshift.config.policy_runs import (
     DrGRPORunConfig,
     GRPORunConfig,
     GSPORunConfig,
+    OnlineDPORunConfig,
+    RAFTRunConfig,
     ReinforcePPRunConfig,
     ReMaxRunConfig,
     RLOORunConfig,
@@ -120,4 +122,27 @@ REMAX = Command(
     configure=configure,
     run=Training(schema=ReMaxRunConfig, load=_load),
 )
-POLICY_COMMANDS = (GRPO, DR_GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE_PP, REMAX)
+ONLINE_DPO = Command(
+    name="online-dpo",
+    summary="DPO on pairs of the current policy's own completions, labelled by their scores",
+    description=(
+        "Align a model by online or iterative DPO: completions of each prompt are drawn and scored, best and\n"
+        "worst (or every two) become a pair, and DPO trains on the pairs. With online_dpo.steps_per_round=N the\n"
+        "reference becomes the actor after every N steps.\n" + WRITES
+    ),
+    example="meshift online-dpo --config run.yaml online_dpo.steps_per_round=10 max_steps=100 --dry-run",
+    configure=configure,
+    run=Training(schema=OnlineDPORunConfig, load=_load),
+)
+RAFT = Command(
+    name="raft",
+    summary="imitate the best of several completions (rejection sampling, best of n)",
+    description=(
+        "Align a model by RAFT: completions of each prompt are drawn and scored, and the best are imitated. With\n"
+        "raft.min_score only those that score as much, so that a prompt may give none.\n" + WRITES
+    ),
+    example="meshift raft --config run.yaml generation.num_generations=8 raft.min_score=1 --dry-run",
+    configure=configure,
+    run=Training(schema=RAFTRunConfig, load=_load),
+)
+POLICY_COMMANDS = (GRPO, DR_GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE_PP, REMAX, ONLINE_DPO, RAFT)

@@ -61,12 +61,14 @@ class PlanConfig(Section):
 
 
 class PPOPlan(PlanConfig):
-    """Of the four roles of PPO."""
+    """Of the four roles of PPO, and the two that a cost adds."""
 
     actor: RolePlan | None = Field(None, description="generate, train: {mesh: 0-3, layout: d2t2p1} each")
     critic: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
     reward: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+    cost: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+    cost_critic: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
 
 
 class PolicyPlan(PlanConfig):
@@ -82,6 +84,12 @@ class DPOPlan(PlanConfig):
 
     actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
+
+
+class ReferenceFreePlan(PlanConfig):
+    """Of an actor that reads held-out pairs too."""
+
+    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
 
 
 class SFTPlan(PlanConfig):

@@ -5,7 +5,7 @@ It knows nothing of YAML, nor of how a run goes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from pydantic import model_validator
 
@@ -17,16 +17,20 @@ from meshift.config.policy_sections import (
     GroupGenerationConfig,
     GRPOConfig,
     GSPOConfig,
+    OnlineDPOConfig,
+    PairGenerationConfig,
     PolicyActorConfig,
     PolicyConfig,
+    RAFTConfig,
     ReinforcePPConfig,
     ReMaxConfig,
     RLOOConfig,
+    UpdatesConfig,
 )
-from meshift.config.runs import RolloutRunConfig
+from meshift.config.runs import RolloutRunConfig, TrainedOn
 
 
-class PolicyRunConfig(RolloutRunConfig):
+class CriticFreeRunConfig(RolloutRunConfig):
     """A method without a critic. `SECTION` names the section that holds its objective."""
 
     SECTION: ClassVar[str]
@@ -34,25 +38,24 @@ class PolicyRunConfig(RolloutRunConfig):
     plan: PolicyPlan = PolicyPlan()
 
     @property
-    def policy(self) -> PolicyConfig:
+    def objective(self) -> UpdatesConfig:
         """The method's own section."""
-        section: PolicyConfig = getattr(self, self.SECTION)
-        return section
+        return cast("UpdatesConfig", getattr(self, self.SECTION))
 
     @property
     def num_passes(self) -> int:
         """How often a step goes through its completions."""
-        return self.policy.num_iterations
+        return self.objective.num_iterations
 
     @property
     def num_mini_batches(self) -> int:
         """Optimizer updates per pass."""
-        return self.policy.num_mini_batches
+        return self.objective.num_mini_batches
 
     @property
     def has_reference(self) -> bool:
         """Whether a reference is held and read."""
-        return self.policy.kl_coef > 0
+        return bool(getattr(self.objective, "kl_coef", 0.0) > 0)
 
     @property
     def compares_completions(self) -> bool:
@@ -73,6 +76,15 @@ class PolicyRunConfig(RolloutRunConfig):
                 "take the reference out"
             )
         return self
+
+
+class PolicyRunConfig(CriticFreeRunConfig):
+    """A method that moves the policy by advantages."""
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The method's own section."""
+        return cast("PolicyConfig", self.objective)
 
 
 class GroupRunConfig(PolicyRunConfig):
@@ -155,3 +167,59 @@ class ReMaxRunConfig(PolicyRunConfig):
     def compares_completions(self) -> bool:
         """The baseline is the greedy completion."""
         return False
+
+
+class OnlineDPORunConfig(CriticFreeRunConfig):
+    """`meshift online-dpo`: DPO on pairs of the current policy's own completions."""
+
+    SECTION: ClassVar[str] = "online_dpo"
+    generation: PairGenerationConfig = PairGenerationConfig()
+    online_dpo: OnlineDPOConfig = OnlineDPOConfig()
+
+    @property
+    def has_reference(self) -> bool:
+        """DPO is nothing without."""
+        return True
+
+    @property
+    def reference_moves(self) -> bool:
+        """Rounds move it too."""
+        return super().reference_moves or self.online_dpo.steps_per_round is not None
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """Pairs, where no two scores are equal."""
+        group = self.generation.num_generations
+        per_prompt = 1 if self.online_dpo.pairs == "best_worst" else group * (group - 1) // 2
+        return TrainedOn(units=self.data.batch_size * per_prompt, what="pairs", texts=2)
+
+    @model_validator(mode="after")
+    def _one_rule_for_the_reference(self) -> OnlineDPORunConfig:
+        if self.online_dpo.steps_per_round is not None and self.reference.sync_ref_model:
+            raise ValueError(
+                "`online_dpo.steps_per_round` makes the reference the actor after every round, and "
+                "`reference.sync_ref_model` moves it too; keep one of them"
+            )
+        return self
+
+
+class RAFTRunConfig(CriticFreeRunConfig):
+    """`meshift raft`: imitation of the best of several completions."""
+
+    SECTION: ClassVar[str] = "raft"
+    generation: GroupGenerationConfig = GroupGenerationConfig()
+    raft: RAFTConfig = RAFTConfig()
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """The best of each prompt, where all score enough."""
+        return TrainedOn(units=self.data.batch_size * self.raft.num_kept, what="completions")
+
+    @model_validator(mode="after")
+    def _keeps_some_of_them(self) -> RAFTRunConfig:
+        if self.raft.num_kept > self.generation.num_generations:
+            raise ValueError(
+                f"`raft.num_kept` = {self.raft.num_kept} is more than `generation.num_generations` = "
+                f"{self.generation.num_generations}; lower it"
+            )
+        return self

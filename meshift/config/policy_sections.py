@@ -58,11 +58,22 @@ class GroupGenerationConfig(GenerationConfig):
     num_generations: int = Field(8, ge=1, description="completions per prompt")
 
 
-class PolicyConfig(Section):
-    """What every critic-free objective has."""
+class PairGenerationConfig(GenerationConfig):
+    """Completions of a prompt that are held against each other in pairs."""
+
+    num_generations: int = Field(2, ge=1, description="completions per prompt")
+
+
+class UpdatesConfig(Section):
+    """How often and in how many parts a step's completions are gone through."""
 
     num_iterations: int = Field(1, ge=1, description="passes over each step's completions")
     num_mini_batches: NumMiniBatches = 1
+
+
+class PolicyConfig(UpdatesConfig):
+    """What every critic-free objective has."""
+
     clip_ratio_low: ClipLow = 0.2
     clip_ratio_high: ClipHigh = 0.2
     dual_clip: float | None = Field(
@@ -188,3 +199,41 @@ class ReMaxConfig(PolicyConfig):
     kl_coef: KLCoef = 0.05
     kl_in: KLPlace = "reward"
     kl_estimator: KLEstimator = "k1"
+
+
+class OnlineDPOConfig(UpdatesConfig):
+    """Guo et al. 2024 (OAIF, arXiv 2402.04792); rounds: Xu et al. 2024 (arXiv 2404.10719), DPO-Iter."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference; in IPO the paper's tau")
+    loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO, or IPO per token")
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="of a prompt's completions: best and worst, or every two that differ in score"
+    )
+    labels: Literal["hard", "soft"] = Field(
+        "hard", description="the higher score wins, or wins with the Bradley-Terry probability of the difference"
+    )
+    missing_eos_penalty: float | None = Field(
+        None, description="taken off the score of a completion that ran into the length limit"
+    )
+    steps_per_round: int | None = Field(
+        None, ge=1, description="steps after which the reference becomes the actor (null: as `reference` says)"
+    )
+
+    @model_validator(mode="after")
+    def _soft_labels_are_of_the_sigmoid(self) -> OnlineDPOConfig:
+        if self.loss_type == "ipo" and self.labels == "soft":
+            raise ValueError("labels: soft is of loss_type sigmoid; set one of them otherwise")
+        return self
+
+
+class RAFTConfig(UpdatesConfig):
+    """Dong et al. 2023 (RAFT, arXiv 2304.06767), algorithm 1; `min_score` is rejection sampling."""
+
+    num_kept: int = Field(1, ge=1, description="completions of a prompt that are trained on, the best")
+    min_score: float | None = Field(None, description="completions that score less are not trained on")
+    loss_aggregation: LossAggregation = "token"
+    kl_coef: KLCoef = 0.0
+    kl_estimator: KLEstimator = "k1"
+    missing_eos_penalty: float | None = Field(
+        None, description="taken off the score of a completion that ran into the length limit"
+    )

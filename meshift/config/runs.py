@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, RewardPlan, SFTPlan
+from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, ReferenceFreePlan, RewardPlan, SFTPlan
 from meshift.config.section import Section
 from meshift.config.sections import (
+    CostConfig,
     CriticConfig,
     DataConfig,
     DemonstrationDataConfig,
@@ -22,14 +23,20 @@ from meshift.config.sections import (
     DType,
     GenerationConfig,
     HeldOutDataConfig,
+    KTOConfig,
+    ORPOConfig,
     PairDataConfig,
     PPOConfig,
+    PPORewardConfig,
     PromptDataConfig,
     ReferenceConfig,
     RewardConfig,
+    RewardFunctionConfig,
     RewardLossConfig,
     SFTModelConfig,
+    SimPOConfig,
     TrainableConfig,
+    UnpairedDataConfig,
 )
 
 
@@ -60,6 +67,14 @@ class RunConfig(Section):
         return names
 
 
+class TrainedOn(NamedTuple):
+    """What a step trains on at most: so many units of `what`, each of so many texts."""
+
+    units: int
+    what: str
+    texts: int = 1
+
+
 class RolloutRunConfig(RunConfig, ABC):
     """A run that samples completions of prompts and is told what they are worth."""
 
@@ -77,8 +92,23 @@ class RolloutRunConfig(RunConfig, ABC):
 
     @property
     def num_sequences(self) -> int:
-        """Completions that a step trains on."""
+        """Completions that a step draws."""
         return self.data.batch_size * self.generation.num_generations
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What a step trains on: its completions, if not a choice of them."""
+        return TrainedOn(units=self.num_sequences, what="sequences")
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the actor's weights come into the reference."""
+        return self.reference.sync_ref_model
+
+    @property
+    def cost_functions(self) -> list[RewardFunctionConfig]:
+        """Functions that give costs, of a method that knows such."""
+        return []
 
     @property
     @abstractmethod
@@ -93,22 +123,26 @@ class RolloutRunConfig(RunConfig, ABC):
     @model_validator(mode="after")
     def _has_actor_and_reward(self) -> Self:
         _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference_moves)
         if self.reward.model_name_or_path is None and not self.reward.functions:
             raise ValueError("a reward is needed: `reward.model_name_or_path`, `reward.functions`, or both")
         return self
 
     def _need_a_sequence_for_each_update(self, section: str) -> None:
-        if self.num_sequences < self.num_mini_batches:
+        count, what, _ = self.trained_on
+        if count < self.num_mini_batches:
             raise ValueError(
-                f"`{section}.num_mini_batches` = {self.num_mini_batches} is more than a step's "
-                f"{self.num_sequences} sequences"
+                f"`{section}.num_mini_batches` = {self.num_mini_batches} is more than a step's {count} {what}"
             )
 
 
 class PPORunConfig(RolloutRunConfig):
-    """`meshift ppo`: PPO with a critic, a reference and a reward."""
+    """`meshift ppo`: PPO with a critic, a reference and a reward; if given, with a cost and a critic of that."""
 
+    reward: PPORewardConfig = PPORewardConfig()
     critic: CriticConfig = CriticConfig()
+    cost: CostConfig = CostConfig()
+    cost_critic: CriticConfig = CriticConfig()
     ppo: PPOConfig = PPOConfig()
     plan: PPOPlan = PPOPlan()
 
@@ -126,6 +160,22 @@ class PPORunConfig(RolloutRunConfig):
     def _has_sequences_enough(self) -> PPORunConfig:
         self._need_a_sequence_for_each_update("ppo")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_cost_for_its_critic(self) -> PPORunConfig:
+        if not self.cost.is_given and (self.cost != CostConfig() or self.cost_critic != CriticConfig()):
+            raise ValueError(
+                "`cost` or `cost_critic` is set, but nothing says what a completion costs: set "
+                "`cost.model_name_or_path`, `cost.functions`, or both"
+            )
+        if self.cost.multiplier_init > self.cost.multiplier_max:
+            raise ValueError("`cost.multiplier_init` is above `cost.multiplier_max`; lower it")
+        return self
+
+    @property
+    def cost_functions(self) -> list[RewardFunctionConfig]:
+        """Functions that give costs."""
+        return self.cost.functions
 
 
 class HeldOutRunConfig(RunConfig):
@@ -180,6 +230,7 @@ class DPORunConfig(HeldOutRunConfig):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> DPORunConfig:
         _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference.sync_ref_model)
         if self.dpo.precompute_ref_log_probs and self.reference.sync_ref_model:
             raise ValueError(
                 "`dpo.precompute_ref_log_probs` is for a reference that stands still, and "
@@ -188,6 +239,59 @@ class DPORunConfig(HeldOutRunConfig):
         return self
 
 
+class KTORunConfig(HeldOutRunConfig):
+    """`meshift kto`: completions that were liked or not, without pairs."""
+
+    data: UnpairedDataConfig
+    actor: DPOActorConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    kto: KTOConfig = KTOConfig()
+    plan: DPOPlan = DPOPlan()
+
+    @model_validator(mode="after")
+    def _has_model(self) -> KTORunConfig:
+        _need_model("actor", self.actor)
+        _need_whole_weights(self.actor, self.plan, moves=self.reference.sync_ref_model)
+        return self
+
+
+class ReferenceFreeRunConfig(HeldOutRunConfig):
+    """A run on preference pairs without a reference."""
+
+    data: PairDataConfig
+    actor: DPOActorConfig
+    plan: ReferenceFreePlan = ReferenceFreePlan()
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        _need_model("actor", self.actor)
+        return self
+
+
+class ORPORunConfig(ReferenceFreeRunConfig):
+    """`meshift orpo`: likelihood of the chosen text and the odds ratio of both."""
+
+    orpo: ORPOConfig = ORPOConfig()
+
+
+class SimPORunConfig(ReferenceFreeRunConfig):
+    """`meshift simpo`: mean log-probs of both texts, a margin apart."""
+
+    simpo: SimPOConfig = SimPOConfig()
+
+
 def _need_model(section: str, model: TrainableConfig) -> None:
     if model.model_name_or_path is None:
         raise ValueError(f"`{section}.model_name_or_path` is needed")
+
+
+def _need_whole_weights(actor: TrainableConfig, plan: PlanConfig, *, moves: bool) -> None:
+    if not moves or actor.lora is None:
+        return
+    given = {} if "actor" not in plan.roles else plan.roles["actor"].placements
+    home = given.get("train") or next(iter(given.values()), None)
+    if home is not None and home.layout.endswith("s"):
+        raise ValueError(
+            f"the reference follows whole matrices, and in {home.layout} of `plan.actor` ranks have rows of "
+            "adapters; take out the `s` or `actor.lora`, or let the reference stand still"
+        )

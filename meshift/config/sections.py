@@ -62,6 +62,30 @@ class PairDataConfig(HeldOutDataConfig):
     )
 
 
+class UnpairedDataConfig(HeldOutDataConfig):
+    """Completions that were liked or not."""
+
+    batch_size: int = Field(64, ge=2, description="completions per step")
+    max_length: int = Field(1024, ge=2, description="texts of more tokens are left out, and counted")
+    append_eos: bool = Field(True, description="end complete completions with the end-of-sequence token")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021, arXiv:2106.09685). There is no dropout."""
+
+    rank: int = Field(16, ge=1, le=4096, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="W + alpha / rank * B A is what the model computes with")
+    rank_stabilized: bool = Field(False, description="divide alpha by the root of the rank (rsLoRA)")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="names of the model's linear layers, as [q_proj, v_proj]; all-linear: all in layers",
+    )
+    save_merged: bool = Field(
+        False,
+        description="write `final/` as a whole model with the adapters in it (default: PEFT's adapter folder)",
+    )
+
+
 class TrainableConfig(Section):
     """A model and how it is trained."""
 
@@ -81,6 +105,10 @@ class TrainableConfig(Section):
     share_prefixes: bool = Field(True, description="run a prompt once for all texts that begin with it")
     num_frozen_layers: int = Field(
         0, ge=0, description="the embedding and this many lowest layers are not trained (0: train everything)"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train adapters (and a score head) only; the model's own weights stay (null: train those)",
     )
 
 
@@ -138,6 +166,39 @@ class RewardConfig(Section):
     functions: list[RewardFunctionConfig] = Field([], description="reward functions")
 
 
+class PPORewardConfig(RewardConfig):
+    """Rewards where a reward model may have a word on every token."""
+
+    per_token: bool = Field(
+        False, description="the reward model is read at every completion token, and pays there (process rewards)"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_model_to_read(self) -> PPORewardConfig:
+        if self.per_token and self.model_name_or_path is None:
+            raise ValueError("per_token is of a reward model; set `reward.model_name_or_path`, or take it out")
+        return self
+
+
+class CostConfig(RewardConfig):
+    """What a completion costs, and how much of that there may be in the mean (Dai et al. 2023, Safe RLHF)."""
+
+    model_name_or_path: str | None = Field(None, description="a cost model's folder, trained as a reward model is")
+    weight: float = Field(1.0, description="the cost model's share of the total cost")
+    functions: list[RewardFunctionConfig] = Field([], description="functions that give costs, as reward functions")
+    limit: float = Field(0.0, description="mean cost that is allowed")
+    multiplier_init: float = Field(1.0, gt=0, description="weight of costs against rewards at the start: lambda")
+    multiplier_learning_rate: float = Field(
+        0.1, ge=0, description="how fast log(lambda) follows the mean cost's excess over the limit (0: it stays)"
+    )
+    multiplier_max: float = Field(5.0, gt=0, description="lambda at most")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything says what completions cost."""
+        return self.model_name_or_path is not None or bool(self.functions)
+
+
 class RewardLossConfig(Section):
     """The objective of a reward model, beside Bradley-Terry."""
 
@@ -165,6 +226,29 @@ class DPOConfig(Section):
         if self.loss_type == "ipo" and self.label_smoothing > 0:
             raise ValueError("label_smoothing is of loss_type sigmoid; IPO has none, so set it to 0")
         return self
+
+
+class KTOConfig(Section):
+    """Ethayarajh et al. 2024 (KTO, arXiv 2402.01306), equation 8."""
+
+    beta: float = Field(0.1, gt=0, description="how soon a gain or a loss saturates: the paper's risk aversion")
+    desirable_weight: float = Field(1.0, gt=0, description="weight of completions that were liked")
+    undesirable_weight: float = Field(1.0, gt=0, description="weight of those that were not")
+
+
+class ORPOConfig(Section):
+    """Hong et al. 2024 (ORPO, arXiv 2403.07691), equation 6."""
+
+    beta: float = Field(
+        0.1, gt=0, description="weight of the odds ratio beside the likelihood; the paper's lambda"
+    )
+
+
+class SimPOConfig(Section):
+    """Meng et al. 2024 (SimPO, arXiv 2405.14734), equation 6."""
+
+    beta: float = Field(2.0, gt=0, description="scale of the difference of mean log-probs")
+    gamma: float = Field(0.5, ge=0, description="margin by which the chosen text is to be ahead")
 
 
 class GenerationConfig(Section):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
 from meshift.kernels.cpu import Kernels, products_for
-from meshift.models.linear import SummedLinear
+from meshift.models.linear import Linear, SummedLinear
 from meshift.models.mlp import ACTIVATIONS
 
 PACKED_ROWS = 64
@@ -50,13 +50,35 @@ class PlainMatrix:
 
     num_bytes = 0
 
-    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+    def __init__(self, parts: Sequence[Linear]) -> None:
         self._parts = parts
 
     def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
         """See `Matrix`."""
         products = [part(rows) for part in self._parts]
         product = torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+        return product if activation is None else ACTIVATIONS[activation](product)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) + other
+
+    def times(self, rows: Tensor, other: Tensor) -> Tensor:
+        """See `Matrix`."""
+        return self(rows) * other
+
+
+class CopiedMatrix:
+    """A copy of the weights as they are: for those that are sums of a matrix and its adapter."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)) -> None:
+        self._weight = _beside(weights)
+        self._bias = None if biases[0] is None else _beside([bias for bias in biases if bias is not None])
+        self.num_bytes = self._weight.nbytes
+
+    def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
+        """See `Matrix`."""
+        product = F.linear(rows, self._weight, self._bias)
         return product if activation is None else ACTIVATIONS[activation](product)
 
     def plus(self, rows: Tensor, other: Tensor) -> Tensor:
@@ -138,7 +160,8 @@ class SummedMatrix:
     def __init__(self, part: SummedLinear) -> None:
         assert part.total is not None
         self._bias, self._total = part.bias, part.total
-        self._part = pack([part.weight]) if can_pack(part.weight) else _BareMatrix(part.weight)
+        weight = part.merged()
+        self._part = pack([weight]) if can_pack(weight) else _BareMatrix(weight)
         self.num_bytes = self._part.num_bytes
 
     def __call__(self, rows: Tensor, activation: str | None = None) -> Tensor:
@@ -193,13 +216,16 @@ def can_pack(weight: Tensor) -> bool:
     return known and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def make_matrix(parts: Sequence[nn.Linear]) -> Matrix:
-    """The matrices of `parts` beside each other: packed where they can be."""
+def make_matrix(parts: Sequence[Linear]) -> Matrix:
+    """The matrices of `parts` beside each other: packed where they can be, adapters merged into copies of them."""
     first = parts[0]
     if isinstance(first, SummedLinear) and first.total is not None:
         return SummedMatrix(first)
-    if can_pack(parts[0].weight):
-        return pack([part.weight for part in parts], [part.bias for part in parts])
+    biases = [part.bias for part in parts]
+    if can_pack(first.weight):
+        return pack([part.merged() for part in parts], biases)
+    if any(part.is_adapted for part in parts):
+        return CopiedMatrix([part.merged() for part in parts], biases)
     return PlainMatrix(parts)
 
 

@@ -32,10 +32,18 @@ def linear(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def query_key_value(
-    kernels: Kernels, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], turn: Turn
+    kernels: Kernels,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    turn: Turn,
+    added: Sequence[Tensor | None] = (None, None, None),
 ) -> list[Tensor]:
-    """The products of one input with three weights, as heads [T, heads, dim]; the first two turned by `turn`."""
-    return list(_QueryKeyValue.apply(x.contiguous(), *weights, *biases, turn, kernels))
+    """The products of one input with three weights, as heads [T, heads, dim]; the first two turned by `turn`.
+
+    What is `added` to each product [T, heads * dim] is so before the turn.
+    """
+    return list(_QueryKeyValue.apply(x.contiguous(), *weights, *biases, *added, turn, kernels))
 
 
 def gated_mlp(
@@ -156,12 +164,15 @@ class _QueryKeyValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        weights, biases, (turn, kernels) = given[:3], given[3:6], given[6:]
+        weights, biases, added, (turn, kernels) = given[:3], given[3:6], given[6:9], given[9:]
         ctx.save_for_backward(x, *weights, *biases)
         ctx.turn, ctx.kernels, ctx.sums = turn, kernels, [sums_of(part) for part in given[:6]]
         bias = None if biases[0] is None else torch.cat(biases)
         rows = kernels.product(x, kernels.pack_here(*weights), bias=bias)
         parts = rows.split([len(weight) for weight in weights], dim=1)
+        for part, more in zip(parts, added, strict=True):
+            if more is not None:
+                part.add_(more)
         found = [part.unflatten(1, (-1, turn.head_dim)) for part in parts]
         turn.forward(kernels, found)
         return tuple(found)
@@ -178,7 +189,10 @@ class _QueryKeyValue(torch.autograd.Function):
         to_x = kernels.product(whole, kernels.pack_transposed(*weights)) if needed[0] else None
         to_weights = _add_to_needed(kernels, ctx, 1, whole, x, weights)
         to_biases = _add_to_biases(biases, ctx.sums[3:], parts, needed[4:7])
-        return to_x, *to_weights, *to_biases, None, None
+        to_added = [
+            part.contiguous() if wanted else None for part, wanted in zip(parts, needed[7:10], strict=True)
+        ]
+        return to_x, *to_weights, *to_biases, *to_added, None, None
 
 
 class Turn:

@@ -13,6 +13,36 @@ NormPlaces = Literal["before", "after", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Low-rank matrices beside linear layers, so that `x W'` becomes `x W' + scale (x A') B'`.
+
+    A is [rank, in], B [out, rank]. `targets` are our names of the linear layers within a layer, from layer
+    `first_layer` on. `made_for` is the model that it belongs to, as others may load it: a folder or a hub id;
+    `save_merged` asks for a whole model when it is saved. (Hu et al. 2021, arXiv:2106.09685; `rank_stabilized`:
+    Kalajdzievski 2023, arXiv:2312.03732.)
+
+    Example: `Adapter(rank=16, alpha=32.0, targets=("attention.query", "attention.value"))`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    first_layer: int = 0
+    rank_stabilized: bool = False
+    made_for: str = ""
+    save_merged: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha over its root."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def rank_at(self, layer: int, name: str) -> int:
+        """The rank beside a layer's linear layer of this name; 0 where there is no adapter."""
+        return self.rank if layer >= self.first_layer and name in self.targets else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The numbers of one decoder.
 
@@ -34,6 +64,8 @@ class DecoderConfig:
       `rope_parameters` it turns by, where layers differ; empty: they do not. `partial_rotary`: only the part of
       each head that `partial_rotary_factor` names is turned.
     * `embedding_scale` multiplies embeddings; `gated_mlp` is false for a plain MLP.
+
+    `adapter` is none of the model's own: adapters that are trained beside it.
 
     Example: `DecoderConfig(family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
     num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, norm_eps=1e-5, tie_word_embeddings=True,
@@ -69,6 +101,13 @@ class DecoderConfig:
     partial_rotary: bool = False
     embedding_scale: float | None = None
     gated_mlp: bool = True
+    adapter: Adapter | None = None
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Our names of the linear layers within a layer, in order."""
+        attention = tuple(f"attention.{name}" for name in ("query", "key", "value", "output"))
+        return (*attention, *(("mlp.gate",) if self.gated_mlp else ()), "mlp.up", "mlp.down")
 
     @property
     def attention_scale(self) -> float:

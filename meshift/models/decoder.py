@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from meshift.kernels import functions
 from meshift.kernels.cpu import LANES, Kernels, products_for
 from meshift.models.attention import Attention
-from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.config import Adapter, DecoderConfig, HeadKind
 from meshift.models.embedding import Embedding
 from meshift.models.heads import make_head
 from meshift.models.linear import Linear, SummedLinear, fits_kernels
@@ -62,7 +62,8 @@ class SelfAttention(nn.Module):
         if kernels is not None:
             parts = (self.query, self.key, self.value)
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            return functions.query_key_value(kernels, x, weights, biases, functions.Turn(self.head_dim, angles))
+            turn = functions.Turn(self.head_dim, angles)
+            return functions.query_key_value(kernels, x, weights, biases, turn, [part.added(x) for part in parts])
         query = self.heads(self.query(x), self.query_norm)
         key = self.heads(self.key(x), self.key_norm)
         value = self.value(x).unflatten(-1, (-1, self.head_dim))
@@ -94,6 +95,17 @@ class Layer(nn.Module):
         self.mlp_norm = make_norm(config, config.hidden_size) if before else None
         self.mlp = MLP(config)
         self.mlp_post_norm = make_norm(config, config.hidden_size) if after else None
+        if config.adapter is not None:
+            self.adapt(config.adapter)
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Give the linear layers that it names an adapter, whose numbers are for others to fill."""
+        for name in adapter.targets:
+            rank = adapter.rank_at(self.attention.layer.index, name)
+            linear = self.get_submodule(name)
+            assert isinstance(linear, Linear)
+            if rank:
+                linear.adapt(rank, adapter.scale)
 
     def forward(
         self, x: Tensor, angles: Sequence[Angles], attention: Attention, rows: Tensor | None = None

@@ -57,7 +57,8 @@ class MLP(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
     def _kernels(self, x: Tensor) -> Kernels | None:
-        """What does all of it at once, unless `down` has some of its columns only."""
+        """What does all of it at once, unless `down` has some of its columns only, or there are adapters."""
+        parts = [part for part in (self.gate, self.up, self.down) if part is not None]
         served = self.down.total is None and self.activation_name in KERNEL_ACTIVATIONS
-        weights = [part.weight for part in (self.gate, self.up, self.down) if part is not None]
-        return products_for(x) if served and all(map(fits_kernels, weights)) else None
+        whole = served and not any(part.is_adapted for part in parts)
+        return products_for(x) if whole and all(fits_kernels(part.weight) for part in parts) else None

@@ -22,7 +22,7 @@ from meshift.models.decoder import Decoder, Layer
 from meshift.models.heads import LanguageModelHead
 from meshift.models.linear import SummedLinear
 from meshift.models.norm import RMSNorm
-from meshift.models.shards import shard_table
+from meshift.models.shards import is_adapters, shard_table
 from meshift.parallel.collectives import beside, enter, leave, max_of, sum_both_ways, sum_of
 from meshift.parallel.groups import Peers
 
@@ -143,8 +143,8 @@ def cut_model(model: Decoder, peers: Peers) -> Decoder:
 def shared_parameters(model: Decoder, peers: Peers) -> dict[str, Shared]:
     """Parameters that several ranks hold alike while each has a part of their gradient.
 
-    Key-value heads that several ranks share, and norms of queries and keys head by head. What is not named here is
-    held by one rank only, or has the same gradient everywhere.
+    Key-value heads that several ranks share, norms of queries and keys head by head, and of an adapter the matrix
+    that is not cut. What is not named here is held by one rank only, or has the same gradient everywhere.
     """
     found = {}
     for name, shard in shard_table(model.config, model.head_kind).items():
@@ -152,7 +152,9 @@ def shared_parameters(model: Decoder, peers: Peers) -> dict[str, Shared]:
         if split is not None and len(peers) > split.num_units:  # key-value heads, fewer than ranks
             bounds, holders = split.bounds(peers.index, len(peers)), split.sharers(peers.index, len(peers))
             found[name] = Shared(num_holders=len(holders), shape=shard.shape, dim=split.dim, bounds=bounds)
-        elif split is None and len(peers) > 1 and ("query_norm" in name or "key_norm" in name):
+        elif (
+            split is None and len(peers) > 1 and ("query_norm" in name or "key_norm" in name or is_adapters(name))
+        ):
             found[name] = Shared(num_holders=len(peers), shape=shard.shape, dim=0, bounds=(0, shard.shape[0]))
     return found
 

@@ -61,6 +61,10 @@ class Candidate:
         """Of each call."""
         return {name: cost.seconds for name, cost in self.costs.items()}
 
+    def work(self, name: str) -> float:
+        """Processor-seconds of a call."""
+        return self.costs[name].seconds * self.costs[name].busy
+
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -83,6 +87,7 @@ class Problem:
         self, step: Step, hardware: Hardware, num_devices: int, *, streaming: bool = True, sharding: bool = True
     ) -> None:
         """`streaming`: readings elsewhere may begin before generation ends. `sharding`: `s` may be chosen."""
+        hardware = hardware.shared_by(num_devices)
         self.step, self.hardware, self.num_devices = step, hardware, num_devices
         self.streaming, self.sharding = streaming, sharding
         self.memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
@@ -196,6 +201,8 @@ class Problem:
             return False
         if any(one.costs[name].late > other.costs[name].late for name in one.costs):
             return False
+        if self.hardware.cores and any(one.work(name) > other.work(name) for name in one.costs):
+            return False  # it would be in others' way for longer
         gains = [other.seconds[name] - one.seconds[name] for name in one.seconds]
         return min(gains) >= 0 and max(gains) >= moving[one.layout]
 
@@ -221,7 +228,7 @@ class Problem:
             return 0.0
         moving = self.moving[op.uses[0].role]
         if op.kind == "move":
-            return moving.seconds(source, target, shift, far=far)
+            return moving.seconds(source, target, shift, far=far, generates=op.uses[1].kind == "generate")
         return moving.mixing_seconds(source, target, shift, far=far) / self._every(op)
 
     def _every(self, op: Op) -> int:

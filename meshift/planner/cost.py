@@ -1,13 +1,13 @@
 """Seconds of a model call in a layout: what is computed, what is read from memory, what is sent.
 
-Each operation takes as long as its products or its bytes, whichever is more (Williams et al. 2009, the roofline
-model), and communication comes on top: the runtime waits for it. Counts follow `training/`, `generation/` and
-`parallel/` as they are. It knows nothing of meshes beyond how far a layout's groups reach, or of other calls.
+What products and messages take is `rates.py`'s to say; communication comes on top, since the runtime waits for it.
+Counts follow `training/`, `generation/` and `parallel/` as they are. It knows nothing of meshes beyond how far a
+layout's groups reach, or of other calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -15,27 +15,40 @@ from meshift.layout.layout import Coordinates, Layout
 from meshift.planner.decoding import course
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, PREFILL_TOKENS, Memory
+from meshift.planner.rates import rates_of
 from meshift.planner.workload import PlannedCall, Role
 
 BATCH_BYTES = 16
 """Of a token in a batch: its id and two or three floats."""
-UPDATE_BYTES = 46
-"""Read and written for each trained number: gradient's norm and clipping, AdamW, the rounded weight, zeros."""
-HEAD_PASSES = 4
-"""Products of the head's size in learning: logits, slopes, logits again, the projection's gradient."""
+PROBE_TEXTS, PROBE_LENGTH = 2, 12
+WORK = {"generate": "decode", "infer": "forward", "train": "backward"}
+"""By what kind of work a call is hindered, or hinders others, where processes share processors."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a call by what they go to. `late` is the share of rows that end in a generation's last tenth."""
+    """Seconds of a call by what they go to. `late` is the share of rows that end in a generation's last tenth.
+
+    `busy` processes are at work, on average over the call: those that wait in a pipeline are not.
+    """
 
     parts: Mapping[str, float] = field(default_factory=dict)
     late: float = 1.0
+    busy: float = 1.0
 
     @property
     def seconds(self) -> float:
         """All of it."""
         return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Of a pipeline: its layers, those of them that learn, and whether the head is here."""
+
+    layers: int
+    learned: int
+    is_last: bool
 
 
 class Costs:
@@ -44,8 +57,8 @@ class Costs:
     def __init__(self, role: Role, hardware: Hardware, memory: Memory | None = None) -> None:
         self.role, self.hardware = role, hardware
         self.memory = memory or Memory(role, hardware.machine)
-        self._peak = hardware.flops[role.dtype] * hardware.compute_share
-        self._rate = hardware.memory_rate * hardware.memory_share
+        self.rates = rates_of(hardware, role.dtype, role.width)
+        self._known_stages: dict[int, list[Stage]] = {}
 
     def of(self, call: PlannedCall, layout: Layout) -> Cost:
         """The whole call, all of its passes and updates, by its slowest rank."""
@@ -53,31 +66,25 @@ class Costs:
             return self._generating(call, layout)
         return self._learning(call, layout) if call.kind == "train" else self._reading(call, layout)
 
-    def _products(self, numbers: float, rows: float, more: float = 0.0) -> float:
-        """Rows through matrices of so many numbers, and `more` operations."""
-        by_operations = (2.0 * numbers * rows + more) / self._peak
-        return max(by_operations, numbers * self.role.width / self._rate)
-
-    def _layer(self, layout: Layout, rows: float, seen: float) -> float:
-        """One layer's forward pass over rows that see `seen` tokens each, without communication."""
+    def _layer(self, kind: str, layout: Layout, rows: float, seen: float) -> float:
+        """One layer's pass over rows that see `seen` tokens each, without communication."""
         config = self.role.config
         attention = 4.0 * config.num_heads / layout.tensor * config.head_dim * rows * seen
+        attention *= 2 if kind == "backward" else 1
         passing = rows * self.role.width * (8 * config.hidden_size + 4 * config.intermediate_size / layout.tensor)
         numbers = self.memory.sizes.layer(layout, _first(layout))
-        return self._products(numbers, rows, attention) + passing / self._rate + self.hardware.layer_delay
+        return self.rates.layer(kind, numbers, rows, attention, passing)
 
-    def _head(self, layout: Layout, rows: float) -> float:
+    def _head(self, kind: str, layout: Layout, rows: float) -> float:
         if self.role.head != "lm":
             return 0.0
-        numbers = self.role.config.vocab_size * self.role.config.hidden_size / layout.tensor
-        return (
-            self._products(numbers, rows)
-            + 3 * FP32 * rows * self.role.config.vocab_size / layout.tensor / self._rate
-        )
+        vocabulary = self.role.config.vocab_size / layout.tensor
+        return self.rates.head(kind, vocabulary * self.role.config.hidden_size, rows, vocabulary)
 
     def _tensor_sum(self, layout: Layout, rows: float) -> float:
         """One all-reduce of rows over tensor ranks."""
-        return self.hardware.sum_seconds(self._row_bytes(rows), layout.tensor, layout.tensor)
+        num_bytes, members = self._row_bytes(rows), layout.tensor
+        return self.hardware.sum_seconds(num_bytes, members, members, layout.num_ranks, late=True)
 
     def _row_bytes(self, rows: float) -> float:
         return rows * self.role.config.hidden_size * self.role.width
@@ -89,87 +96,114 @@ class Costs:
         far = layout.num_ranks > self.hardware.per_host
         return self.hardware.send_seconds(self._row_bytes(rows), far=far)
 
-    def _stages(self, layout: Layout) -> list[tuple[int, bool]]:
-        """Layers of each kind of stage, and whether it has the head."""
-        counts = [len(layers) for layers in layout.stage_layers(self.role.config.num_layers)]
-        return sorted({(count, stage == len(counts) - 1) for stage, count in enumerate(counts)})
+    def _stages(self, layout: Layout) -> list[Stage]:
+        """Of a pipeline, in order."""
+        if layout.pipeline not in self._known_stages:
+            every = layout.stage_layers(self.role.config.num_layers)
+            frozen = self.role.num_frozen_layers
+            self._known_stages[layout.pipeline] = [
+                Stage(len(one), max(0, one.stop - max(one.start, frozen)), number == len(every) - 1)
+                for number, one in enumerate(every)
+            ]
+        return self._known_stages[layout.pipeline]
+
+    def _most_layers(self, layout: Layout) -> int:
+        return max(stage.layers for stage in self._stages(layout))
+
+    def _passes(
+        self, each: Sequence[float], num: int, layout: Layout, kind: str
+    ) -> tuple[dict[str, float], float]:
+        """Compute and bubbles of `num` passes through stages that take so long each; processes at work.
+
+        The slowest stage works all the time but while the first pass comes to it and the last one leaves it.
+        """
+        longest, ahead = max(each), sum(each) - max(each)
+        replicas = layout.data * layout.tensor
+        busy = replicas * num * sum(each) / max(1e-30, num * longest + ahead)
+        slow = self.rates.slow(kind, busy)
+        return {"compute": slow * num * longest, "bubbles": slow * ahead}, busy
 
     def _joining(self, call: PlannedCall, layout: Layout) -> float:
         """Every rank is sent the batch by one process, and data ranks bring their rows of the outcome together."""
         num_bytes = BATCH_BYTES * call.texts.num_rows(share_prefixes=False)
         joined = self.hardware.gather_seconds(num_bytes, layout.data, layout.data * layout.tensor)
-        if call.kind == "generate":  # prompts are little
-            return joined
+        if call.kind == "generate" or layout.num_ranks == 1:  # prompts are little
+            return joined + self.rates.call
         rate, delay = self.hardware.rate_between(layout.num_ranks)
-        return joined + layout.num_ranks * num_bytes / rate + delay
+        return joined + layout.num_ranks * num_bytes / rate + delay + self.rates.call
 
     # Reading and learning
 
     def _reading(self, call: PlannedCall, layout: Layout) -> Cost:
-        rows, num = self._rows(call, layout), self.memory.num_micro_batches(call, layout)
+        rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
-        forward = max(
-            layers * self._layer(layout, rows, seen) + last * self._head(layout, read)
-            for layers, last in self._stages(layout)
-        )
+        layer, head = self._layer("forward", layout, rows, seen), self._head("read", layout, read)
+        each = [stage.layers * layer + stage.is_last * head for stage in self._stages(layout)]
+        passes, busy = self._passes(each, num, layout, "forward")
         sums = (2 * self._most_layers(layout) + 1) * self._tensor_sum(layout, rows)
         turns = num + layout.pipeline - 1
-        return Cost(
-            {
-                "compute": num * forward,
-                "bubbles": (layout.pipeline - 1) * forward,
-                "tensor": turns * sums,
-                "pipeline": turns * self._pass_on(layout, rows),
-                "gather": self._gathers(layout, num, learning=False),
-                "batch": self._joining(call, layout),
-            }
-        )
+        parts = {
+            **passes,
+            "tensor": turns * sums,
+            "pipeline": turns * self._pass_on(layout, rows),
+            "gather": self._gathers(layout, num, learning=False),
+            "batch": self._joining(call, layout),
+        }
+        return Cost(parts, busy=busy)
 
     def _learning(self, call: PlannedCall, layout: Layout) -> Cost:
-        rows, num = self._rows(call, layout), self.memory.num_micro_batches(call, layout)
+        rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
-        again = self.role.passes.gradient_checkpointing
-        learned = 1 - self.role.num_frozen_layers / self.role.config.num_layers
-        passes = 1 + learned * (2 + again)
-        both = max(
-            layers * passes * self._layer(layout, rows, seen) + last * HEAD_PASSES * self._head(layout, read)
-            for layers, last in self._stages(layout)
-        )
-        sums = (2 * self._most_layers(layout) * (2 + again) + 2) * self._tensor_sum(layout, rows)
+        again, stages = self.role.passes.gradient_checkpointing, self._stages(layout)
+        forward, back = (self._layer(kind, layout, rows, seen) for kind in ("forward", "backward"))
+        head = self._head("pass" if self._has_frozen_head else "learn", layout, read)
+        each = [
+            one.layers * forward + one.learned * (back + again * forward) + one.is_last * head for one in stages
+        ]
+        passes, busy = self._passes(each, num, layout, "backward")
+        sums = max(2 * (one.layers + (1 + again) * one.learned) + 2 for one in stages)
         turns = num + layout.pipeline - 1
+        sent = self._pass_on(layout, rows)
+        learns_across = sum(one.learned > 0 for one in stages) > 1
         updates = call.num_updates * call.num_passes
-        where = _first(layout)
-        trained = self.memory.sizes.held(layout, where).trained
-        reduced = 0.0
-        if not layout.sharded:
-            span = layout.data * layout.tensor
-            reduced = (
-                self.hardware.sum_seconds(FP32 * trained, layout.data, span) + 2 * FP32 * trained / self._rate
-            )
         parts = {
-            "compute": num * both,
-            "bubbles": (layout.pipeline - 1) * both,
-            "tensor": turns * sums,
-            "pipeline": 2 * turns * self._pass_on(layout, rows),
+            **passes,
+            "tensor": turns * sums * self._tensor_sum(layout, rows),
+            "pipeline": (1 + learns_across) * turns * sent,
             "gather": self._gathers(layout, num, learning=True),
-            "data": reduced if layout.data > 1 else 0.0,
-            "update": trained * UPDATE_BYTES / self._rate,
+            **self._updating(layout),
         }
         found = {name: updates * seconds for name, seconds in parts.items()}
-        return Cost({**found, "batch": self._joining(call, layout)})
+        return Cost({**found, "batch": self._joining(call, layout)}, busy=busy)
+
+    @property
+    def _has_frozen_head(self) -> bool:
+        """Whether the head is the embedding, which is frozen with the lowest layers."""
+        return self.role.num_frozen_layers > 0 and self.role.config.tie_word_embeddings
+
+    def _updating(self, layout: Layout) -> dict[str, float]:
+        """Gradients of data ranks added up, and the optimizer, where the most is trained."""
+        ends = {0, layout.pipeline // 2, layout.pipeline - 1}
+        places = (Coordinates(data=0, tensor=0, pipeline=stage) for stage in ends)
+        trained = max(self.memory.sizes.held(layout, where).trained for where in places)
+        slow, reduced = self.rates.slow("update", layout.num_ranks), 0.0
+        if not layout.sharded and layout.data > 1:
+            span = layout.data * layout.tensor
+            copied = self.rates.over("copy", 2 * FP32 * trained) * slow
+            reduced = self.hardware.sum_seconds(FP32 * trained, layout.data, span, layout.num_ranks) + copied
+        update = self.rates.over("update", trained)
+        update += self.rates.over("share", trained) * (self.hardware.processes > 1)
+        return {"data": reduced, "update": slow * update}
 
     def _rows(self, call: PlannedCall, layout: Layout) -> float:
         """Of a mean micro-batch: all have nearly as many."""
         rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
         each = rows / (call.num_updates * layout.data)
-        return max(1.0, each / self.memory.num_micro_batches(call, layout))
+        return max(1.0, each / self.memory.num_passes(call, layout))
 
     def _read(self, call: PlannedCall, rows: float) -> float:
         all_rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
         return rows * call.num_read * call.texts.num_sequences / max(1.0, all_rows)
-
-    def _most_layers(self, layout: Layout) -> int:
-        return max(layers for layers, _ in self._stages(layout))
 
     def _gathers(self, layout: Layout, num: int, *, learning: bool) -> float:
         """What `s` brings together and adds up: each layer in each pass, the rest once; in a pipeline all once."""
@@ -200,11 +234,15 @@ class Costs:
         slots = max(1, min(call.num_slots // sessions, ceil(own / sessions)))
         going = course(call.texts, ceil(own / sessions), slots)
         parts = {"decode": 0.0, "tensor": 0.0, "pipeline": 0.0}
+        work = busy = 0.0
         for span in going.spans:
             turns = span.steps * layout.pipeline
-            parts["decode"] += turns * self._decode_step(layout, span.live, span.cached)
-            sums = 2 * self._most_layers(layout) + 2
-            parts["tensor"] += turns * sums * self._tensor_sum(layout, span.live)
+            each = self._decode_step(layout, span.live, span.cached)
+            at_work = layout.data * layout.tensor * sum(each) / max(each)
+            seconds = turns * max(each) * self.rates.slow("decode", at_work)
+            work, busy = work + seconds, busy + seconds * at_work
+            parts["decode"] += seconds
+            parts["tensor"] += turns * self._decode_messages(layout, span.live)
             parts["pipeline"] += turns * self._pass_on(layout, span.live)
         prefill, tensor = self._prefill(call, layout, own)
         parts["prefill"], parts["tensor"] = prefill, parts["tensor"] + tensor
@@ -215,18 +253,47 @@ class Costs:
             parts["gather"] = self.hardware.gather_seconds(numbers * self.role.width, layout.data, span_of)
         parts["batch"] = self._joining(call, layout)
         if self.hardware.machine.packs:
-            parts["pack"] = 2 * self.memory.working(call, layout, _first(layout)).copies / self._rate
-        return Cost(parts, late=1 - going.ended[int(0.9 * (len(going.ended) - 1))])
+            parts["pack"] = self.packing(layout)
+        late = 1 - going.ended[int(0.9 * (len(going.ended) - 1))]
+        return Cost(parts, late=late, busy=busy / work if work else float(layout.num_ranks))
 
-    def _decode_step(self, layout: Layout, live: float, cached: float) -> float:
-        """One token for each live sequence, in the slowest stage: weights and cache are read."""
+    def packing(self, layout: Layout) -> float:
+        """Of the copy that a CPU multiplies by, made where weights are new."""
+        if not self.hardware.machine.packs:
+            return 0.0
+        copied = self.memory.packed(layout, _first(layout))
+        return self.rates.over("pack", copied) * self.rates.slow("pack", layout.num_ranks)
+
+    def probe(self, home: Layout, target: Layout) -> float:
+        """A few texts' log-probs where a role is trained, then by the generator (`runtime.probe`)."""
+        rows, seconds = float(PROBE_TEXTS * PROBE_LENGTH), 2 * self.rates.call
+        seconds += self._gathers(home, 1, learning=False)
+        for layout, kind, head in ((home, "forward", "read"), (target, "prompt", "draw")):
+            layer = self._layer(kind, layout, rows, PROBE_LENGTH / 2)
+            each = [
+                one.layers * layer + one.is_last * self._head(head, layout, rows) for one in self._stages(layout)
+            ]
+            replicas = layout.data * layout.tensor
+            seconds += sum(each) * self.rates.slow("forward", replicas)
+            seconds += 2 * sum(one.layers for one in self._stages(layout)) * self._tensor_sum(layout, rows)
+        return seconds
+
+    def _decode_step(self, layout: Layout, live: float, cached: float) -> list[float]:
+        """One token for each live sequence, in each stage: weights and cache are read; the last one draws."""
         config = self.role.config
         heads = max(1, config.num_kv_heads / layout.tensor)
-        cache = 2 * cached * heads * config.head_dim * self.role.width / self._rate
-        return max(
-            layers * (self._layer(layout, live, cached / max(1.0, live)) + cache) + last * self._head(layout, live)
-            for layers, last in self._stages(layout)
-        )
+        cache = self.rates.over("cache", 2 * cached * heads * config.head_dim * self.role.width)
+        layer = self._layer("decode", layout, live, cached / max(1.0, live)) + cache
+        head = self._head("draw", layout, live)
+        return [stage.layers * layer + stage.is_last * head for stage in self._stages(layout)]
+
+    def _decode_messages(self, layout: Layout, live: float) -> float:
+        """Of tensor ranks: sums of rows, and logits that all are to have whole."""
+        if layout.tensor == 1:
+            return 0.0
+        logits = FP32 * live * self.role.config.vocab_size
+        sums = (2 * self._most_layers(layout) + 1) * self._tensor_sum(layout, live)
+        return sums + self.hardware.gather_seconds(logits, layout.tensor, layout.tensor, among=layout.num_ranks)
 
     def _prefill(self, call: PlannedCall, layout: Layout, own: int) -> tuple[float, float]:
         """Prompts of this data rank, in passes of as many as fit: seconds of computing, and of tensor sums."""
@@ -234,7 +301,9 @@ class Costs:
         passes = max(layout.pipeline, ceil(tokens / PREFILL_TOKENS))
         rows, turns = tokens / passes, passes + layout.pipeline - 1
         layers = self._most_layers(layout)
-        each = layers * self._layer(layout, rows, call.texts.prompt / 2) + self._pass_on(layout, rows)
+        layer = self._layer("prompt", layout, rows, call.texts.prompt / 2)
+        slow = self.rates.slow("forward", layout.num_ranks * passes / turns)
+        each = layers * slow * layer + self._pass_on(layout, rows)
         return turns * each, turns * (2 * layers + 1) * self._tensor_sum(layout, rows)
 
 

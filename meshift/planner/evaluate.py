@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.models.shards import shard_table
-from meshift.planner.cost import Cost, Costs
+from meshift.planner.cost import WORK, Cost, Costs
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, Memory
 from meshift.planner.moving import Moving
@@ -27,6 +26,8 @@ Placements = Mapping[str, Mapping[Kind, Placement]]
 MAX_PLANNED = 256
 """Ranks up to which moves are planned in full; beyond, sharded sources make for millions of transfers."""
 FIRST_PART = 0.1
+SMALL = 1e-12
+"""Seconds that are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,10 @@ class Event:
 
 @dataclass(kw_only=True)
 class _Task:
-    """An event to be: what it waits for, and of which streaming generations it may begin to read."""
+    """An event to be: what it waits for, and whether it may begin to read of a generation that goes on.
+
+    `busy` processes are at work, with what `Profile.crowding` names `work`.
+    """
 
     name: str
     kind: str
@@ -54,14 +58,21 @@ class _Task:
     cost: Cost | None = None
     streams: bool = False
     late: float = 1.0
+    busy: float = 1.0
+    work: str = "update"
 
 
 def evaluate(step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True) -> list[Event]:
     """Every event of a step, in the order in which they begin."""
-    tasks = _tasks(step, hardware, placements, streaming)
-    events = _play(tasks)
+    hardware = hardware.shared_by(len(_devices(placements)))
+    events = _play(_tasks(step, hardware, placements, streaming), hardware)
     peaks = peak_bytes(step, hardware, placements)
     return [Event(**{**vars(event), "peak": peaks.get(event.name, 0.0)}) for event in events]
+
+
+def _devices(placements: Placements) -> set[Device]:
+    every = (placement for of_role in placements.values() for placement in of_role.values())
+    return {device for placement in every for device in placement.mesh.devices}
 
 
 def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bool) -> list[_Task]:
@@ -71,17 +82,20 @@ def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bo
         cost = Costs(role, hardware).of(call, placement.layout)
         home = placements[call.role].get("train") or next(iter(placements[call.role].values()))
         memory = Memory(role, hardware.machine)
+        packed = cost.parts.get("pack", 0.0) if placement != home and "train" in placements[call.role] else 0.0
         away = 2 * memory.kept(home.layout, home.layout.coordinates(0)).total / hardware.host_rate
         tasks.append(
             _Task(
                 name=call.name,
                 kind="call",
-                seconds=cost.seconds + away * role.offloaded,
+                seconds=cost.seconds - packed + away * role.offloaded,
                 devices=frozenset(placement.mesh.devices),
                 waits=set(call.waits),
                 cost=cost,
                 streams=streaming and call.kind == "infer",
                 late=cost.late if call.kind == "generate" else -1.0,
+                busy=cost.busy,
+                work=WORK[call.kind],
             )
         )
         if call.kind == "train":
@@ -105,23 +119,26 @@ def _moves(step: Step, hardware: Hardware, of_role: Mapping[Kind, Placement], ca
             continue
         seconds = 0.0
         if target != home and max(home.layout.num_ranks, target.layout.num_ranks) > MAX_PLANNED:
-            seconds = _counted(role, hardware, home, target)
+            seconds = _counted(role, hardware, home, target, kind)
         elif target != home:
             made = plan(home, target, table, dtypes=dtypes, leave_out=left_out)
+            moving = Moving(Memory(role, hardware.machine), hardware)
             seconds = _sending(hardware, made.sent, made.received, home, target)
-            held = max(Memory(role).kept(target.layout, target.layout.coordinates(0)).weights, 1)
-            seconds += 2 * held / (hardware.memory_rate * hardware.memory_share)
+            seconds += moving.checking(home.layout, target.layout, generates=kind == "generate")
         devices = frozenset((*home.mesh.devices, *target.mesh.devices))
         name = f"{call.role} to {kind}"
-        tasks.append(_Task(name=name, kind="move", seconds=seconds, devices=devices, waits={call.name}))
+        moved = _Task(name=name, kind="move", seconds=seconds, devices=devices, waits={call.name})
+        moved.busy = float(len(devices))
+        tasks.append(moved)
     return tasks
 
 
-def _counted(role: Role, hardware: Hardware, home: Placement, target: Placement) -> float:
+def _counted(role: Role, hardware: Hardware, home: Placement, target: Placement, kind: Kind) -> float:
     """By the bytes of some ranks, of a move between many."""
     shift = home.mesh.rank_of(target.mesh.devices[0])
     far = len({device.host for device in (*home.mesh.devices, *target.mesh.devices)}) > 1
-    return Moving(Memory(role), hardware).seconds(home.layout, target.layout, shift, far=far)
+    moving = Moving(Memory(role, hardware.machine), hardware)
+    return moving.seconds(home.layout, target.layout, shift, far=far, generates=kind == "generate")
 
 
 def _counted_mixing(role: Role, hardware: Hardware, source: Placement, target: Placement) -> float:
@@ -165,59 +182,97 @@ def _mixings(step: Step, hardware: Hardware, placements: Placements, tasks: Sequ
     return found
 
 
-def _play(tasks: Sequence[_Task]) -> list[Event]:
-    """Let every device work off its tasks in order, each as soon as its devices are free and may begin."""
+def _play(tasks: Sequence[_Task], hardware: Hardware) -> list[Event]:
+    """Let every device work off its tasks in order, each as soon as its devices are free and may begin.
+
+    Tasks that share a host's processors slow each other down for as long as both run.
+    """
     queues: dict[Device, deque[_Task]] = {}
     for task in tasks:
         for device in task.devices:
             queues.setdefault(device, deque()).append(task)
     by_name = {task.name: task for task in tasks}
-    waiting, running, done = list(tasks), list[tuple[float, int, _Task]](), dict[str, Event]()
+    waiting, running, done = list(tasks), dict[str, float](), dict[str, Event]()
     starts: dict[str, float] = {}
     now = 0.0
     while waiting or running:
-        while ready := [
-            t for t in waiting if all(queues[d][0] is t for d in t.devices) and _may(t, starts, done, by_name)
-        ]:  # a generation that begins may let others begin
-            for task in ready:
+        while ready := [t for t in waiting if _is_next(t, queues) and _may(t, running, done, by_name)]:
+            for task in ready:  # a generation that begins may let others begin
                 waiting.remove(task)
-                starts[task.name] = max(now, _stream_start(task, starts, by_name))
-                heappush(running, (starts[task.name] + task.seconds, len(starts), task))
-        now, _, ended = heappop(running)
-        for device in ended.devices:
-            queues[device].popleft()
-        done[ended.name] = Event(
-            name=ended.name,
-            kind=ended.kind,
-            start=starts[ended.name],
-            end=now,
-            devices=ended.devices,
-            cost=ended.cost,
-        )
+                starts[task.name], running[task.name] = now, task.seconds
+        speeds = _speeds([by_name[name] for name in running], hardware)
+        passed = _until_next(waiting, running, speeds, by_name)
+        now += passed
+        for name in list(running):
+            running[name] -= passed * speeds[name]
+            if running[name] > SMALL:
+                continue
+            ended = by_name[name]
+            del running[name]
+            for device in ended.devices:
+                queues[device].popleft()
+            done[name] = Event(
+                name=name,
+                kind=ended.kind,
+                start=starts[name],
+                end=now,
+                devices=ended.devices,
+                cost=ended.cost,
+            )
     return sorted(done.values(), key=lambda event: event.start)
 
 
+def _speeds(tasks: Sequence[_Task], hardware: Hardware) -> dict[str, float]:
+    """How fast each task gets on, beside the others: 1 is as fast as alone."""
+    if hardware.profile is None or not hardware.cores or len(tasks) < 2:
+        return {task.name: 1.0 for task in tasks}
+    slow, busy = hardware.profile.slow, sum(task.busy for task in tasks)
+    return {task.name: slow(task.work, task.busy) / slow(task.work, busy) for task in tasks}
+
+
+def _until_next(
+    waiting: Sequence[_Task],
+    running: Mapping[str, float],
+    speeds: Mapping[str, float],
+    by_name: Mapping[str, _Task],
+) -> float:
+    """Until a task ends, or a generation is so far that what it has given may be read."""
+    times = [left / speeds[name] for name, left in running.items()]
+    for task in waiting:
+        for name in task.waits & running.keys():
+            earlier = by_name[name]
+            if _reads_early(task, earlier):
+                left = running[name] - (1 - _lead(task, earlier)) * earlier.seconds
+                times += [left / speeds[name]] if left > SMALL else []
+    return max(0.0, min(times))
+
+
+def _is_next(task: _Task, queues: Mapping[Device, deque[_Task]]) -> bool:
+    return all(queues[device][0] is task for device in task.devices)
+
+
 def _may(
-    task: _Task, starts: Mapping[str, float], done: Mapping[str, Event], by_name: Mapping[str, _Task]
+    task: _Task, running: Mapping[str, float], done: Mapping[str, Event], by_name: Mapping[str, _Task]
 ) -> bool:
-    """Whether all it waits for has ended; of a generation elsewhere that it reads from, whether it has begun."""
-    return all(name in (starts if _reads_early(task, by_name[name]) else done) for name in task.waits)
+    """Whether all it waits for has ended, or is a generation elsewhere that it reads and that is far enough."""
+    for name in task.waits - done.keys():
+        earlier = by_name[name]
+        if name not in running or not _reads_early(task, earlier):
+            return False
+        if running[name] > (1 - _lead(task, earlier)) * earlier.seconds + SMALL:
+            return False
+    return True
 
 
 def _reads_early(task: _Task, earlier: _Task) -> bool:
     return task.streams and earlier.late >= 0 and not task.devices & earlier.devices
 
 
-def _stream_start(task: _Task, starts: Mapping[str, float], by_name: Mapping[str, _Task]) -> float:
-    """So late that the completions that end last are read after they have ended."""
-    earlier = [by_name[name] for name in task.waits if _reads_early(task, by_name[name])]
-    return max(
-        (
-            starts[one.name] + max(FIRST_PART * one.seconds, one.seconds - (1 - one.late) * task.seconds)
-            for one in earlier
-        ),
-        default=0.0,
-    )
+def _lead(task: _Task, earlier: _Task) -> float:
+    """The part of a generation after which to begin, so that completions that end last are read after that."""
+    if earlier.seconds <= 0:
+        return 1.0
+    return max(FIRST_PART, 1 - (1 - earlier.late) * task.seconds / earlier.seconds)
 
 
 def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[str, float]:

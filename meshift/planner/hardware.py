@@ -15,6 +15,7 @@ from typing import Any
 
 from meshift.errors import ConfigError
 from meshift.planner.memory import Machine
+from meshift.planner.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,9 @@ class Hardware:
     of them large matrix products and long reads reach. `near_rate` is the link within a host, `far_rate` its
     part of the network between hosts, `host_rate` the way to the host's memory; `link_share` of them is reached.
     `near_delay` and `far_delay` are seconds for a message, `layer_delay` for starting one layer's operations.
-    `reserve`: bytes that the runtime, libraries and fragments take.
+    `reserve`: bytes that the runtime, libraries and fragments take. With a `profile` what was measured stands for
+    all of these but memory and the network between hosts; `processes` are those of a plan on a host, which share
+    its processors where it has no devices (`Profile.cores`).
     """
 
     name: str
@@ -44,11 +47,36 @@ class Hardware:
     layer_delay: float = 1e-4
     reserve: float = 4e9
     machine: Machine = field(default_factory=Machine)
+    profile: Profile | None = None
+    processes: int = 1
+
+    @property
+    def _messages(self) -> Profile:
+        return self.profile or Profile()
+
+    @property
+    def _sends(self) -> bool:
+        """Whether messages were measured."""
+        return bool(self._messages.messages)
+
+    @property
+    def cores(self) -> int:
+        """Processors that a host's processes share; 0: each has a device."""
+        return 0 if self.profile is None else self.profile.cores
+
+    @property
+    def threads(self) -> int:
+        """Of each process."""
+        return 1 if self.profile is None else self.profile.threads_of(self.processes)
+
+    def shared_by(self, num_processes: int) -> Hardware:
+        """As it is to each of so many processes."""
+        return replace(self, processes=min(num_processes, self.per_host)) if self.cores else self
 
     @property
     def usable(self) -> float:
-        """Bytes for models and calls."""
-        return self.memory - self.reserve
+        """Bytes for models and calls; processes without devices share the host's."""
+        return self.memory / (self.processes if self.cores else 1) - self.reserve
 
     def rate_between(self, span: int) -> tuple[float, float]:
         """Bytes a second and seconds a message between neighbours in a group of devices that spans `span`."""
@@ -56,17 +84,25 @@ class Hardware:
             return self.near_rate * self.link_share, self.near_delay
         return self.far_rate * self.link_share, self.far_delay
 
-    def sum_seconds(self, num_bytes: float, members: int, span: int) -> float:
+    def sum_seconds(
+        self, num_bytes: float, members: int, span: int, among: int | None = None, *, late: bool = False
+    ) -> float:
         """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
 
         A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
+        `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
+        `late`: it comes after products, which not all end at once.
         """
+        if self._sends and members > 1 and span <= self.per_host:
+            return self._messages.message("late" if late else "sum", num_bytes, members, among or span)
         return 2 * self.gather_seconds(num_bytes, members, span)
 
-    def gather_seconds(self, num_bytes: float, members: int, span: int) -> float:
+    def gather_seconds(self, num_bytes: float, members: int, span: int, among: int | None = None) -> float:
         """All-gather or reduce-scatter of so many bytes in all, over such a group (see `sum_seconds`)."""
         if members <= 1:
             return 0.0
+        if self._sends and span <= self.per_host:
+            return self._messages.message("gather", num_bytes, members, among or span)
         hosts = max(1, ceil(span / self.per_host))
         if hosts == 1:
             rate, delay = self.rate_between(span)
@@ -79,6 +115,8 @@ class Hardware:
 
     def send_seconds(self, num_bytes: float, *, far: bool) -> float:
         """From one device to another."""
+        if self._sends and not far:
+            return self._messages.message("send", num_bytes, 2, 2)
         rate, delay = (self.far_rate, self.far_delay) if far else (self.near_rate, self.near_delay)
         return num_bytes / (rate * self.link_share) + delay
 
@@ -127,9 +165,12 @@ def find_hardware(name: str) -> Hardware:
 def from_values(values: Mapping[str, Any]) -> Hardware:
     """What `as_values` gave. Raises `TypeError` for keys that are missing or unknown."""
     given = dict(values)
+    profile = given.get("profile")
+    given["profile"] = None if profile is None else Profile.of(profile)
     return Hardware(**{**given, "machine": Machine(**given.get("machine", {}))})
 
 
 def as_values(hardware: Hardware) -> dict[str, Any]:
     """As plain numbers, for JSON."""
-    return asdict(replace(hardware, flops=dict(hardware.flops)))
+    profile = None if hardware.profile is None else hardware.profile.values()
+    return {**asdict(replace(hardware, flops=dict(hardware.flops), profile=None)), "profile": profile}

@@ -146,14 +146,14 @@ class Memory:
         held = self.sizes.held(layout, where)
         return Working(
             cache=2 * num_layers * slots * heads * length * config.head_dim * width,
-            copies=self._packed(layout, where) if self.machine.packs else 0,
+            copies=self.packed(layout, where) if self.machine.packs else 0,
             logits=logits if where.pipeline == layout.pipeline - 1 else 0,
             activations=ceil(rows * self._passing(layout)),
             gathered=(self._whole(layout, where) - held.total) * width if layout.sharded else 0,
         )
 
-    def _packed(self, layout: Layout, where: Coordinates) -> int:
-        """The matrices of layers and head once more."""
+    def packed(self, layout: Layout, where: Coordinates) -> int:
+        """Bytes of the matrices of layers and head once more."""
         whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
         embedding = _part(self.role.config.vocab_size, layout.tensor) * self.role.config.hidden_size
         ends = where.pipeline == layout.pipeline - 1
@@ -208,6 +208,15 @@ class Memory:
     def num_micro_batches(self, call: PlannedCall, layout: Layout) -> int:
         """Of one update, or of one reading."""
         return max(1, ceil(self._rows_of_update(call, layout) / self.micro_batch_rows(call, layout)))
+
+    def num_passes(self, call: PlannedCall, layout: Layout) -> int:
+        """As `num_micro_batches`, with texts of mean length: what time goes by."""
+        rows = self._rows_of_update(call, layout)
+        most = min(self.role.passes.max_tokens_per_micro_batch, rows)
+        if layout.pipeline > 1:
+            most = min(most, ceil(rows / (PER_STAGE * layout.pipeline)))
+        texts = ceil(call.texts.num_sequences / (call.num_updates * layout.data))
+        return max(1, min(ceil(rows / most), texts))
 
     def _rows_of_update(self, call: PlannedCall, layout: Layout) -> float:
         rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 
 from meshift.layout.boxes import held_box, num_elements
 from meshift.layout.layout import Coordinates, Layout
+from meshift.planner.cost import Costs
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, Memory
+from meshift.planner.rates import rates_of
 from meshift.planner.sizes import Pattern, Sizes
 
 MAX_RANKS = 16
 """Of a larger target so many ranks are looked at, evenly spaced; their mean stands for all."""
 CHECK_PASSES = 2
 """Times that what is held is read for fingerprints, on both sides together."""
+MESSAGES, SMALL_MESSAGE = 5, 16384
+"""That processes exchange around a move: two barriers, fingerprints, versions (two); and two for a probe."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,31 @@ class Moving:
             )
         return self._found[key]
 
-    def seconds(self, home: Layout, target: Layout, shift: int | None, *, far: bool) -> float:
+    def seconds(
+        self, home: Layout, target: Layout, shift: int | None, *, far: bool, generates: bool = False
+    ) -> float:
         """Of bringing new weights to the target and checking them; `far`: the two meshes span hosts."""
         width = self.memory.role.width
         missing = self.missing(home, target, shift)
         rate, delay = self._link(home, shift, far)
         sent = max(missing.most, missing.total / home.num_ranks) * width / rate
-        held = self.memory.sizes.held(target, _first()).total * width
-        checked = CHECK_PASSES * held / (self.hardware.memory_rate * self.hardware.memory_share)
-        return sent + checked + 2 * delay
+        return sent + 2 * delay + self.checking(home, target, generates=generates)
+
+    def checking(self, home: Layout, target: Layout, *, generates: bool) -> float:
+        """Fingerprints on both sides; and where completions are drawn, packed weights and a probe of log-probs."""
+        role = self.memory.role
+        held = self.memory.sizes.held(target, _first()).total * role.width
+        if self.hardware.profile is None:
+            return CHECK_PASSES * held / (self.hardware.memory_rate * self.hardware.memory_share)
+        rates, among = rates_of(self.hardware, role.dtype, role.width), max(home.num_ranks, target.num_ranks)
+        trained = sum(self.memory.sizes.held(layout, _last(layout)).trained for layout in (home, target))
+        seconds = rates.over("check", trained * role.width) * rates.slow("update", among)
+        said = MESSAGES + 2 * generates
+        seconds += said * self.hardware.gather_seconds(SMALL_MESSAGE, among, among)
+        if generates:
+            costs = Costs(role, self.hardware, self.memory)
+            seconds += costs.packing(target) + costs.probe(home, target)
+        return seconds
 
     def mixing_seconds(self, source: Layout, target: Layout, shift: int | None, *, far: bool) -> float:
         """Of mixing all weights into another role's fp32 averages: those that are elsewhere are sent in fp32."""
@@ -118,3 +138,8 @@ def _absent(
 
 def _first() -> Coordinates:
     return Coordinates(data=0, tensor=0, pipeline=0)
+
+
+def _last(layout: Layout) -> Coordinates:
+    """In the last stage, where the most is trained if lower layers are frozen."""
+    return Coordinates(data=0, tensor=0, pipeline=layout.pipeline - 1)

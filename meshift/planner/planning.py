@@ -65,7 +65,24 @@ def make_plan(
     sharding: bool = True,
     streaming: bool = True,
 ) -> Planned:
-    """The best plan that can be found in about so many seconds; roles are offloaded where nothing else fits."""
+    """The best plan that can be found in about so many seconds; roles are offloaded where nothing else fits.
+
+    Where processes share processors, one process that has them all is a plan of its own.
+    """
+    if (
+        hardware.cores
+        and num_devices > 1
+        and hardware.shared_by(1).threads > hardware.shared_by(num_devices).threads
+    ):
+        whole = partial(_made, step, hardware, sharding=sharding, streaming=streaming)
+        found = [whole(1, 0.2 * seconds), whole(num_devices, 0.8 * seconds)]
+        return min(found, key=lambda one: (one.lacking, one.seconds if one.events else float("inf")))
+    return _made(step, hardware, num_devices, seconds, sharding=sharding, streaming=streaming)
+
+
+def _made(
+    step: Step, hardware: Hardware, num_devices: int, seconds: float, *, sharding: bool, streaming: bool
+) -> Planned:
     problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
     hints = _by_hand(problem)
     choice = search(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from meshift.config.plan import Kind
 from meshift.config.policy_runs import DAPORunConfig, PolicyRunConfig, ReMaxRunConfig
@@ -32,7 +33,7 @@ USUAL_SHARE = 0.5
 class Lengths:
     """Mean tokens of prompts and completions; None: half of what the config allows."""
 
-    prompt: int | None = None
+    prompt: float | None = None
     completion: float | None = None
 
 
@@ -125,7 +126,7 @@ def _rollout_calls(
         num_prompts=config.data.batch_size,
         per_prompt=config.generation.num_generations,
         prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
-        longest_prompt=max(longest, lengths.prompt or 0),
+        longest_prompt=max(longest, ceil(lengths.prompt or 0)),
         completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
         longest_completion=most,
     )
@@ -186,7 +187,7 @@ def _given_texts(batch_size: int, max_length: int, per_prompt: int, lengths: Len
         num_prompts=batch_size,
         per_prompt=per_prompt,
         prompt=prompt,
-        longest_prompt=prompt,
+        longest_prompt=ceil(prompt),
         completion=completion,
-        longest_completion=max(1, max_length - prompt),
+        longest_completion=max(1, max_length - ceil(prompt)),
     )

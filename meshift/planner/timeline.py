@@ -6,13 +6,16 @@ enough to be asked for thousands of times. It knows nothing of how a choice come
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meshift.planner.candidates import Candidate, Op, Problem, Use
+from meshift.planner.cost import WORK
 
 FIRST_PART = 0.1
 """Of a generation passes before others may begin to read."""
+SMALL = 1e-12
+"""Seconds that are none."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Bar:
 
 def timeline(problem: Problem, choice: Choice) -> list[Bar]:
     """Every op of a step; those that take no time (a move to where the weights are) too."""
+    if problem.hardware.cores:
+        return shared_timeline(problem, choice)
     bars: list[Bar] = []
     for op in problem.ops:
         spots = tuple(choice[use] for use in op.uses)
@@ -71,12 +76,76 @@ def timeline(problem: Problem, choice: Choice) -> list[Bar]:
     return bars
 
 
+def shared_timeline(problem: Problem, choice: Choice) -> list[Bar]:
+    """As `timeline`, where ops that run at the same time share the host's processors and slow each other down."""
+    profile, ops = problem.hardware.profile, problem.ops
+    assert profile is not None
+    spots = [tuple(choice[use] for use in op.uses) for op in ops]
+    seconds = [op_seconds(problem, op, choice) for op in ops]
+    loads = [_load(op, choice) for op in ops]
+    before = [_before(problem, i, spots, seconds) for i in range(len(ops))]
+    left, starts, ends = list(seconds), dict[int, float](), dict[int, float]()
+    now = 0.0
+    while len(ends) < len(ops):
+        for i in range(len(ops)):
+            if i not in starts and all(_is_past(j, part, left, seconds, starts) for j, part in before[i]):
+                starts[i] = now
+        running = [i for i in starts if i not in ends]
+        busy = sum(loads[i][0] for i in running)
+        speeds = {}
+        for i in running:
+            own, work = loads[i]
+            alone = len(running) == 1
+            speeds[i] = 1.0 if alone else profile.slow(work, own) / profile.slow(work, max(own, busy))
+        marks = [(left[j] - (1 - part) * seconds[j]) / speeds[j] for b in before for j, part in b if j in speeds]
+        passed = min([left[i] / speeds[i] for i in running] + [mark for mark in marks if mark > SMALL])
+        now += passed
+        for i in running:
+            left[i] -= passed * speeds[i]
+            if left[i] <= SMALL:
+                left[i], ends[i] = 0.0, now
+    return [Bar(op, starts[i], ends[i], spots[i]) for i, op in enumerate(ops)]
+
+
+def _load(op: Op, choice: Choice) -> tuple[float, str]:
+    """Processes at work, and at what."""
+    if op.kind == "call":
+        return choice[op.uses[0]].candidate.costs[op.name].busy, WORK[op.uses[0].kind]
+    first, second = (choice[use] for use in op.uses)
+    within = first.within(second) or second.within(first)
+    sizes = first.candidate.size, second.candidate.size
+    return float(max(sizes) if within else sum(sizes)), "update"
+
+
+def _before(
+    problem: Problem, i: int, spots: Sequence[tuple[Spot, ...]], seconds: Sequence[float]
+) -> list[tuple[int, float]]:
+    """Earlier ops that op i waits for, and the part of each that must have passed."""
+    found = []
+    for j, earlier in enumerate(problem.ops[:i]):
+        if j in problem.ops[i].streams and not spots[j][0].meets(spots[i][0]):
+            late = spots[j][0].candidate.costs[earlier.name].late
+            share = seconds[i] / seconds[j] if seconds[j] else 0.0
+            found.append((j, max(FIRST_PART, 1 - (1 - late) * share)))
+        elif j in problem.ops[i].waits or any(a.meets(b) for a in spots[i] for b in spots[j]):
+            found.append((j, 1.0))
+    return found
+
+
+def _is_past(
+    j: int, part: float, left: Sequence[float], seconds: Sequence[float], starts: Mapping[int, float]
+) -> bool:
+    return j in starts and left[j] <= (1 - part) * seconds[j] + SMALL
+
+
 def op_seconds(problem: Problem, op: Op, choice: Choice) -> float:
     """How long an op takes, by the candidates and by whether one mesh of a move is within the other."""
     if op.kind == "call":
         spot, role = choice[op.uses[0]], problem.step.roles[op.uses[0].role]
         away = 2 * spot.candidate.kept / problem.hardware.host_rate if role.offloaded else 0.0
-        return spot.candidate.seconds[op.name] + away
+        home = choice[problem.home(op.uses[0].role)]
+        packed = 0.0 if spot.is_same(home) else spot.candidate.costs[op.name].parts.get("pack", 0.0)
+        return spot.candidate.seconds[op.name] - packed * role.trained + away
     source, target = (choice[use] for use in op.uses)
     if op.kind == "move" and source.is_same(target):
         return 0.0

@@ -57,7 +57,7 @@ class Texts:
     """
 
     num_prompts: int
-    prompt: int
+    prompt: float
     longest_prompt: int
     completion: float
     longest_completion: int

@@ -12,7 +12,9 @@ HIDDEN = ("timing_s/", "start_s/", "training/global_step")
 """Shown by the timeline, or the axis itself."""
 BY_SOURCE = "Reward by source"
 PEAKS = "perf/peak_memory_gb/"
-EXACT = frozenset(("lr", "actor/lr", "critic/lr", "objective/kl_coef", "sync/version", "num_tokens"))
+EXACT = frozenset(
+    ("lr", "actor/lr", "critic/lr", "objective/kl_coef", "cost/multiplier", "sync/version", "num_tokens")
+)
 """Set, not measured: there is no noise to smooth away."""
 
 

@@ -20,7 +20,14 @@ from meshift.errors import ModelError, SaveError
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.hf.families import FAMILIES, HEAD_NAMES
 from meshift.models.hf.files import WeightFiles
-from meshift.models.hf.load import load_config, load_model, load_tokenizer
+from meshift.models.hf.load import (
+    Files,
+    load_config,
+    load_model,
+    load_tokenizer,
+    open_weights,
+    tokenizer_folder,
+)
 from meshift.models.hf.save import save_model
 from meshift.models.shards import num_bytes, num_parameters, shard_table
 from meshift.runtime.models import model_folder
@@ -139,6 +146,7 @@ def _check_space(target: Path, size: int) -> None:
 
 
 def _copy_tokenizer(folder: Path, scratch: Path) -> bool:
+    folder = tokenizer_folder(folder)
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for name in found:
         shutil.copyfile(folder / name, scratch / name)
@@ -149,7 +157,7 @@ def _copy_tokenizer(folder: Path, scratch: Path) -> bool:
 
 def _verify(source: str, folder: Path, scratch: Path, dtype: torch.dtype, config: DecoderConfig) -> bool:
     """Read the copy back and hold every tensor against the source's; returns whether all are equal unrounded."""
-    theirs, ours = WeightFiles(folder), WeightFiles(scratch)
+    theirs, ours = open_weights(folder), WeightFiles(scratch)
     prefix = FAMILIES[config.family].prefix  # which a file of the bare decoder leaves out
     stored = {name: name if name in theirs.shapes else name.removeprefix(prefix) for name in ours.shapes}
     read = dict(theirs.read(set(theirs.shapes) & set(stored.values())))
@@ -176,7 +184,7 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
-def _check_nothing_lost(source: str, theirs: WeightFiles, ours: WeightFiles, config: DecoderConfig) -> None:
+def _check_nothing_lost(source: str, theirs: Files, ours: WeightFiles, config: DecoderConfig) -> None:
     """Raise `ModelError` where the source has a second head: one folder holds one model."""
     heads = set(HEAD_NAMES.values()) & set(theirs.shapes) - set(ours.shapes)
     if config.tie_word_embeddings:  # a tied model may repeat its embedding as lm_head

@@ -13,6 +13,7 @@ import torch
 
 from meshift.algorithms.dpo import REFERENCE_READING, dpo_graph, dpo_loss
 from meshift.algorithms.losses import DPOLoss
+from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
 from meshift.errors import ModelError
@@ -22,10 +23,12 @@ from meshift.runtime.models import (
     check_same_shape,
     check_same_tokenizer,
     compute_dtype,
-    model_folder,
+    kept_models,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
+    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
@@ -49,13 +52,14 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
     sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
     once = config.dpo.precompute_ref_log_probs
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in names.items()),
+        *model_rows(names, {**names} if config.dpo.precompute_ref_log_probs else _kept(config, names)),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
         *data.described(),
         *weights_in_words(config.data, pairs),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
         *arithmetic(config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
         ("reference", "read once, before the first step, then dropped" if once else "read in every step"),
+        *trained_rows(names, {"actor": config.actor}),
         ("memory", f"{_resident_bytes(config, names) / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
         *plan_row(config, DPO_METHOD),
@@ -64,8 +68,13 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
 
 def _resident_bytes(config: DPORunConfig, names: Mapping[str, str]) -> int:
     dtype = compute_dtype(config.dtype)
-    kept = {"actor": config.actor} if config.dpo.precompute_ref_log_probs else {**names, "actor": config.actor}
+    once = config.dpo.precompute_ref_log_probs
+    kept = {"actor": names["actor"]} if once else _kept(config, names)
     return sum(resident_bytes(names[r], "lm", dtype, config.actor if r == "actor" else None) for r in kept)
+
+
+def _kept(config: DPORunConfig, names: Mapping[str, str]) -> dict[str, str]:
+    return kept_models(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
 
 
 def role_models(config: DPORunConfig) -> dict[str, str]:
@@ -93,17 +102,9 @@ def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
         source.known = reader.read_pairs(source, max_steps, config.data.batch_size)
         memories["read_reference"] = _SameReference(reference)
         del reader, reference  # and the reference with it, before the actor is loaded
-    else:
-        roles["reference"] = opener.open(_reference(config, names))
-    actor = RoleSpec(
-        name="actor",
-        model=names["actor"],
-        dtype=compute_dtype(config.dtype),
-        config=config.actor,
-        max_steps=max_steps,
-        seed=config.seed,
-    )
-    roles["actor"] = opener.open(actor)
+    roles["actor"] = opener.open(_actor(config, names, max_steps))
+    if not config.dpo.precompute_ref_log_probs:
+        roles["reference"] = opener.open(_reference(config, names))  # what the actor leaves frozen may serve as it
     evaluation = _Evaluation(config, roles, heldout)
     tokenizer = open_tokenizer(names["actor"])
     return Job(
@@ -117,7 +118,7 @@ def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
         num_tokens=num_pair_tokens,
         memories=memories,
         rows=data.train.pairs,
-        messages=(*data.messages(), *_unused(data)),
+        messages=(*data.messages(), *data.unread_margins("DPO")),
     )
 
 
@@ -129,9 +130,26 @@ def dpo_uses(config: DPORunConfig) -> Uses:
 DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=role_models)
 
 
+def _actor(config: DPORunConfig, names: Mapping[str, str], max_steps: int) -> RoleSpec:
+    return RoleSpec(
+        name="actor",
+        model=names["actor"],
+        dtype=compute_dtype(config.dtype),
+        config=config.actor,
+        max_steps=max_steps,
+        seed=config.seed,
+    )
+
+
 def _reference(config: DPORunConfig, names: Mapping[str, str]) -> RoleSpec:
     dtype = compute_dtype(config.dtype)
-    return RoleSpec(name="reference", model=names["reference"], dtype=dtype, config=frozen_like(config.actor))
+    return RoleSpec(
+        name="reference",
+        model=names["reference"],
+        dtype=dtype,
+        config=frozen_like(config.actor),
+        moves=config.reference.sync_ref_model,
+    )
 
 
 class _ReferenceReader:
@@ -214,8 +232,8 @@ class _Evaluation:
         return heldout_metrics(self.loss, self.roles["actor"], batch)
 
 
-def heldout_metrics(loss: DPOLoss, actor: Infers, batch: Batch) -> dict[str, float]:
-    """Loss, accuracy and margin of the actor on pairs whose reference log-probs are in the batch."""
+def heldout_metrics(loss: DPOLoss | ReferenceFreeLoss, actor: Infers, batch: Batch) -> dict[str, float]:
+    """Loss, accuracy and margin of the actor on pairs; reference log-probs, where read, are in the batch."""
     result = loss(actor.infer(loss.reading, batch).batch.fields, batch)
     sums = {"loss": result.total, "accuracy": result.sums["accuracy"], "margin": result.sums["margin"]}
     return {f"eval/{name}": float(value) / len(batch) for name, value in sums.items()}
@@ -232,9 +250,3 @@ def _check(config: DPORunConfig) -> PairSets:
     role, limit = shortest_limit(names)
     data.check_lengths(role, names[role], limit)
     return data
-
-
-def _unused(data: PairSets) -> tuple[str, ...]:
-    where = next((pair.where for pair in data.train.pairs if pair.margin is not None), None)
-    note = f"the column margin is for reward models; DPO does not read it, as at {where}"
-    return () if where is None else (note,)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from meshift.batch import Batch, Outcome, Ragged
-from meshift.config.sections import RewardConfig
+from meshift.config.sections import PPORewardConfig, RewardConfig
 from meshift.generation.rollout import SamplingTask
-from meshift.training.readings import SequenceScores
+from meshift.training.readings import SequenceScores, TokenScores
 
 NUM_TIMES = 5
 """Without a setting, the prompts are completed before the first step and about this many times after it."""
@@ -93,6 +93,9 @@ def reward_judge(reward: RewardConfig, model: Infers | None) -> Callable[[Batch]
         return None
 
     def judge(drawn: Batch) -> list[float]:
+        if isinstance(reward, PPORewardConfig) and reward.per_token:
+            read = model.infer(TokenScores(), drawn.select(("tokens", "completion_lengths"))).batch
+            return [reward.weight * float(score) for score in read["process_scores"].sum_rows()]
         read = model.infer(SequenceScores(), drawn.select(("tokens",))).batch
         return [reward.weight * float(score) for score in read["scores"].values]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from meshift.config.runs import HeldOutRunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.graph.calls import Kind
-from meshift.runtime.models import check_frozen_layers
+from meshift.runtime.models import check_trained
 from meshift.runtime.run_folder import check_inputs_stay
 
 
 def check_before_reading(config: HeldOutRunConfig, section: str, trained: TrainableConfig) -> None:
     """What can be found wrong before data is tokenised; `section` is the key that `trained` stands under."""
     check_inputs_stay(config, Path(config.output_dir))
-    check_frozen_layers(section, str(trained.model_name_or_path), trained)
+    check_trained(section, str(trained.model_name_or_path), trained)
 
 
 def held_out_due(config: HeldOutRunConfig, step: int, max_steps: int) -> bool:

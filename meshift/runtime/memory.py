@@ -10,14 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-from meshift.config.policy_runs import PolicyRunConfig
-from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.config.plan import PlanConfig
+from meshift.config.policy_runs import CriticFreeRunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    PPORunConfig,
+    ReferenceFreeRunConfig,
+    RewardRunConfig,
+    RunConfig,
+    SFTRunConfig,
+)
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
+from meshift.runtime.kto_run import kto_models
 from meshift.runtime.machine import Memory, machine_memory
-from meshift.runtime.models import HEADS, compute_dtype, device_for_run, resident_bytes
+from meshift.runtime.models import HEADS, compute_dtype, device_for_run, kept_models, resident_bytes
 from meshift.runtime.policy_run import policy_models
-from meshift.runtime.ppo_run import role_models
+from meshift.runtime.ppo_run import ppo_trained, role_models
 
 TIGHT = 0.8
 """Above this share of the free memory a run may fail for its activations, which are not counted."""
@@ -36,25 +46,36 @@ class Held:
 def held_models(config: RunConfig) -> list[Held]:
     """Every model that the run keeps from its first step to its last."""
     if isinstance(config, PPORunConfig):
-        return _held_roles(role_models(config), {"actor": config.actor, "critic": config.critic})
-    if isinstance(config, PolicyRunConfig):
-        return _held_roles(policy_models(config), {"actor": config.actor})
+        return _held_roles(role_models(config), ppo_trained(config), config.plan, moves=config.reference_moves)
+    if isinstance(config, CriticFreeRunConfig):
+        return _held_roles(
+            policy_models(config), {"actor": config.actor}, config.plan, moves=config.reference_moves
+        )
     if isinstance(config, DPORunConfig):
         actor = str(config.actor.model_name_or_path)
-        held = [Held(role="actor", name=actor, head="lm", trained=config.actor)]
+        names = {"actor": actor}
         if not config.dpo.precompute_ref_log_probs:
-            held.append(Held(role="reference", name=config.reference.model_name_or_path or actor, head="lm"))
-        return held
+            names["reference"] = config.reference.model_name_or_path or actor
+        return _held_roles(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
+    if isinstance(config, KTORunConfig):
+        return _held_roles(
+            kto_models(config), {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model
+        )
+    if isinstance(config, ReferenceFreeRunConfig):
+        names = {"actor": str(config.actor.model_name_or_path)}
+        return _held_roles(names, {"actor": config.actor}, config.plan, moves=False)
     if isinstance(config, SFTRunConfig | RewardRunConfig):
         head: HeadKind = "reward" if isinstance(config, RewardRunConfig) else "lm"
         return [Held(role="model", name=str(config.model.model_name_or_path), head=head, trained=config.model)]
     return []
 
 
-def _held_roles(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> list[Held]:
+def _held_roles(
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], plan: PlanConfig, *, moves: bool
+) -> list[Held]:
     return [
         Held(role=role, name=name, head=HEADS.get(role, "lm"), trained=trained.get(role))
-        for role, name in names.items()
+        for role, name in kept_models(names, trained, plan, moves=moves).items()
     ]
 
 
@@ -79,7 +100,7 @@ def memory_verdict(needed: int, memory: Memory) -> tuple[bool, str]:
     if needed > memory.total:
         return False, (
             f"the run needs {gigabytes}, and {memory.device} has {memory.total / 1e9:.2f} GB: it will not fit; "
-            "use smaller models, dtype=bfloat16, or freeze layers with num_frozen_layers"
+            "use smaller models, dtype=bfloat16, adapters (`lora`), or freeze layers with num_frozen_layers"
         )
     if needed > TIGHT * memory.free:
         return True, (

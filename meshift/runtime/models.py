@@ -6,29 +6,32 @@ It knows nothing of training or of algorithms.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from meshift.config.plan import PlanConfig
 from meshift.config.sections import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
 from meshift.errors import ConfigError, ModelError
-from meshift.models.config import HeadKind
+from meshift.layout.shard import Shard
+from meshift.models.config import Adapter, HeadKind
 from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_files import is_adapter, targets_of
 from meshift.models.hf.families import HEAD_NAMES
-from meshift.models.hf.files import WeightFiles
-from meshift.models.hf.load import load_config, load_model, load_tokenizer, resolve_model
+from meshift.models.hf.load import load_config, load_model, load_tokenizer, open_weights, resolve_model
 from meshift.models.rotary import longest_sequence
 from meshift.models.shards import num_parameters, shard_table
-from meshift.training.optimizer import is_frozen
+from meshift.training.optimizer import is_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward", "cost": "reward", "cost_critic": "value"}
 """Of the roles that have no language model's head."""
 
 
@@ -94,11 +97,11 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
     return tuple(sorted({i for i in ids if i is not None}))
 
 
-def check_reward_model(reward: str) -> None:
+def check_reward_model(reward: str, role: str = "reward") -> None:
     """Raise `ModelError` unless the model has a score head of its own: a fresh one would reward at random."""
-    if HEAD_NAMES["reward"] not in WeightFiles(model_folder(reward)).shapes:
+    if HEAD_NAMES["reward"] not in open_weights(model_folder(reward)).shapes:
         raise ModelError(
-            f"the reward model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
+            f"the {role} model {reward} holds no {HEAD_NAMES['reward']}: it is no reward model; "
             "train one with `meshift reward`"
         )
 
@@ -124,6 +127,73 @@ def check_same_shape(first: str, second: str, why: str) -> None:
         )
 
 
+def check_trained(key: str, name_or_path: str, trained: TrainableConfig) -> None:
+    """Raise `ConfigError`, naming the section `key`, where the model cannot be trained as it says.
+
+    More layers are to be frozen than there are, adapters are to stand beside what is not there, or on an adapter.
+    """
+    check_frozen_layers(key, name_or_path, trained)
+    if trained.lora is None:
+        return
+    if is_adapter(model_folder(name_or_path)):
+        raise ConfigError(
+            f"`{key}.model_name_or_path` {name_or_path} is an adapter's folder, and new adapters need a whole "
+            f"model beside them; run `meshift convert {name_or_path} NEW_FOLDER` and name that, or take "
+            f"`{key}.lora` out"
+        )
+    try:
+        adapter = adapter_of(name_or_path, trained)
+    except ModelError as error:
+        raise ConfigError(f"`{key}.lora.target_modules`: {error}") from None
+    if adapter is not None and adapter.first_layer == load_config(model_folder(name_or_path)).num_layers:
+        raise ConfigError(f"`{key}.num_frozen_layers` leaves no layer to put adapters into; lower it")
+
+
+def adapter_of(name_or_path: str, trained: TrainableConfig) -> Adapter | None:
+    """What `lora` asks for, for this model; None without it. `ModelError` for a module that is not there."""
+    lora = trained.lora
+    if lora is None:
+        return None
+    folder = model_folder(name_or_path)
+    config = load_config(folder)
+    every = lora.target_modules == "all-linear"
+    return Adapter(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=config.linear_names if every else targets_of(config, lora.target_modules),
+        first_layer=trained.num_frozen_layers,
+        rank_stabilized=lora.rank_stabilized,
+        # A hub id is found anywhere; a folder, and what a `pypi:` name stands for, at its place only.
+        made_for=name_or_path if _is_hub_id(name_or_path) else str(folder.absolute()),
+        save_merged=lora.save_merged,
+    )
+
+
+def _is_hub_id(name_or_path: str) -> bool:
+    return not is_package_name(name_or_path) and not Path(name_or_path).expanduser().exists()
+
+
+def table_of(name_or_path: str, head: HeadKind, trained: TrainableConfig | None) -> dict[str, Shard]:
+    """The shard table of a role's model, with the adapters that it is trained by."""
+    config = load_config(model_folder(name_or_path))
+    if trained is not None:
+        config = replace(config, adapter=adapter_of(name_or_path, trained))
+    return shard_table(config, head)
+
+
+def trained_rows(names: Mapping[str, str], trained: Mapping[str, TrainableConfig]) -> list[tuple[str, str]]:
+    """Rows of a dry run: of each role that learns by adapters, which numbers those are."""
+    rows = []
+    for role, how in trained.items():
+        if how.lora is None:
+            continue
+        table = table_of(names[role], HEADS.get(role, "lm"), how)
+        learned = sum(s.num_elements for n, s in table.items() if is_trained(n, how, HEADS.get(role, "lm")))
+        share = 100 * learned / num_parameters(table)
+        rows.append((f"{role} trains", f"{learned:,} numbers, {share:.2f} % (LoRA of rank {how.lora.rank})"))
+    return rows
+
+
 def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -> None:
     """Raise `ConfigError`, naming the section `key`, where more layers are to be frozen than the model has."""
     num_layers = load_config(model_folder(name_or_path)).num_layers
@@ -132,6 +202,33 @@ def check_frozen_layers(key: str, name_or_path: str, trained: TrainableConfig) -
             f"`{key}.num_frozen_layers` = {trained.num_frozen_layers}, but the model {name_or_path} has "
             f"{num_layers} layers; use fewer"
         )
+
+
+def kept_models(
+    names: Mapping[str, str], trained: Mapping[str, TrainableConfig], plan: PlanConfig, *, moves: bool
+) -> dict[str, str]:
+    """Those of a run's roles that keep a model of their own; others read what one with adapters leaves frozen.
+
+    So does a reference unless it `moves`, and a reward model beside its critic (but for its head), in one process.
+    """
+    if plan.is_given:
+        return dict(names)
+    adapted = [role for role, how in trained.items() if how.lora is not None and role not in plan.offloaded]
+    beside = {(model_folder(names[role]), role in HEADS) for role in adapted}
+    apart = {*trained, *plan.offloaded, *(("reference",) if moves else ())}
+    return {
+        role: name
+        for role, name in names.items()
+        if role in apart or not beside or (model_folder(name), role in HEADS) not in beside
+    }
+
+
+def model_rows(names: Mapping[str, str], kept: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Rows of a dry run: each role's model, and whether it is one that another role keeps."""
+    shared = " (no copy: what adapters leave as it is)"
+    return [
+        (f"{role} model", f"{model_folder(name)}{'' if role in kept else shared}") for role, name in names.items()
+    ]
 
 
 def shortest_limit(roles: Mapping[str, str]) -> tuple[str, int]:
@@ -143,12 +240,11 @@ def shortest_limit(roles: Mapping[str, str]) -> tuple[str, int]:
 
 def resident_bytes(name_or_path: str, head: HeadKind, dtype: torch.dtype, trained: TrainableConfig | None) -> int:
     """Bytes that a role keeps: weights, and where it is trained its masters, gradients and two Adam moments."""
-    config = load_config(model_folder(name_or_path))
-    table = shard_table(config, head)
+    table = table_of(name_or_path, head, trained)
     width = torch.empty(0, dtype=dtype).element_size()
     weights = width * num_parameters(table)
     if trained is None:
         return weights
-    moving = {name: shard for name, shard in table.items() if not is_frozen(name, trained.num_frozen_layers)}
+    moving = {name: shard for name, shard in table.items() if is_trained(name, trained, head)}
     per_parameter = 12 if dtype == torch.float32 else 16
     return weights + per_parameter * num_parameters(moving)

@@ -38,6 +38,12 @@ class PairSets:
         heldout = _messages(self.heldout, "held-out pairs") if self.heldout else ()
         return (*_messages(self.train, "pairs"), *heldout)
 
+    def unread_margins(self, method: str) -> tuple[str, ...]:
+        """A note where rows have a margin, which `method` does not read."""
+        where = next((pair.where for pair in self.train.pairs if pair.margin is not None), None)
+        note = f"the column margin is for reward models; {method} does not read it, as at {where}"
+        return () if where is None else (note,)
+
     def check_lengths(self, role: str, name: str, limit: int) -> None:
         """Raise `ConfigError` for a pair with a text that is longer than the role's model takes."""
         for pair in (*self.train.pairs, *(self.heldout.pairs if self.heldout else ())):

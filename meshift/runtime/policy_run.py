@@ -14,17 +14,21 @@ from meshift.algorithms.dapo import dapo_graph
 from meshift.algorithms.dr_grpo import dr_grpo_graph
 from meshift.algorithms.grpo import grpo_graph
 from meshift.algorithms.gspo import gspo_graph
+from meshift.algorithms.online_dpo import online_dpo_graph
 from meshift.algorithms.policy_graph import Drawing
+from meshift.algorithms.raft import raft_graph
 from meshift.algorithms.reinforce_pp import reinforce_pp_graph
 from meshift.algorithms.remax import remax_graph
 from meshift.algorithms.rloo import rloo_graph
 from meshift.config.policy_runs import (
     CISPORunConfig,
+    CriticFreeRunConfig,
     DAPORunConfig,
     DrGRPORunConfig,
     GRPORunConfig,
     GSPORunConfig,
-    PolicyRunConfig,
+    OnlineDPORunConfig,
+    RAFTRunConfig,
     ReinforcePPRunConfig,
     ReMaxRunConfig,
     RLOORunConfig,
@@ -46,7 +50,8 @@ from meshift.runtime.rollout_run import (
 )
 from meshift.runtime.run import Job, RunResult
 
-METHODS: Mapping[type[PolicyRunConfig], tuple[str, Callable[[Any, Drawing], Graph]]] = MappingProxyType(
+GraphMaker = Callable[[Any, Drawing], Graph]
+METHODS: Mapping[type[CriticFreeRunConfig], tuple[str, GraphMaker]] = MappingProxyType(
     {
         GRPORunConfig: ("GRPO", grpo_graph),
         DrGRPORunConfig: ("Dr. GRPO", dr_grpo_graph),
@@ -58,19 +63,27 @@ METHODS: Mapping[type[PolicyRunConfig], tuple[str, Callable[[Any, Drawing], Grap
         ReMaxRunConfig: ("ReMax", remax_graph),
     }
 )
+"""Those that move the policy by advantages."""
+CRITIC_FREE: Mapping[type[CriticFreeRunConfig], tuple[str, GraphMaker]] = MappingProxyType(
+    {
+        **METHODS,
+        OnlineDPORunConfig: ("online DPO", online_dpo_graph),
+        RAFTRunConfig: ("RAFT", raft_graph),
+    }
+)
 
 
-def run_policy(config: PolicyRunConfig, observer: Observer) -> RunResult:
+def run_policy(config: CriticFreeRunConfig, observer: Observer) -> RunResult:
     """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
     return start_run(config, POLICY_METHOD, observer)
 
 
-def check_policy(config: PolicyRunConfig) -> list[tuple[str, str]]:
+def check_policy(config: CriticFreeRunConfig) -> list[tuple[str, str]]:
     """Validate data, models and reward functions and say what the run would do, without training."""
     return [*describe(config, _check(config)), *plan_row(config, POLICY_METHOD)]
 
 
-def policy_models(config: PolicyRunConfig) -> dict[str, str]:
+def policy_models(config: CriticFreeRunConfig) -> dict[str, str]:
     """The model that each role starts from; the reference, where there is one, from the actor."""
     actor, reward = str(config.actor.model_name_or_path), config.reward.model_name_or_path
     names = {"actor": actor}
@@ -79,15 +92,15 @@ def policy_models(config: PolicyRunConfig) -> dict[str, str]:
     return names | ({"reward": reward} if reward is not None else {})
 
 
-def _check(config: PolicyRunConfig) -> Checked:
+def _check(config: CriticFreeRunConfig) -> Checked:
     return check_inputs(config, policy_models(config), {"actor": config.actor})
 
 
-def build_policy_job(config: PolicyRunConfig, opener: Opener | None = None) -> Job:
+def build_policy_job(config: CriticFreeRunConfig, opener: Opener | None = None) -> Job:
     """Roles, prompts, rewards and graph. Without an opener the roles are in this process."""
     opener = opener or LocalOpener(None, config.plan.offloaded)
     checked = _check(config)
-    title, make_graph = METHODS[type(config)]
+    title, make_graph = CRITIC_FREE[type(config)]
     source = PromptSource(config, checked.data.prompts, checked.columns)
     further = FurtherPrompts(source, config.seed)
     drawing = Drawing(
@@ -110,10 +123,10 @@ def build_policy_job(config: PolicyRunConfig, opener: Opener | None = None) -> J
     )
 
 
-def policy_uses(config: PolicyRunConfig) -> Uses:
+def policy_uses(config: CriticFreeRunConfig) -> Uses:
     """The calls of each role."""
     sampling, functions = sketched_sampling(config)
-    return uses_of(METHODS[type(config)][1](config, Drawing(sampling=sampling, reward_functions=functions)))
+    return uses_of(CRITIC_FREE[type(config)][1](config, Drawing(sampling=sampling, reward_functions=functions)))
 
 
 POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses, models=policy_models)

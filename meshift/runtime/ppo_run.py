@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshift.algorithms.ppo import PPO
+from meshift.batch import Outcome
 from meshift.config.runs import PPORunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
@@ -51,12 +53,28 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
         "critic": config.critic.model_name_or_path or reward or actor,
         "reference": config.reference.model_name_or_path or actor,
     }
-    return names | ({"reward": reward} if reward is not None else {})
+    names |= {"reward": reward} if reward is not None else {}
+    return names | _cost_models(config, reward or actor)
+
+
+def _cost_models(config: PPORunConfig, otherwise: str) -> dict[str, str]:
+    """Of the roles that a cost adds: its critic starts from its model, where there is one."""
+    if not config.cost.is_given:
+        return {}
+    cost = config.cost.model_name_or_path
+    names = {"cost_critic": config.cost_critic.model_name_or_path or cost or otherwise}
+    return names | ({"cost": cost} if cost is not None else {})
+
+
+def ppo_trained(config: PPORunConfig) -> dict[str, TrainableConfig]:
+    """How the roles that learn are trained."""
+    trained: dict[str, TrainableConfig] = {"actor": config.actor, "critic": config.critic}
+    return trained | ({"cost_critic": config.cost_critic} if config.cost.is_given else {})
 
 
 def _check(config: PPORunConfig) -> Checked:
     """Data, models and reward functions, found right."""
-    return check_inputs(config, role_models(config), {"actor": config.actor, "critic": config.critic})
+    return check_inputs(config, role_models(config), ppo_trained(config))
 
 
 def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
@@ -64,9 +82,12 @@ def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
     opener = opener or LocalOpener(None, config.plan.offloaded)
     checked = _check(config)
     algorithm = PPO(config, run_sampling(config, checked))
-    graph = algorithm.graph(checked.reward_functions(), checked.reward_keys)
+    graph = algorithm.graph(checked.reward_functions(), checked.reward_keys, checked.cost_functions())
     specs = rollout_specs(config, checked)
-    specs["critic"] = replace(specs["critic"], seed=config.seed + 1, zero_head=config.critic.new_value_head)
+    critics = {"critic": config.critic, "cost_critic": config.cost_critic}
+    for number, (name, critic) in enumerate(critics.items(), start=1):
+        if name in specs:
+            specs[name] = replace(specs[name], seed=config.seed + number, zero_head=critic.new_value_head)
     roles = {name: opener.open(spec) for name, spec in specs.items()}
     return rollout_job(
         config,
@@ -83,7 +104,8 @@ def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
 def ppo_uses(config: PPORunConfig) -> Uses:
     """The calls of each role."""
     sampling, functions = sketched_sampling(config)
-    return uses_of(PPO(config, sampling).graph(functions))
+    costs = (lambda batch: Outcome()) if config.cost.functions else None
+    return uses_of(PPO(config, sampling).graph(functions, cost_functions=costs))
 
 
 PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models)
@@ -92,3 +114,5 @@ PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models)
 def _save(roles: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     save_role(roles["actor"], folder, tokenizer)
     save_role(roles["critic"], folder.with_name("final_critic"), tokenizer)
+    if "cost_critic" in roles:
+        save_role(roles["cost_critic"], folder.with_name("final_cost_critic"), tokenizer)

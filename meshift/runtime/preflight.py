@@ -15,8 +15,7 @@ from meshift.config.sections import RewardFunctionConfig, TrainableConfig
 from meshift.data.dataset import dataset_rows
 from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
-from meshift.models.hf.files import WeightFiles
-from meshift.models.hf.load import check_weights, load_config
+from meshift.models.hf.load import check_weights, load_config, open_weights
 from meshift.rewards.configured import load_functions
 from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
@@ -110,7 +109,7 @@ def _check_weights(name: str, head: HeadKind) -> None:
 def _probe_model(name: str) -> None:
     folder = model_folder(name)
     load_config(folder)
-    WeightFiles(folder)
+    open_weights(folder)
     open_tokenizer(name)
 
 
@@ -138,7 +137,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # From the most telling columns to the least; SFT reads pairs too, where its config says that it is SFT.
 ROWS_OF: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("chosen", "rejected"): ("reward", "dpo"),
-    ("completion", "label"): ("reward", "dpo"),
+    ("completion", "label"): ("reward", "dpo", "kto"),
     ("messages",): ("sft",),
     ("completion",): ("sft",),
     ("text",): ("sft",),

@@ -20,6 +20,7 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
+    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
@@ -49,6 +50,7 @@ def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
         *weights_in_words(config.data, pairs),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
         *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
+        *trained_rows({"reward": name}, {"reward": config.model}),
         ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
         *plan_row(config, REWARD_METHOD),

@@ -16,6 +16,7 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import CheckpointError, NonFiniteError, StaleWeightsError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import OnPart, SamplingTask, rollout
+from meshift.models.adapters import MergedWeights
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.parallel.groups import Place
@@ -210,9 +211,13 @@ class LocalRole:
         return self.model
 
     def master_weights(self) -> Mapping[str, torch.Tensor]:
-        """Every parameter by name, the trained ones from their fp32 masters; on the device until the next call."""
+        """Every parameter by name, the trained ones from their fp32 masters; on the device until the next call.
+
+        Adapters are in the matrices that they are beside.
+        """
         self.come()
-        return self.trainer.master_weights()
+        weights, adapter = self.trainer.master_weights(), self.model.config.adapter
+        return weights if adapter is None else MergedWeights(weights, adapter)
 
     @torch.no_grad()
     def mix(self, source: Role, rate: float) -> None:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from meshift.config.sections import TrainableConfig
+from meshift.models.adapters import add_adapter, merged_model, share_frozen, without_adapter
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
-from meshift.models.hf.save import save_model
+from meshift.models.hf.save import save_adapter, save_model
 from meshift.parallel.groups import Place
-from meshift.runtime.models import open_model
+from meshift.runtime.models import adapter_of, model_folder, open_model
 from meshift.runtime.observer import Observer, SilentObserver
 from meshift.runtime.role import LocalRole
 
@@ -28,7 +29,7 @@ class RoleSpec:
     """A role before it is opened. `config` is how it is computed with, and where `max_steps` is set, trained.
 
     `seed` is of its mini-batches, `head_seed` of a head that the model lacks; with `zero_head` it begins at zero.
-    With `decode` it generates, in `num_slots`.
+    With `decode` it generates, in `num_slots`; a reference that `moves` has others' weights mixed into its own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RoleSpec:
     head_seed: int = 0
     zero_head: bool = False
     num_slots: int = 1
+    moves: bool = False
     decode: Callable[[list[int]], str] | None = None
 
     def open_model(self) -> Decoder:
@@ -48,7 +50,15 @@ class RoleSpec:
         model = open_model(self.model, self.head, self.dtype, seed=self.head_seed)
         if self.zero_head:
             model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
-        return model
+        adapter = None if self.max_steps is None else adapter_of(self.model, self.config)
+        return model if adapter is None else add_adapter(model, adapter, self.seed)
+
+    def reads_frozen(self, other: RoleSpec) -> bool:
+        """Whether it reads just what `other`, which learns by adapters, leaves as it is; a score head apart."""
+        learns_beside = other.max_steps is not None and other.config.lora is not None
+        same = (self.head == "lm") == (other.head == "lm") and self.dtype == other.dtype
+        still = self.max_steps is None and self.decode is None and not self.moves
+        return learns_beside and same and still and model_folder(self.model) == model_folder(other.model)
 
     def make(
         self, model: Decoder, place: Place | None = None, trainable: bool | None = None, *, offload: bool = False
@@ -80,15 +90,32 @@ class Opener(Protocol):
 
 
 class LocalOpener:
-    """Opens roles in this process; those named `offloaded` leave the device between calls."""
+    """Opens roles in this process; those named `offloaded` leave the device between calls.
+
+    A reference that reads the actor's model is opened after it: where the actor learns by adapters, the weights
+    beside them are the reference's too, and there is no second copy. So it is with a reward model and its critic.
+    """
 
     def __init__(self, observer: Observer | None = None, offloaded: frozenset[str] = frozenset()) -> None:
         self.observer = observer or SilentObserver()
         self._offloaded = offloaded
+        self._adapted: list[tuple[RoleSpec, Decoder]] = []
 
     def open(self, spec: RoleSpec) -> LocalRole:
         """See `Opener`."""
-        return spec.make(spec.open_model(), offload=spec.name in self._offloaded)
+        model = self._frozen_of_another(spec) or spec.open_model()
+        if model.config.adapter is not None and spec.name not in self._offloaded:
+            self._adapted.append((spec, model))
+        return spec.make(model, offload=spec.name in self._offloaded)
+
+    def _frozen_of_another(self, spec: RoleSpec) -> Decoder | None:
+        """What another role leaves frozen, if it is this one's model. One that leaves the device takes its own."""
+        if spec.name in self._offloaded:
+            return None
+        model = next((model for other, model in self._adapted if spec.reads_frozen(other)), None)
+        if model is None:
+            return None
+        return without_adapter(model) if spec.head == "lm" else share_frozen(spec.open_model(), model)
 
 
 def frozen_like(trained: TrainableConfig) -> TrainableConfig:
@@ -99,7 +126,14 @@ def frozen_like(trained: TrainableConfig) -> TrainableConfig:
 
 
 def save_role(role: Any, folder: Path, tokenizer: object) -> None:
-    """Save the role's whole model; over several processes all call this, and the first one saves."""
+    """Save the role's model, or its adapters; over several processes all call this, and the first one saves."""
     model = role.whole()
-    if model is not None:
+    if model is None:
+        return
+    adapter = model.config.adapter
+    if adapter is None:
         save_model(model, folder, tokenizer=tokenizer)
+    elif adapter.save_merged:
+        save_model(merged_model(model), folder, tokenizer=tokenizer)
+    else:
+        save_adapter(model, folder, tokenizer=tokenizer)

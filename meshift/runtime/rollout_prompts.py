@@ -101,7 +101,7 @@ def _value(prompt: Prompt, column: str) -> Any:
 
 def reward_columns(config: RolloutRunConfig, data: PromptData) -> tuple[str, ...]:
     """The data's columns that reward functions are given. Raises `DataError` for a name that is taken."""
-    if not config.reward.functions:
+    if not (config.reward.functions or config.cost_functions):
         return ()
     names = {key for prompt in data.prompts for key in prompt.columns}
     for name in RESERVED_ARGUMENTS:

@@ -24,24 +24,30 @@ from meshift.rewards.functions import RewardFunctions, WeightedFunction
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
     HEADS,
-    check_frozen_layers,
     check_reward_model,
     check_same_shape,
     check_same_tokenizer,
+    check_trained,
     compute_dtype,
-    model_folder,
+    kept_models,
+    model_rows,
     open_tokenizer,
     resident_bytes,
     stop_token_ids,
+    trained_rows,
 )
 from meshift.runtime.role_spec import RoleSpec, frozen_like
 from meshift.runtime.rollout_prompts import PromptSource, check_lengths, left_out, load_data, reward_columns
 from meshift.runtime.run import Job, steps_of
 from meshift.runtime.run_folder import check_inputs_stay
 from meshift.training.checkpoint import Remembers
+from meshift.training.text_readings import SIDES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+TEXTS = ("tokens", *SIDES)
+"""The keys of what is trained on: completions, or pairs of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,7 @@ class Checked:
     data: PromptData
     columns: tuple[str, ...]
     functions: list[WeightedFunction]
+    costs: list[WeightedFunction]
     max_steps: int
 
     @cached_property
@@ -71,10 +78,17 @@ class Checked:
 
     def reward_functions(self) -> Callable[[Batch], Outcome] | None:
         """The host call that scores texts, if any function does."""
-        if not self.functions:
+        return self._calling(self.functions)
+
+    def cost_functions(self) -> Callable[[Batch], Outcome] | None:
+        """The same of what they cost."""
+        return self._calling(self.costs)
+
+    def _calling(self, functions: list[WeightedFunction]) -> Callable[[Batch], Outcome] | None:
+        if not functions:
             return None
         return RewardFunctions(
-            functions=self.functions,
+            functions=functions,
             decode=self.texts.decode,
             decode_all=self.texts.decode_all,
             columns=self.columns,
@@ -87,12 +101,12 @@ def check_inputs(
 ) -> Checked:
     """Everything that can be found wrong before weights are read; a dry run and a run both begin with it."""
     check_inputs_stay(config, Path(config.output_dir))
-    functions = load_functions(config.reward.functions)
+    functions, costs = load_functions(config.reward.functions), load_functions(config.cost_functions)
     _check_models(config, names, trained)
     tokenizer = open_tokenizer(names["actor"])
     data = load_data(config, tokenizer)
     columns = reward_columns(config, data)
-    check_columns(functions, columns)
+    check_columns([*functions, *costs], columns)
     check_lengths(config, names, data)
     return Checked(
         names=names,
@@ -101,6 +115,7 @@ def check_inputs(
         data=data,
         columns=columns,
         functions=functions,
+        costs=costs,
         max_steps=steps_of(config, len(data.prompts)),
     )
 
@@ -108,39 +123,42 @@ def check_inputs(
 def _check_models(
     config: RolloutRunConfig, names: Mapping[str, str], trained: Mapping[str, TrainableConfig]
 ) -> None:
-    if "reward" in names:
-        check_reward_model(names["reward"])
+    for role in names.keys() & {"reward", "cost"}:
+        check_reward_model(names[role], role)
     check_same_tokenizer(names)
     if config.reference.sync_ref_model:
         check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
     for role, how in trained.items():
-        check_frozen_layers(role, names[role], how)
+        check_trained(role, names[role], how)
 
 
 def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]]:
     """The rows of a dry run: models, batch arithmetic, steps, rewards, memory."""
     data, max_steps = checked.data, checked.max_steps
-    sequences, updates = config.num_sequences, config.num_mini_batches
+    sequences, updates, (count, what, texts) = config.num_sequences, config.num_mini_batches, config.trained_on
+    chosen = "" if count == sequences and texts == 1 else f"-> at most {count} {what} "
     longest = max(len(p.tokens) for p in data.prompts) + config.generation.max_completion_length
     budget = config.actor.max_tokens_per_micro_batch
     return [
-        *((f"{role} model", str(model_folder(name))) for role, name in checked.names.items()),
+        *model_rows(checked.names, _kept(config, checked)),
         ("compute type", str(compute_dtype(config.dtype)).removeprefix("torch.")),
         ("prompts", f"{len(data.prompts)} ({left_out(data, '')})"),
         (
             "batch",
             f"{config.data.batch_size} prompts x {config.generation.num_generations} generations = {sequences} "
-            f"sequences -> {config.num_passes} x {updates} updates of {sequences / updates:g} sequences",
+            f"sequences {chosen}-> {config.num_passes} x {updates} updates of {count / updates:g} {what}",
         ),
         (
             "micro-batches",
-            f"at most {budget} tokens on 1 data rank; up to {sequences * longest // updates} tokens an update",
+            f"at most {budget} tokens on 1 data rank; up to {count * texts * longest // updates} tokens an update",
         ),
         (
             "steps",
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
+        *([("costs", describe_functions(checked.costs))] if checked.costs else []),
+        *trained_rows(checked.names, checked.trained),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
@@ -150,8 +168,12 @@ def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
     dtype = compute_dtype(config.dtype)
     return sum(
         resident_bytes(model, HEADS.get(role, "lm"), dtype, checked.trained.get(role))
-        for role, model in checked.names.items()
+        for role, model in _kept(config, checked).items()
     )
+
+
+def _kept(config: RolloutRunConfig, checked: Checked) -> dict[str, str]:
+    return kept_models(checked.names, checked.trained, config.plan, moves=config.reference_moves)
 
 
 def rollout_job(
@@ -181,7 +203,7 @@ def rollout_job(
             *texts.samples(step, batch, config.num_logged_samples),
         ],
         fixed=fixed.rows,
-        num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        num_tokens=lambda batch: sum(int(batch[key].lengths.sum()) for key in TEXTS if key in batch),
         memories=memories,
         rows=data.prompts,
         messages=(left_out(data, "prompts "),) if data.overlong else (),
@@ -217,7 +239,12 @@ class Texts:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def samples(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
-        """The first completions of a step, as rows of samples.jsonl; `reward` is None where nothing scored one."""
+        """The first completions of a step, as rows of samples.jsonl; `reward` is None where nothing scored one.
+
+        Of pairs both texts, one after the other, with the `side` of each.
+        """
+        if "chosen" in batch:
+            return self._of_pairs(step, batch, count)
         rows, judged = [], total_score(batch, 1.0)[1]
         for i, tokens in enumerate(batch["tokens"].rows()[:count]):
             length = int(batch["completion_lengths"].values[i])
@@ -232,6 +259,25 @@ class Texts:
                 }
             )
         return rows
+
+    def _of_pairs(self, step: int, batch: Batch, count: int) -> list[dict[str, Any]]:
+        rows = []
+        for i in range(min(len(batch), (count + 1) // 2)):
+            num_prompt = int(batch["num_prompt_tokens"].values[i])
+            for side in SIDES:
+                tokens = batch[side].rows()[i].tolist()
+                rows.append(
+                    {
+                        "step": step + 1,
+                        "index": int(batch[f"{side}_index"].values[i]),
+                        "prompt": self.decode(tokens[:num_prompt]),
+                        "completion": self.decode(tokens[num_prompt:]),
+                        "reward": float(batch[f"{side}_scores"].values[i]),
+                        "truncated": bool(batch[f"{side}_truncated"].values[i]),
+                        "side": side,
+                    }
+                )
+        return rows[:count]
 
 
 def sampling_task(config: RolloutRunConfig, stops: tuple[int, ...]) -> SamplingTask:
@@ -276,5 +322,5 @@ def _spec(name: str, config: RolloutRunConfig, checked: Checked) -> RoleSpec:
         seed=config.seed,
     )
     if name != "actor":
-        return spec
+        return replace(spec, moves=name == "reference" and config.reference_moves)
     return replace(spec, num_slots=config.generation.num_slots, decode=checked.texts.decode_all)

@@ -35,6 +35,7 @@ from meshift.runtime.models import (
     resident_bytes,
     shortest_limit,
     stop_token_ids,
+    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
@@ -70,6 +71,7 @@ def check_sft(config: SFTRunConfig) -> list[tuple[str, str]]:
             f"{round(per_step * total)} of them trained; packed without padding",
         ),
         *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(texts)), "texts"),
+        *trained_rows({"actor": name}, {"actor": config.model}),
         ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
         ("output", config.output_dir),
         *plan_row(config, SFT_METHOD),

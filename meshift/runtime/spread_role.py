@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from meshift.batch import Batch, Outcome
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ReallocationError
 from meshift.generation.rollout import OnPart
 from meshift.graph.calls import Kind
@@ -37,7 +38,7 @@ from meshift.runtime.role import LocalRole
 from meshift.runtime.world import World
 from meshift.step import Role
 from meshift.training.checkpoint import read_state, write_values
-from meshift.training.optimizer import is_frozen
+from meshift.training.optimizer import is_trained
 from meshift.training.stored_tensors import write_boxes
 
 EXACT = Dtypes(source="float32", target="float32")
@@ -68,14 +69,13 @@ class SpreadRole:
         world: World,
         open_model: Callable[[], Decoder],
         make_role: MakeRole,
-        num_frozen_layers: int = 0,
+        config: TrainableConfig | None = None,
     ) -> None:
         """`open_model` gives the whole model, the same each time; a placement without training stands still.
 
-        `num_frozen_layers` are those that `make_role` leaves out of training.
+        `config` is that of the roles that `make_role` makes: it says what is left out of training.
         """
-        self.name = name
-        self._num_frozen_layers = num_frozen_layers
+        self.name, self._config = name, config or TrainableConfig()
         self.is_mixed = False
         self._mixes: dict[str, Move | None] = {}
         self.placements = placements
@@ -107,10 +107,9 @@ class SpreadRole:
         """Numbers of the whole model that are trained, and those that are not; where something of it is here."""
         if not self._locals:
             return 0, 0
-        model, learns = next(iter(self._locals.values())).model, "train" in self.placements
+        model = next(iter(self._locals.values())).model
         table = shard_table(model.config, model.head_kind)
-        frozen = [name for name in table if not learns or is_frozen(name, self._num_frozen_layers)]
-        fixed = sum(table[name].num_elements for name in frozen)
+        fixed = sum(one.num_elements for name, one in table.items() if not self._trains(name, model))
         return num_parameters(table) - fixed, fixed
 
     def generate(self, task: Any, batch: Batch, on_part: OnPart | None = None) -> Outcome:
@@ -194,7 +193,7 @@ class SpreadRole:
         if peers is None:
             return
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
-        table = shard_table(model.config, model.head_kind)
+        table = shard_table(replace(model.config, adapter=None), model.head_kind)  # adapters come merged
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
         site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
@@ -260,9 +259,11 @@ class SpreadRole:
         """As `LocalRole.fixed_weights`, of the whole model as it is opened: nothing is gathered."""
         if self.is_mixed:
             return {}
-        trained = "train" in self.placements
-        parameters = self._open_model().named_parameters()
-        return {n: p for n, p in parameters if not trained or is_frozen(n, self._num_frozen_layers)}
+        model = self._open_model()
+        return {name: p for name, p in model.named_parameters() if not self._trains(name, model)}
+
+    def _trains(self, name: str, model: Decoder) -> bool:
+        return "train" in self.placements and is_trained(name, self._config, model.head_kind)
 
     def _at(self, placement: Placement) -> LocalRole:
         if placement not in self._locals:

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 from meshift.config.plan import LaunchConfig
-from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.config.runs import DPORunConfig, KTORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
 from meshift.layout.mesh import Device
 from meshift.parallel.groups import new_group
-from meshift.runtime import dpo_run, policy_run, ppo_run, reward_run, sft_run
+from meshift.runtime import dpo_run, kto_run, pair_run, policy_run, ppo_run, reward_run, sft_run
 from meshift.runtime.observer import Observer, SilentObserver
 from meshift.runtime.planned_run import Method
 from meshift.runtime.plans import Placements, placements_of
@@ -35,7 +35,9 @@ METHODS: Mapping[type[RunConfig], Method] = MappingProxyType(
         DPORunConfig: dpo_run.DPO_METHOD,
         SFTRunConfig: sft_run.SFT_METHOD,
         RewardRunConfig: reward_run.REWARD_METHOD,
-        **dict.fromkeys(policy_run.METHODS, policy_run.POLICY_METHOD),
+        KTORunConfig: kto_run.KTO_METHOD,
+        **dict.fromkeys(pair_run.METHODS, pair_run.PAIR_METHOD),
+        **dict.fromkeys(policy_run.CRITIC_FREE, policy_run.POLICY_METHOD),
     }
 )
 
@@ -81,7 +83,7 @@ class SpreadOpener:
         """See `Opener`."""
         make = partial(spec.make, offload=spec.name in self._offloaded)
         given = (self._placements[spec.name], self._world, spec.open_model, make)
-        return Everywhere(SpreadRole(spec.name, *given, spec.config.num_frozen_layers))
+        return Everywhere(SpreadRole(spec.name, *given, spec.config))
 
 
 def spread_job(job: Job, world: World, launch: LaunchConfig) -> tuple[Job, Mapping[str, SpreadRole]]:

@@ -28,7 +28,7 @@ from meshift.parallel.sharded import passes_of
 from meshift.training.checkpoint import State
 from meshift.training.flops import Work
 from meshift.training.micro_batch import MicroBatch
-from meshift.training.optimizer import MasterAdamW, freeze_layers
+from meshift.training.optimizer import MasterAdamW, freeze
 from meshift.training.pipelined import Pipeline
 from meshift.training.prefixes import share_in_micro_batches
 from meshift.training.readings import Reading, detach
@@ -106,7 +106,7 @@ class TrainingEngine:
         self.passes = passes_of(model, place)
         self.optimizer: MasterAdamW | None = None
         if trainable:
-            freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
+            freeze(model, config)
             self.optimizer = MasterAdamW(model, config, self.ranks)
 
     def infer(self, reading: Reading, batch: Batch) -> Batch:

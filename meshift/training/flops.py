@@ -7,11 +7,13 @@ how fast a device is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from meshift.layout.shard import Shard
 from meshift.models.config import DecoderConfig
 from meshift.models.decoder import Decoder, Layer
+from meshift.models.linear import Linear
 from meshift.models.shards import shard_table
 
 
@@ -37,31 +39,57 @@ def training_flops(model: Decoder, spans: Spans, num_read: int, num_last: int) -
     before them. Of one that was cut within its layers, what all its parts do together.
 
     A product costs its forward, as much again for its inputs' gradient, and once more for its weights' gradient.
-    Frozen layers that nothing trained lies under have no backward pass; a frozen head has one to its inputs only.
+    Frozen layers that nothing trained lies under have no backward pass; a frozen head, and a frozen matrix beside
+    an adapter, has one to its inputs only.
     """
     num_rows, total = sum(own for _, own in spans), 0.0
-    num_weights, num_before = _num_weights(model)
+    table = shard_table(model.config, model.head_kind)
     learned_below = any(p.requires_grad for p in model.embedding.parameters()) or not model.embeds
     for layer in model.layers:
         assert isinstance(layer, Layer)
         index = layer.attention.layer.index
         learned = any(p.requires_grad for p in layer.parameters())
-        passes = 1 + (learned or learned_below) + learned
-        if index == model.config.num_layers - 1:  # what leaves: the products after attention see no other row
-            total -= 2.0 * (num_rows - num_last) * (num_weights - num_before) * passes
-        total += 2.0 * num_rows * num_weights * passes
+        before, after = _costs_of_row(layer, model.config, table, learned=learned, learned_below=learned_below)
+        last = index == model.config.num_layers - 1  # of which leaves: products after attention see no other row
+        total += num_rows * before + (num_last if last else num_rows) * after
         attention = _attention_flops(model.config, spans, model.config.window(index))
         total += attention * (3 if learned or learned_below else 1)
         learned_below = learned_below or learned
     return total + 2.0 * num_read * _num_head(model) * (2 + _learns_head(model)) * model.ends
 
 
-def _num_weights(model: Decoder) -> tuple[int, int]:
-    """Numbers of a layer's matrices, and of those before its attention; whatever is kept of them here."""
-    table = shard_table(model.config, model.head_kind)
-    matrices = {name: shard for name, shard in table.items() if shard.layer == 0 and len(shard.shape) == 2}
-    before = [f"layers.0.attention.{part}.weight" for part in ("query", "key", "value")]
-    return sum(one.num_elements for one in matrices.values()), sum(matrices[name].num_elements for name in before)
+BEFORE_ATTENTION = ("attention.query", "attention.key", "attention.value")
+
+
+def _costs_of_row(
+    layer: Layer, config: DecoderConfig, table: Mapping[str, Shard], *, learned: bool, learned_below: bool
+) -> tuple[float, float]:
+    """Operations for a row in a layer's products before attention, and in those after; of all its parts."""
+    own, norm = layer.attention, layer.attention_norm
+    first = learned_below or (norm is not None and any(p.requires_grad for p in norm.parameters()))
+    # Under the lowest adapters nothing is learned, so that what enters needs no gradient.
+    first = first or (learned and own.query.weight.requires_grad)
+    before = after = 0.0
+    for name in config.linear_names:
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, Linear)
+        num_out, num_in = table[f"layers.{own.layer.index}.{name}.weight"].shape
+        if name in BEFORE_ATTENTION:
+            before += _cost_of_row(linear, num_in, num_out, goes_back=first)
+        else:
+            after += _cost_of_row(linear, num_in, num_out, goes_back=learned or learned_below)
+    return before, after
+
+
+def _cost_of_row(linear: Linear, num_in: int, num_out: int, *, goes_back: bool) -> float:
+    """Operations for a row in a product from `num_in` to `num_out`, with those of its gradients."""
+    total = 2.0 * num_in * num_out * (1 + goes_back + linear.weight.requires_grad)
+    if linear.lora_a is None:
+        return total
+    # Back to the input of A where to that of W, and always to that of B, for A's own gradient.
+    learns = linear.lora_a.requires_grad
+    total += 2.0 * linear.lora_rank * num_in * (1 + goes_back + learns)
+    return total + 2.0 * linear.lora_rank * num_out * (1 + 2 * learns)
 
 
 def _attention_flops(config: DecoderConfig, spans: Spans, window: int | None) -> float:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
+from meshift.models.config import HeadKind
+from meshift.models.decoder import Decoder
+from meshift.models.shards import is_adapters
 from meshift.parallel.data import Ranks
 from meshift.training.checkpoint import restore_tensor
 
@@ -48,6 +51,20 @@ def freeze_layers(model: nn.Module, num_frozen: int, num_layers: int) -> None:
     for name, parameter in model.named_parameters():
         if is_frozen(name, num_frozen):
             parameter.requires_grad_(False)
+
+
+def freeze(model: Decoder, config: TrainableConfig) -> None:
+    """Leave out of training what `is_trained` does not name. `ConfigError` for layers that are not there."""
+    freeze_layers(model, config.num_frozen_layers, model.config.num_layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, config, model.head_kind))
+
+
+def is_trained(name: str, config: TrainableConfig, head: HeadKind) -> bool:
+    """Whether a role that learns changes this parameter: with `lora`, adapters and a score head only."""
+    if config.lora is None:
+        return not is_frozen(name, config.num_frozen_layers)
+    return is_adapters(name) or (head != "lm" and name == "head.weight")
 
 
 def is_frozen(name: str, num_frozen: int) -> bool:

@@ -196,6 +196,39 @@ class SequenceScores:
         return {self.key: Ragged.scalars(head(hidden).float())}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """The reward head at each completion token: `key` [completion length per row], in fp32.
+
+    The last is what `SequenceScores` reads.
+    """
+
+    key: str = "process_scores"
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return SUSPECT_REWARDS
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of prompt and completion."""
+        return batch["tokens"].lengths.tolist()
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """Prompt and completion."""
+        return batch["tokens"]
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The row of every completion token."""
+        tokens, lengths = batch["tokens"], batch["completion_lengths"].values
+        return ranges(tokens.starts + tokens.lengths - lengths, lengths)
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        del chunk  # one number per row
+        return {self.key: Ragged(head(hidden).float(), batch["completion_lengths"].values)}
+
+
 def detach(outputs: Mapping[str, Ragged]) -> dict[str, Ragged]:
     """The outputs without their graph, on the CPU, as a batch holds them."""
     return {key: Ragged(value.values.detach().cpu(), value.lengths) for key, value in outputs.items()}

@@ -18,6 +18,8 @@ from meshift.batch import Batch, Ragged, ranges
 from meshift.training.token_logprobs import Wanted, token_logprobs
 
 SIDES = ("chosen", "rejected")
+PAIR_TEXTS = (*SIDES, "num_prompt_tokens")
+"""The keys of pairs."""
 SUSPECT_PAIRS = "look at the texts of these pairs, their weights and their margins"
 
 
@@ -87,10 +89,12 @@ class _OfPairs:
 class PairLogprobs(_OfPairs):
     """Log-probs of the two completions of a pair, each a sum over its tokens, in nats.
 
-    Writes `<prefix>chosen_logps` [1] and `<prefix>rejected_logps` [1], in fp32.
+    Writes `<prefix>chosen_logps` [1] and `<prefix>rejected_logps` [1], in fp32. Logits are divided by
+    `temperature`, where the completions were drawn so.
     """
 
     prefix: str = ""
+    temperature: float = 1.0
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -105,9 +109,45 @@ class PairLogprobs(_OfPairs):
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
         """See the class."""
         targets = self.sequences(batch).values[self.rows(batch) + 1].to(hidden.device)
-        logprobs = token_logprobs(head, hidden, targets, chunk, Wanted()).logprobs
+        logprobs = token_logprobs(head, hidden, targets, chunk, Wanted(temperature=self.temperature)).logprobs
         sums = Ragged(logprobs, _both_lengths(batch)).sum_rows().chunk(2)
         return {key: Ragged.scalars(side) for key, side in zip(self.keys, sums, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionLogprobs:
+    """Log-prob of one text's completion, a sum over its tokens, in nats: `key` [1], in fp32.
+
+    The texts stand under `texts` [length]; of each the first `num_prompt_tokens` [1] are the prompt.
+    """
+
+    key: str = "logps"
+    texts: str = "tokens"
+
+    @property
+    def suspects(self) -> str:
+        """Where a NaN may come from."""
+        return "look at these texts"
+
+    def sizes(self, batch: Batch) -> list[int]:
+        """Tokens of each text."""
+        return batch[self.texts].lengths.tolist()
+
+    def sequences(self, batch: Batch) -> Ragged:
+        """The texts."""
+        return batch[self.texts]
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The row before each completion token."""
+        texts, lengths = batch[self.texts], num_completion_tokens(batch, self.texts)
+        return ranges(texts.starts + texts.lengths - lengths - 1, lengths)
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        targets = batch[self.texts].values[self.rows(batch) + 1].to(hidden.device)
+        logprobs = token_logprobs(head, hidden, targets, chunk, Wanted()).logprobs
+        sums = Ragged(logprobs, num_completion_tokens(batch, self.texts)).sum_rows()
+        return {self.key: Ragged.scalars(sums)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +166,9 @@ class PairScores(_OfPairs):
         return {"chosen_scores": Ragged.scalars(chosen), "rejected_scores": Ragged.scalars(rejected)}
 
 
-def num_completion_tokens(batch: Batch, side: str) -> Tensor:
-    """Tokens of each pair's completion that something predicts, int64 [n]; without prompt all but the first."""
-    return batch[side].lengths - batch["num_prompt_tokens"].values.clamp(min=1)
+def num_completion_tokens(batch: Batch, texts: str) -> Tensor:
+    """Tokens of each text's completion that something predicts, int64 [n]; without prompt all but the first."""
+    return batch[texts].lengths - batch["num_prompt_tokens"].values.clamp(min=1)
 
 
 def _both_lengths(batch: Batch) -> Tensor:

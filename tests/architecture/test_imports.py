@@ -20,6 +20,8 @@ TORCH_FREE = (
     "meshift.planner.memory",
     "meshift.planner.moving",
     "meshift.planner.cost",
+    "meshift.planner.profile",
+    "meshift.planner.rates",
     "meshift.planner.steps",
     "meshift.planner.search",
     "meshift.planner.prove",

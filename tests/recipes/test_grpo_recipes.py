@@ -31,6 +31,13 @@ def test_both_methods_start_from_the_same_quickstart_models_on_as_many_completio
     assert grpo.generation.temperature == ppo.generation.temperature
 
 
+def test_the_recipe_by_adapters_would_train_something_else():
+    ours, whole = (load_config(GRPORunConfig, RECIPES / f"grpo_{name}.yaml") for name in ("lora", "sentiment"))
+    assert ours.actor.lora is not None
+    differs = {"actor", "output_dir"}
+    assert ours.model_dump(exclude=differs) == whole.model_dump(exclude=differs)
+
+
 def test_the_recipe_by_plan_would_ask_for_calls_that_grpo_does_not_make():
     config = load_config(GRPORunConfig, RECIPES / "grpo_local2.yaml")
     assert num_processes(placements_of(config.plan, POLICY_METHOD.uses(config))) == 2

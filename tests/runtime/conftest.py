@@ -9,7 +9,15 @@ from spread_cases import SMOOTH, data_of
 from tiny_rl import tiny_model
 
 from meshift.config.loading import make_config
-from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
+from meshift.config.policy_runs import OnlineDPORunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    ORPORunConfig,
+    PPORunConfig,
+    RewardRunConfig,
+    SFTRunConfig,
+)
 from meshift.models.hf.load import load_tokenizer
 from meshift.models.hf.save import save_model
 
@@ -128,6 +136,24 @@ def pairs_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def judged_files(tmp_path_factory):
+    """Completions with a praising word are liked, those with a blaming one are not; held-out prompts are new."""
+    folder = tmp_path_factory.mktemp("judged")
+    openings = ["the film was", "a story", "it was a", "the story and the film", "not a story . it was"]
+    words = (("good", True), ("bad", False), ("great", True), ("dull", False))
+    rows = [
+        {"prompt": o, "completion": f" {word}{e}", "label": label}
+        for o in openings
+        for e in ("", " and it was", " film .")
+        for word, label in words
+    ]
+    heldout = [
+        {"prompt": f"{o} film", "completion": f" {w}", "label": label} for o in openings for w, label in words
+    ]
+    return write_rows(folder / "train.jsonl", rows), write_rows(folder / "heldout.jsonl", heldout)
+
+
+@pytest.fixture(scope="session")
 def reward_config_on_disk(actor_folder, pairs_files):
     """`reward_config_on_disk(output_dir, **sections)`: starts from the language model."""
 
@@ -215,13 +241,16 @@ def reward_config(reward_config_on_disk, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def spread_files(make_folder, actor_folder, reward_folder, prompts_file, pairs_files, demonstrations_files):
+def spread_files(
+    make_folder, actor_folder, reward_folder, prompts_file, pairs_files, demonstrations_files, judged_files
+):
     models = {"actor": actor_folder, "reward": reward_folder, "other": make_folder(seed=3)}
     return {
         **{name: str(folder) for name, folder in models.items()},
         "prompts": prompts_file,
         "pairs": pairs_files,
         "demonstrations": demonstrations_files,
+        "judged": judged_files,
     }
 
 
@@ -242,6 +271,8 @@ def make_case(tmp_path_factory, spread_files):
     given = {
         # With the actor's own weights all margins of the first step are zero, and its accuracy is their rounding.
         DPORunConfig: {"actor": model, "data": pairs, "reference": other},
+        KTORunConfig: {"actor": model, "data": data_of(spread_files["judged"]) | held_out, "reference": other},
+        ORPORunConfig: {"actor": model, "data": pairs},
         RewardRunConfig: {"model": model, "data": pairs},
         SFTRunConfig: {"model": model, "data": texts | held_out},
     }
@@ -256,6 +287,13 @@ def make_case(tmp_path_factory, spread_files):
         "generation": {"max_completion_length": 5, "num_generations": 2, "top_k": 9},
         "num_report_prompts": 2,
     }
+
+    given[PPORunConfig] = drawn | {
+        "critic": SMOOTH,
+        "cost_critic": SMOOTH,
+        "cost": {"model_name_or_path": spread_files["reward"], "limit": 0.1},
+    }
+    given[OnlineDPORunConfig] = drawn | {"reference": other}
 
     def make(case, output_dir, **sections):
         values = {"output_dir": str(output_dir), "max_steps": 3, "dtype": "float32", "report_to": []}

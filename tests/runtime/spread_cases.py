@@ -6,15 +6,27 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from meshift.config.runs import DPORunConfig, RewardRunConfig, SFTRunConfig
+from meshift.config.policy_runs import OnlineDPORunConfig, RAFTRunConfig
+from meshift.config.runs import (
+    DPORunConfig,
+    KTORunConfig,
+    ORPORunConfig,
+    PPORunConfig,
+    RewardRunConfig,
+    SFTRunConfig,
+)
 from meshift.runtime.dpo_run import run_dpo
+from meshift.runtime.kto_run import run_kto
 from meshift.runtime.observer import SilentObserver
+from meshift.runtime.pair_run import run_pairs
 from meshift.runtime.policy_run import METHODS, run_policy
+from meshift.runtime.ppo_run import run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.sft_run import run_sft
 
 SMOOTH = {"learning_rate": 0.01, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
+ADAPTED = {"lora": {"rank": 3, "alpha": 6, "save_merged": True}}
 REWARDS = """
 def odd(completion_ids, **columns):
     return [float(ids[0] % 2) for ids in completion_ids]
@@ -74,6 +86,31 @@ CASES = {
         {"actor": placed(generate="d2@1-2", train="t2@1-2"), "reference": placed(infer="d1@0")},
     ),
     "remax-apart": Case(POLICY["remax"], {"actor": placed(train="d1@1"), "reward": placed(infer="d1@2")}),
+    "online_dpo": Case(
+        OnlineDPORunConfig,
+        {"actor": placed(generate="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
+        {
+            "generation": {"num_generations": 3},
+            "reference": MOVING,
+            "online_dpo": {"pairs": "all", "labels": "soft"},
+        },
+    ),
+    "raft": Case(
+        RAFTRunConfig,
+        {"actor": placed(generate="d1@1", train="d2@1,2"), "reference": placed(infer="d1@2")},
+        {"raft": {"kl_coef": 0.1, "num_mini_batches": 2}, "reference": MOVING},
+    ),
+    "ppo-cost": Case(
+        PPORunConfig,
+        {
+            "actor": placed(generate="d1@1", train="t2@0,2"),
+            "critic": placed(train="d1@2"),
+            "cost": placed(infer="t2@1-2"),
+            "cost_critic": placed(infer="d1@0", train="d2@0-1"),
+            "reference": placed(infer="d1@2"),
+        },
+        {"ppo": {"num_mini_batches": 2, "missing_eos_penalty": 0.5}, "reward": {"per_token": True, "weight": 0.3}},
+    ),
     "dpo": Case(
         DPORunConfig,
         {"actor": placed(infer="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
@@ -84,10 +121,32 @@ CASES = {
         {"actor": placed(train="d2@1-2"), "reference": placed(infer="t2@0-1")},
         {"eval_steps": 2, "dpo": {"precompute_ref_log_probs": True, "loss_type": "ipo"}},
     ),
+    "kto": Case(
+        KTORunConfig,
+        {"actor": placed(infer="d2@1-2", train="t2@0-1"), "reference": placed(infer="d1@2")},
+        {"eval_steps": 1, "reference": MOVING},
+    ),
+    "orpo": Case(ORPORunConfig, {"actor": placed(infer="t2@0,2", train="d2@1-2")}, {"eval_steps": 2}),
     "sft": Case(SFTRunConfig, {"actor": placed(infer="t2@0,2", train="d3@2,1,0")}, {"eval_steps": 1}),
+    "grpo-lora": Case(
+        POLICY["grpo"],
+        APART,
+        {"actor": ADAPTED, "grpo": {"num_mini_batches": 2, "kl_coef": 0.1}, "reference": MOVING},
+    ),
+    "dpo-lora": Case(
+        DPORunConfig, {"actor": placed(train="p2@1-2"), "reference": placed(infer="d1@0")}, {"actor": ADAPTED}
+    ),
+    "reward-lora": Case(RewardRunConfig, {"reward": placed(infer="d1@0", train="d2s@1-2")}, {"model": ADAPTED}),
     "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
 }
-RUNS = {DPORunConfig: run_dpo, SFTRunConfig: run_sft, RewardRunConfig: run_reward}
+RUNS = {
+    PPORunConfig: run_ppo,
+    DPORunConfig: run_dpo,
+    KTORunConfig: run_kto,
+    ORPORunConfig: run_pairs,
+    SFTRunConfig: run_sft,
+    RewardRunConfig: run_reward,
+}
 
 
 def run(config, observer=None):

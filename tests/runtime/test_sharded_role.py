@@ -54,7 +54,7 @@ class Roles:
 
     def make(self, layout):
         placements = {"train": Placement.parse(HOMES[layout], layout), "infer": ELSEWHERE}
-        return SpreadRole("actor", placements, self.world, self._model, local_role, CONFIG.num_frozen_layers)
+        return SpreadRole("actor", placements, self.world, self._model, local_role, CONFIG)
 
     def train(self, role, steps):
         if self.world.rank in role.members("train"):

@@ -5,9 +5,12 @@ import torch
 from tiny_rl import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from meshift.config.sections import LoraConfig, TrainableConfig
+from meshift.models.adapters import add_adapter
 from meshift.models.attention import PackedAttention, packed_positions
+from meshift.models.config import Adapter
 from meshift.training.flops import _num_pairs, training_flops
-from meshift.training.optimizer import freeze_layers
+from meshift.training.optimizer import freeze, freeze_layers
 
 LENGTHS = [5, 9, 1]
 PRODUCTS = ("aten.mm", "aten.addmm")
@@ -61,3 +64,15 @@ def test_a_window_leaves_out_what_it_hides():
     for window in (None, 1, 3, 20):
         seen = [min(i + 1, window or 99) for i in range(9)]
         assert _num_pairs(9, window) == sum(seen)
+
+
+@pytest.mark.parametrize("targets", [("attention.query", "attention.value", "mlp.down"), None])
+@pytest.mark.parametrize("rows", [None, [2, 5, 11, 14]])
+def test_frozen_matrices_beside_adapters_have_no_gradient_of_their_own(rows, targets):
+    model = tiny_model()
+    add_adapter(model, Adapter(rank=3, alpha=6, targets=targets or model.config.linear_names))
+    freeze(model, TrainableConfig(lora=LoraConfig()))
+    picked = None if rows is None else torch.tensor(rows)
+    expected = products_that_ran(model, 4, picked) + attention_by_hand(model, model.config.num_layers)
+    spans = [(0, n) for n in LENGTHS]
+    assert training_flops(model, spans, 4, sum(LENGTHS) if rows is None else len(rows)) == expected

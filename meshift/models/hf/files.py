@@ -4,7 +4,7 @@ Knows nothing of families or of our parameter names. Pickled weights are never r
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from meshift.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,6 +31,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The folder of a model: a local folder whenever it exists, else a hub id, downloaded or from the cache.
+
+    Raises `ModelError` where there is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file; give the folder that holds config.json and the safetensors.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(HUB_FILES)))
+    # OSError covers no network, no such repository and no access (requests' and the hub's own errors).
+    except (HFValidationError, OSError, ValueError) as error:
+        raise ModelError(
+            f"'{name_or_path}' is no local folder and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): "
+            "check the spelling, the network and `hf auth login`, or give a local folder."
+        ) from error
+
+
 class WeightFiles:
     """Which tensors a folder holds, with their shapes, before a byte of them is read.
 
@@ -37,9 +62,10 @@ class WeightFiles:
     Raises `ModelError` for a folder without safetensors, a missing shard and a torn file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Sequence[Path] | None = None) -> None:
+        """All of the folder's weights, or only these `files` of it."""
         self.directory = directory
-        self._files = _locate(directory)
+        self._files = _locate(directory) if files is None else list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, Path] = {}
         for path in self._files:

@@ -5,6 +5,7 @@ Knows nothing of `pypi:` names, of layouts or of our own checkpoints; the layers
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,40 +15,17 @@ from torch import Tensor, nn
 from meshift.errors import ModelError
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_files import AdaptedWeights, find_adapter
 from meshift.models.hf.families import FAMILIES, HEAD_NAMES, read_config
-from meshift.models.hf.files import WeightFiles, read_json
+from meshift.models.hf.files import WeightFiles, read_json, resolve_model
 from meshift.models.hf.stored import Stored, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+Files = WeightFiles | AdaptedWeights
 PROBE = "The film, on the whole, was good: 10/10.\n"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
-
-
-def resolve_model(name_or_path: str | Path) -> Path:
-    """The folder of a model: a local folder whenever it exists, else a hub id, downloaded or from the cache.
-
-    Raises `ModelError` where there is neither.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{path} is a file; give the folder that holds config.json and the safetensors.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=list(HUB_FILES)))
-    # OSError covers no network, no such repository and no access (requests' and the hub's own errors).
-    except (HFValidationError, OSError, ValueError) as error:
-        raise ModelError(
-            f"'{name_or_path}' is no local folder and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): "
-            "check the spelling, the network and `hf auth login`, or give a local folder."
-        ) from error
 
 
 def load_model(
@@ -58,7 +36,7 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Decoder:
-    """A `Decoder` filled from a local folder or a hub id.
+    """A `Decoder` filled from a local folder or a hub id; of an adapter's, the base model with it merged in.
 
     `dtype` None keeps the stored one (the embedding's, should the file mix several). A head that the checkpoint
     does not hold starts at zero (value) or is drawn from `seed` with std 1 / sqrt(hidden + 1) (reward; Stiennon
@@ -66,7 +44,7 @@ def load_model(
     """
     directory = resolve_model(name_or_path)
     config = load_config(directory)
-    files = WeightFiles(directory)
+    files = open_weights(directory)
     stored = _stored_here(config, head, files)
     fresh = _check(config, head, stored, files)
     with torch.device("meta"):
@@ -81,12 +59,17 @@ def load_model(
 
 def check_weights(directory: Path, head: HeadKind) -> None:
     """Raise `ModelError` where `load_model` would; reads config.json and the headers of the weights only."""
-    config, files = load_config(directory), WeightFiles(directory)
+    config, files = load_config(directory), open_weights(directory)
     _check(config, head, _stored_here(config, head, files), files)
 
 
 def load_config(directory: Path) -> DecoderConfig:
-    """The decoder's numbers from a folder's config.json. Raises `ModelError`."""
+    """The decoder's numbers from a folder's config.json, or from an adapter's base. Raises `ModelError`."""
+    adapter = find_adapter(directory)
+    if adapter is not None:
+        config = load_config(adapter.model)
+        classifier = {**config.hf, "architectures": [FAMILIES[config.family].classifier]}
+        return replace(config, hf=classifier) if adapter.has_score else config
     raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     return read_config(
@@ -94,12 +77,20 @@ def load_config(directory: Path) -> DecoderConfig:
     )
 
 
+def open_weights(directory: Path) -> Files:
+    """The tensors of a model's folder, or of an adapter's with those of its base. Raises `ModelError`."""
+    adapter = find_adapter(directory)
+    if adapter is None:
+        return WeightFiles(directory)
+    return AdaptedWeights(adapter, open_weights(adapter.model), load_config(adapter.model))
+
+
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or a hub id. Raises `ModelError`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
-    directory = resolve_model(name_or_path)
+    directory = tokenizer_folder(resolve_model(name_or_path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
         tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong in a file may show only here
@@ -122,16 +113,22 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerFast":
         ) from error
 
 
-def _stored_here(config: DecoderConfig, head: HeadKind, files: WeightFiles) -> dict[str, Stored]:
+def tokenizer_folder(directory: Path) -> Path:
+    """Where the tokenizer of a model's folder is: of an adapter's that holds none, with its base."""
+    adapter = find_adapter(directory)
+    if adapter is None or (directory / "tokenizer_config.json").is_file():
+        return directory
+    return tokenizer_folder(adapter.model)
+
+
+def _stored_here(config: DecoderConfig, head: HeadKind, files: Files) -> dict[str, Stored]:
     """What the files must hold, by the names there: a bare decoder's lack the prefix, as GPT-2's first ones do."""
     stored, prefix = stored_tensors(config, head), FAMILIES[config.family].prefix
     bare = {name.removeprefix(prefix): held for name, held in stored.items()}
     return max(stored, bare, key=lambda names: len(names.keys() & files.shapes.keys()))
 
 
-def _check(
-    config: DecoderConfig, head: HeadKind, stored: Mapping[str, Stored], files: WeightFiles
-) -> frozenset[str]:
+def _check(config: DecoderConfig, head: HeadKind, stored: Mapping[str, Stored], files: Files) -> frozenset[str]:
     """Hold the files against what they must store; returns the head's name if it has to be made new."""
     missing = sorted(set(stored) - set(files.shapes))
     fresh = frozenset(missing) & {HEAD_NAMES["value"]}
@@ -146,7 +143,7 @@ def _check(
     return fresh
 
 
-def _complain_of_missing(files: WeightFiles, missing: list[str]) -> None:
+def _complain_of_missing(files: Files, missing: list[str]) -> None:
     if missing == [HEAD_NAMES["lm"]]:
         raise ModelError(
             f"{files.directory} holds no {HEAD_NAMES['lm']}, and its config does not tie it to the embedding: "
@@ -157,7 +154,7 @@ def _complain_of_missing(files: WeightFiles, missing: list[str]) -> None:
     )
 
 
-def _check_unexpected(config: DecoderConfig, known: set[str], files: WeightFiles) -> None:
+def _check_unexpected(config: DecoderConfig, known: set[str], files: Files) -> None:
     # Another head's weights are left where they are: a language model may start a critic and the reverse.
     pattern = FAMILIES[config.family].ignored
     extra = set(files.shapes) - known - set(HEAD_NAMES.values())
@@ -169,7 +166,7 @@ def _check_unexpected(config: DecoderConfig, known: set[str], files: WeightFiles
         )
 
 
-def _check_shapes(stored: Mapping[str, Stored], files: WeightFiles) -> None:
+def _check_shapes(stored: Mapping[str, Stored], files: Files) -> None:
     for name, held in stored.items():
         found = files.shapes.get(name, held.shape)
         if found != held.shape:
@@ -179,7 +176,7 @@ def _check_shapes(stored: Mapping[str, Stored], files: WeightFiles) -> None:
             )
 
 
-def _check_tie(embedding: str, files: WeightFiles) -> None:
+def _check_tie(embedding: str, files: Files) -> None:
     """A tied model's file may repeat the embedding as lm_head, but not contradict it."""
     stored = dict(files.read([embedding, HEAD_NAMES["lm"]]))
     if not torch.equal(stored[embedding], stored[HEAD_NAMES["lm"]]):
@@ -189,7 +186,7 @@ def _check_tie(embedding: str, files: WeightFiles) -> None:
         )
 
 
-def _read(files: WeightFiles, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read(files: Files, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Our name -> a tensor that owns its memory, all of one dtype."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in files.read(stored):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from meshift.errors import ModelError, SaveError
 from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_files import CONFIG as ADAPTER_CONFIG
+from meshift.models.hf.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from meshift.models.hf.adapter_files import adapter_settings, adapter_tensors
 from meshift.models.hf.families import FAMILIES
 from meshift.models.hf.files import INDEX, SINGLE
 from meshift.models.hf.stored import Stored, stored_tensors
@@ -41,10 +45,7 @@ def save_model(
     exists, old weights go first and config.json comes last: broken off midway it lacks weights, and never mixes
     two models. Other files there stay. Raises `SaveError` where the folder cannot be written.
     """
-    aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with _written_aside(directory) as aside:
         stored = stored_tensors(model.config, model.head_kind)
         _write_weights(aside, stored, _parameters(model), max_shard_bytes)
         if tokenizer is not None:
@@ -52,6 +53,25 @@ def save_model(
         if model.head_kind == "lm" and model.config.generation is not None:
             _write_json(aside / "generation_config.json", model.config.generation)
         _write_json(aside / "config.json", output_config(model, tokenizer))
+
+
+def save_adapter(model: Decoder, directory: Path, *, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+    """Write a model's adapters in PEFT's format, and the tokenizer's files; as whole and safe as `save_model`."""
+    with _written_aside(directory) as aside:
+        save_file(adapter_tensors(model), aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(aside))
+        _write_json(aside / ADAPTER_CONFIG, adapter_settings(model))
+
+
+@contextmanager
+def _written_aside(directory: Path) -> Iterator[Path]:
+    """A folder to be filled, and then put in the place of `directory`. Raises `SaveError`."""
+    aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
         _move_into_place(aside, directory)
     except (OSError, SafetensorError) as error:
         raise SaveError(
@@ -146,4 +166,4 @@ def _move_into_place(aside: Path, directory: Path) -> None:
 
 def _arrival(path: Path) -> int:
     """Weights, then the index that makes them count, then config.json."""
-    return 2 if path.name == "config.json" else 1 if path.name == INDEX else 0
+    return 2 if path.name in ("config.json", ADAPTER_CONFIG) else 1 if path.name == INDEX else 0

@@ -1,0 +1,68 @@
+"""KTO: completions that were liked or not, one at a time, against what is usual for the policy.
+
+Source: Ethayarajh et al. 2024 (KTO, arXiv 2402.01306), section 4. What is usual is z, an estimate of KL(policy ||
+reference) from texts that do not belong together: each prompt of the step with the completion of another row. It
+is of the whole step, and of the weights that the step's one update starts from, whatever the micro-batches. The
+formula is in `KTOLoss`. It knows nothing of data files.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meshift.algorithms.preference_losses import KTOLoss
+from meshift.algorithms.rollouts import infer_call, sync_calls
+from meshift.batch import WHERE, Batch, Outcome, Ragged
+from meshift.config.runs import KTORunConfig
+from meshift.graph.calls import Call, Graph, HostCall, ModelCall
+from meshift.training.engine import TrainTask
+from meshift.training.text_readings import CompletionLogprobs
+
+MATCHED = CompletionLogprobs(key="ref_logps")
+MISMATCHED = CompletionLogprobs(key="mismatched_logps", texts="mismatched")
+REF_MISMATCHED = CompletionLogprobs(key="ref_mismatched_logps", texts="mismatched")
+KTO_INPUTS = ("tokens", "mismatched", "num_prompt_tokens", "label")
+
+
+def kto_graph(config: KTORunConfig) -> Graph:
+    """One update per step, on all of the step's completions."""
+    own, other = ("tokens", "num_prompt_tokens"), ("mismatched", "num_prompt_tokens")
+    calls: tuple[Call, ...] = (
+        infer_call("reference", "reference", MATCHED, own, MATCHED.key),
+        infer_call("reference_mismatched", "reference", REF_MISMATCHED, other, REF_MISMATCHED.key),
+        infer_call("mismatched", "actor", MISMATCHED, other, MISMATCHED.key),
+        HostCall(
+            name="kl_term", function=kl_term, reads=(MISMATCHED.key, REF_MISMATCHED.key), writes=("kl_term",)
+        ),
+        ModelCall(
+            name="train_actor",
+            role="actor",
+            kind="train",
+            task=TrainTask(loss=kto_loss(config)),
+            reads=(*own, "label", MATCHED.key, "kl_term", WHERE),
+        ),
+        *sync_calls(config.reference),
+    )
+    return Graph(calls, frozenset((*KTO_INPUTS, WHERE)))
+
+
+def kto_loss(config: KTORunConfig) -> KTOLoss:
+    """The loss that a config asks for, of training and of held-out rows."""
+    kto = config.kto
+    return KTOLoss(beta=kto.beta, desirable_weight=kto.desirable_weight, undesirable_weight=kto.undesirable_weight)
+
+
+def kl_term(batch: Batch) -> Outcome:
+    """z = max(0, mean of log p - log p_ref over the mismatched completions), the same number in every row."""
+    found = (batch[MISMATCHED.key].values.double() - batch[REF_MISMATCHED.key].values.double()).mean()
+    term = max(0.0, float(found))
+    return Outcome(batch=Batch({"kl_term": Ragged.scalars(torch.full((len(batch),), term))}), metrics={"kl": term})
+
+
+def mismatched(tokens: Ragged, num_prompt_tokens: torch.Tensor, max_length: int) -> Ragged:
+    """Every prompt with the next row's completion, the last with the first's, cut at `max_length`."""
+    rows = [row.tolist() for row in tokens.rows()]
+    parts = [(row[:n], row[n:]) for row, n in zip(rows, num_prompt_tokens.tolist(), strict=True)]
+    others = [*parts[1:], *parts[:1]]
+    texts = [(prompt + said)[:max_length] for (prompt, _), (_, said) in zip(parts, others, strict=True)]
+    return Ragged.from_rows(texts, torch.int64)

@@ -1,0 +1,256 @@
+"""`meshift kto`: completions that were liked or not, an actor and a reference brought to the graph of KTO.
+
+It knows nothing of the loss, nor of how many processes run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from meshift.algorithms.kto import (
+    MATCHED,
+    MISMATCHED,
+    REF_MISMATCHED,
+    kl_term,
+    kto_graph,
+    kto_loss,
+    mismatched,
+)
+from meshift.algorithms.preference_losses import side_means
+from meshift.batch import WHERE, Batch, Ragged
+from meshift.config.runs import KTORunConfig
+from meshift.config.sections import UnpairedDataConfig
+from meshift.data.columns import has
+from meshift.data.dataset import dataset_rows
+from meshift.data.loader import Loader
+from meshift.data.preferences import load_preferences
+from meshift.data.unpaired import Judged, UnpairedData, load_unpaired
+from meshift.errors import ConfigError
+from meshift.runtime.fixed_samples import Infers
+from meshift.runtime.given_rows import (
+    arithmetic,
+    check_before_reading,
+    held_out_calls,
+    held_out_due,
+    left_out_notes,
+)
+from meshift.runtime.models import (
+    check_same_shape,
+    check_same_tokenizer,
+    compute_dtype,
+    kept_models,
+    model_rows,
+    open_tokenizer,
+    resident_bytes,
+    shortest_limit,
+    stop_token_ids,
+    trained_rows,
+)
+from meshift.runtime.observer import Observer
+from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.plans import Uses, uses_of
+from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, frozen_like, save_role
+from meshift.runtime.run import Job, RunResult, steps_of
+
+
+def run_kto(config: KTORunConfig, observer: Observer) -> RunResult:
+    """Align the actor. Its folder `final/` loads with `AutoModelForCausalLM`."""
+    return start_run(config, KTO_METHOD, observer)
+
+
+def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
+    """Validate data and models and say what the run would do, without training."""
+    data, names, dtype = _check(config), kto_models(config), compute_dtype(config.dtype)
+    rows = data.train.judged
+    sizes = [len(one.tokens) for one in rows]
+    trained = {"actor": config.actor}
+    kept = kept_models(names, trained, config.plan, moves=config.reference.sync_ref_model)
+    memory = sum(resident_bytes(name, "lm", dtype, trained.get(role)) for role, name in kept.items())
+    return [
+        *model_rows(names, kept),
+        ("compute type", str(dtype).removeprefix("torch.")),
+        ("completions", _counted(data.train)),
+        ("held-out completions", _counted(data.heldout) if data.heldout else "none"),
+        ("weights", _balance(config, rows)),
+        ("batch", f"{config.data.batch_size} completions per update"),
+        *arithmetic(
+            config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(rows)), "completions"
+        ),
+        *trained_rows(names, trained),
+        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
+        ("output", config.output_dir),
+        *plan_row(config, KTO_METHOD),
+    ]
+
+
+def kto_models(config: KTORunConfig) -> dict[str, str]:
+    """The model that each role starts from: the reference from the actor."""
+    actor = str(config.actor.model_name_or_path)
+    return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
+
+
+def build_kto_job(config: KTORunConfig, opener: Opener | None = None) -> Job:
+    """Roles, completions and graph. Without an opener the roles are in this process."""
+    opener = opener or LocalOpener(None, config.plan.offloaded)
+    data, names = _check(config), kto_models(config)
+    rows, dtype = data.train.judged, compute_dtype(config.dtype)
+    max_steps = steps_of(config, len(rows))
+    frozen = frozen_like(config.actor)
+    reference = RoleSpec(
+        name="reference",
+        model=names["reference"],
+        dtype=dtype,
+        config=frozen,
+        moves=config.reference.sync_ref_model,
+    )
+    actor = RoleSpec(
+        name="actor",
+        model=names["actor"],
+        dtype=dtype,
+        config=config.actor,
+        max_steps=max_steps,
+        seed=config.seed,
+    )
+    roles = {spec.name: opener.open(spec) for spec in (actor, reference)}
+    loader = Loader(len(rows), config.data.batch_size, config.seed, config.data.shuffle)
+    heldout = judged_batch(data.heldout.judged, data.longest) if data.heldout else None
+    tokenizer = open_tokenizer(names["actor"])
+
+    def evaluate(step: int) -> dict[str, float]:
+        if heldout is None or not held_out_due(config, step, max_steps):
+            return {}
+        return heldout_metrics(config, roles, heldout)
+
+    return Job(
+        title=f"KTO on {len(rows)} completions",
+        graph=kto_graph(config),
+        roles=roles,
+        max_steps=max_steps,
+        next_batch=lambda step: judged_batch([rows[i] for i in loader.batch(step)], data.longest),
+        save=lambda folder: save_role(roles["actor"], folder, tokenizer),
+        evaluate=evaluate,
+        num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
+        rows=rows,
+        messages=data.messages(),
+    )
+
+
+def kto_uses(config: KTORunConfig) -> Uses:
+    """The calls of each role."""
+    return uses_of(kto_graph(config), *held_out_calls(config, "actor"))
+
+
+KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=kto_models)
+
+
+def judged_batch(rows: Sequence[Judged], max_length: int) -> Batch:
+    """Completions as the keys of KTO's graph, with each prompt's completion of another row."""
+    tokens = Ragged.from_rows([one.tokens for one in rows], torch.int64)
+    num_prompt_tokens = torch.tensor([one.num_prompt_tokens for one in rows])
+    return Batch(
+        {
+            "tokens": tokens,
+            "mismatched": mismatched(tokens, num_prompt_tokens, max_length),
+            "num_prompt_tokens": Ragged.scalars(num_prompt_tokens),
+            "label": Ragged.scalars([one.label for one in rows], torch.bool),
+        },
+        {WHERE: [one.where for one in rows]},
+    )
+
+
+def heldout_metrics(config: KTORunConfig, roles: Mapping[str, Infers], batch: Batch) -> dict[str, float]:
+    """`eval/loss` and, of held-out completions with both labels, `eval/margin` of their mean rewards."""
+    for role, reading in (("reference", MATCHED), ("reference", REF_MISMATCHED), ("actor", MISMATCHED)):
+        batch = batch.union(roles[role].infer(reading, batch).batch)
+    batch, loss = batch.union(kl_term(batch).batch), kto_loss(config)
+    result = loss(roles["actor"].infer(loss.reading, batch).batch.fields, batch)
+    means = side_means({key: float(value) for key, value in result.sums.items()})
+    metrics = {"eval/loss": float(result.total) / len(batch)}
+    both = 0 < int(result.sums["num_chosen"]) < len(batch)
+    return metrics | ({"eval/margin": means["chosen"] - means["rejected"]} if both else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completions:
+    """The completions to train on, and those held out; a mismatched one is cut at `longest` tokens."""
+
+    train: UnpairedData
+    heldout: UnpairedData | None
+    longest: int
+
+    def messages(self) -> tuple[str, ...]:
+        """What was left out, and where."""
+        notes: list[str] = []
+        for data, what in ((self.train, "completions"), (self.heldout, "held-out completions")):
+            if data is not None:
+                notes += left_out_notes(
+                    (data.overlong, f"{what} over data.max_length"), (data.blank, f"blank {what}")
+                )
+        return tuple(notes)
+
+
+def _check(config: KTORunConfig) -> _Completions:
+    """The data, when it and the models fit together; a dry run and a run both begin with it."""
+    check_before_reading(config, "actor", config.actor)
+    names = kto_models(config)
+    check_same_tokenizer(names)
+    if config.reference.sync_ref_model:
+        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    role, limit = shortest_limit(names)
+    data = _load(config.data, names["actor"], longest=min(limit, config.data.max_length))
+    for one in (*data.train.judged, *(data.heldout.judged if data.heldout else ())):
+        if len(one.tokens) > limit:
+            raise ConfigError(
+                f"the text at {one.where} has {len(one.tokens)} tokens, but the {role} model {names[role]} takes "
+                f"{limit}; set `data.max_length` to at most {limit}"
+            )
+    return data
+
+
+def _load(config: UnpairedDataConfig, model: str, longest: int) -> _Completions:
+    tokenizer: Any = open_tokenizer(model)
+    load = partial(
+        _load_rows,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        append_eos=config.append_eos,
+        apply_chat_template=config.apply_chat_template,
+        stop_token_ids=stop_token_ids(model, tokenizer),
+    )
+    heldout = load(config.eval_dataset_name) if config.eval_dataset_name else None
+    if heldout is not None:
+        heldout = replace(heldout, judged=heldout.judged[: config.max_eval_samples])
+    return _Completions(train=load(config.dataset_name), heldout=heldout, longest=longest)
+
+
+def _load_rows(dataset_name: str, **how: Any) -> UnpairedData:
+    """Judged completions, or pairs taken apart: the chosen text was liked, the rejected one was not."""
+    first = next(iter(dataset_rows(dataset_name)), None)
+    if first is None or not has(first, "chosen"):
+        return load_unpaired(dataset_name, **how)
+    pairs = load_preferences(dataset_name, **how)
+    judged = [
+        Judged(tokens=tokens, num_prompt_tokens=pair.num_prompt_tokens, label=label, where=pair.where)
+        for pair in pairs.pairs
+        for tokens, label in ((pair.chosen, True), (pair.rejected, False))
+    ]
+    return UnpairedData(judged=judged, overlong=pairs.overlong, blank=pairs.blank)
+
+
+def _counted(data: UnpairedData) -> str:
+    liked = sum(one.label for one in data.judged)
+    left_out = f"{data.num_overlong} over-long and {len(data.blank)} blank left out"
+    return f"{len(data.judged)}, {liked} of them desirable ({left_out})"
+
+
+def _balance(config: KTORunConfig, rows: Sequence[Judged]) -> str:
+    """The paper advises a ratio of 1 to 4/3 (section 4.2, equation 9)."""
+    liked = sum(one.label for one in rows)
+    weights = config.kto.desirable_weight * liked, config.kto.undesirable_weight * (len(rows) - liked)
+    ratio = f"{weights[0] / weights[1]:.2f}" if weights[1] > 0 else "infinite"
+    return f"desirable to undesirable, weighted: {ratio} (the paper advises 1 to 1.33)"

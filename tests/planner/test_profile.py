@@ -1,0 +1,193 @@
+"""A profile says what was measured, between sizes in logarithms; processes that share processors are slower."""
+
+import json
+from itertools import product as pairs
+
+import pytest
+from tiny_steps import device, step
+
+from meshift.errors import ConfigError
+from meshift.layout.layout import Layout, Placement
+from meshift.planner.candidates import Problem, Use
+from meshift.planner.cost import Costs
+from meshift.planner.evaluate import evaluate
+from meshift.planner.hardware import as_values, find_hardware
+from meshift.planner.planning import make_plan
+from meshift.planner.profile import PRODUCTS, SPEEDS, Message, Product, Profile
+from meshift.planner.timeline import Spot, timeline
+from meshift.planner.written import placements_of
+
+RATE = 1e10
+SLOW = {"1": 1.0, "2": 1.0, "4": 2.0}
+
+
+def profile(cores=2, dtype="bfloat16", slow=SLOW, rate=RATE):
+    """Everything at one rate; messages of a tenth of a millisecond and 1 GB/s."""
+    return Profile(
+        products=tuple(
+            Product(kind=kind, dtype=dtype, threads=threads, numbers=numbers, rows=rows, rate=threads * rate)
+            for kind, threads, numbers, rows in pairs(PRODUCTS, (1, 2), (1e5, 1e7), (1, 1024))
+        ),
+        messages=tuple(
+            Message(kind=kind, members=n, among=n, num_bytes=size, seconds=1e-4 + size / 1e9)
+            for kind, n, size in pairs(("sum", "late", "gather", "send"), (2, 4), (1e3, 1e9))
+        ),
+        speeds={f"{kind}/{dtype}": {"1": 1e9, "2": 2e9} for kind in SPEEDS},
+        crowding=dict.fromkeys(("decode", "forward", "backward", "update"), slow),
+        cores=cores,
+    )
+
+
+def shared(**changes):
+    """A host of two processors."""
+    values = as_values(device()) | {"profile": profile(**changes).values(), "memory": 64e9}
+    from meshift.planner.hardware import from_values
+
+    return from_values(values)
+
+
+def lines(points):
+    """Products of one kind and size."""
+    return Profile(
+        products=tuple(
+            Product(kind="forward", dtype="float32", threads=1, numbers=1e6, rows=rows, rate=rate)
+            for rows, rate in points
+        )
+    )
+
+
+def test_a_size_between_two_is_interpolated_in_logarithms_and_beyond_them_the_nearest_speaks():
+    found = lines([(10, 1e9), (1000, 4e9)])
+
+    def rate(rows):
+        return found.rate("forward", "float32", 1, 1e6, rows)
+
+    assert rate(10) == pytest.approx(1e9)
+    assert rate(100) == pytest.approx(2e9)
+    assert rate(1000) == rate(5000) == pytest.approx(4e9)
+    # Fewer rows than were measured take as long as these: a pass reads all weights.
+    assert 5 / rate(5) == pytest.approx(10 / rate(10))
+
+
+def test_matrices_of_a_size_between_two_have_a_rate_between_theirs():
+    found = Profile(
+        products=tuple(
+            Product(kind="forward", dtype="float32", threads=1, numbers=numbers, rows=8, rate=rate)
+            for numbers, rate in ((1e4, 1e9), (1e6, 9e9))
+        )
+    )
+    assert found.rate("forward", "float32", 1, 1e5, 8) == pytest.approx(3e9)
+
+
+def test_a_message_larger_than_all_measured_takes_as_many_times_longer():
+    found = profile()
+    assert found.message("send", 1e3, 2, 2) == pytest.approx(1e-4 + 1e-6)
+    assert found.message("send", 4e9, 2, 2) == pytest.approx(4 * (1e-4 + 1.0))
+
+
+def test_more_processes_than_were_measured_share_what_there_is():
+    found = profile()
+    assert [found.slow("decode", n) for n in (1, 2, 3, 4, 8)] == pytest.approx([1, 1, 1.5, 2, 4])
+
+
+def test_a_profile_is_read_from_the_file_that_it_was_written_to(tmp_path):
+    hardware, file = shared(), tmp_path / "profile.json"
+    file.write_text(json.dumps(as_values(hardware)))
+    found = find_hardware(str(file))
+    assert as_values(found) == as_values(hardware)
+    assert found.profile.rate("decode", "bfloat16", 2, 1e6, 7) == pytest.approx(2 * RATE)
+
+
+def test_a_type_that_was_not_measured_is_named():
+    with pytest.raises(ConfigError, match=r"has bfloat16, and nothing of forward in float32.*--dtype float32"):
+        profile().rate("forward", "float32", 1, 1e6, 8)
+    with pytest.raises(ConfigError, match="update in float32"):
+        profile().speed("update", "float32", 1)
+
+
+def test_one_process_has_all_processors_and_each_of_several_its_share():
+    hardware = shared(cores=4)
+    assert [hardware.shared_by(n).threads for n in (1, 2, 3, 4, 8)] == [4, 2, 1, 1, 1]
+    assert hardware.shared_by(4).usable < hardware.shared_by(2).usable / 1.9
+
+
+def test_reading_takes_the_operations_of_its_layers_by_the_rate():
+    given = step()
+    call = next(one for one in given.calls if one.name == "values")
+    cost = Costs(given.roles["critic"], shared().shared_by(2)).of(call, Layout())
+    role = given.roles["critic"]
+    numbers = sum(
+        4 * 1024 * 1024 + 3 * 1024 * 3072 + 2 * 1024  # queries to output, gate to down, norms
+        for _ in range(role.config.num_layers)
+    )
+    rows = call.texts.num_rows(share_prefixes=False)
+    seen = call.texts.prompt + call.texts.completion / 2
+    attention = 4.0 * 1024 * rows * seen * role.config.num_layers
+    assert cost.parts["compute"] == pytest.approx((2.0 * numbers * rows + attention) / RATE, rel=1e-3)
+
+
+def test_frozen_layers_are_not_gone_back_through():
+    def training(frozen):
+        given = step(num_frozen_layers=frozen)
+        call = next(one for one in given.calls if one.name == "train_critic")
+        return Costs(given.roles["critic"], shared().shared_by(2)).of(call, Layout()).parts["compute"]
+
+    assert training(1) / training(0) == pytest.approx((1 + 2) / (2 + 2), rel=0.01)  # at one rate for both ways
+
+
+APART = {
+    "actor": {"generate": ("0-1", "d2t1p1"), "train": ("0-1", "d2t1p1")},
+    "critic": {"infer": ("2-3", "d2t1p1"), "train": ("2-3", "d2t1p1")},
+    "reference": {"infer": ("2-3", "d2t1p1")},
+}
+
+
+def played(hardware, where=APART):
+    placements = {
+        role: {kind: Placement.parse(*given) for kind, given in kinds.items()} for role, kinds in where.items()
+    }
+    return {event.name: event for event in evaluate(step(), hardware, placements, streaming=False)}
+
+
+def test_calls_side_by_side_on_the_same_processors_take_as_long_as_their_work_together():
+    """Four processes on two processors: at half speed while both calls run, then the rest alone."""
+    events = played(shared())
+    actor, critic = events["train_actor"], events["train_critic"]
+    alone = {name: events[name].cost.seconds for name in ("train_actor", "train_critic")}
+    begun = max(actor.start, critic.start)
+    assert actor.start == pytest.approx(critic.start)
+    shorter, longer = sorted(alone.values())
+    ends = sorted((actor.end - begun, critic.end - begun))
+    assert ends == pytest.approx([2 * shorter, shorter + longer], rel=1e-6)
+
+
+def test_calls_side_by_side_on_devices_of_their_own_do_not_slow_each_other():
+    events = played(shared(cores=0))
+    for name in ("train_actor", "train_critic"):
+        assert events[name].end - events[name].start == pytest.approx(events[name].cost.seconds)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_searches_timeline_is_the_evaluators(streaming, apart):
+    given, hardware = step(), shared()
+    problem = Problem(given, hardware, 4, streaming=streaming)
+    half = Layout(data=2)
+    firsts = {"actor": 0, "critic": 2 * apart, "reference": 2 * apart}
+    choice = {use: Spot(problem.candidate(use, half), firsts[use.role]) for use in problem.uses}
+    if apart:  # the actor draws elsewhere too
+        use = Use("actor", "generate")
+        choice[use] = Spot(problem.candidate(use, Layout(tensor=2)), 0)
+    bars = {bar.op.name: bar for bar in timeline(problem, choice)}
+    events = evaluate(given, hardware, placements_of(problem, choice), streaming=streaming)
+    for event in events:
+        tolerance = 0.02 * max(one.end for one in events)
+        assert bars[event.name].start == pytest.approx(event.start, abs=tolerance), event.name
+        assert bars[event.name].end == pytest.approx(event.end, abs=tolerance), event.name
+
+
+def test_where_processes_only_get_in_each_others_way_the_plan_is_one_process():
+    planned = make_plan(step(), shared(slow={"1": 1.0, "2": 2.5, "4": 6.0}), 4, seconds=1.0)
+    assert planned.problem.num_devices == 1
+    many = make_plan(step(), shared(rate=RATE, cores=0), 4, seconds=1.0)
+    assert len({spot.first for spot in many.choice.values()} | {s.stop for s in many.choice.values()}) > 1

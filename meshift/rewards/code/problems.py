@@ -154,7 +154,7 @@ def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
     """`check(candidate)` is one test. The prompt's own helpers are run where the tests are: the program cannot
     change what they compute."""
     name = str(row["entry_point"])
-    opening = row.get("opening") or (prompt if isinstance(prompt, str) and f"def {name}" in prompt else "")
+    opening = _opening(row, prompt)
     return Problem(
         tests=[{"code": f"{row['test']}\ncheck({name})"}],
         setup=opening,
@@ -163,6 +163,13 @@ def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
         entry_point=name,
         form="HumanEval",
     )
+
+
+def _opening(row: Mapping[str, Any], prompt: Any) -> str:
+    """The head of the function `entry_point`: a column of its own, or the prompt where that has it."""
+    name = row.get("entry_point")
+    given = row.get("opening") or (prompt if isinstance(prompt, str) and f"def {name}" in prompt else "")
+    return str(given) if name else ""
 
 
 def _mbpp(row: Mapping[str, Any], prompt: Any) -> Problem:
@@ -176,10 +183,18 @@ def _mbpp(row: Mapping[str, Any], prompt: Any) -> Problem:
 
 
 def _plain(row: Mapping[str, Any], prompt: Any) -> Problem:
-    """A list of asserts, or of `{"input": ..., "output": ...}`."""
+    """A list of asserts, or of `{"input": ..., "output": ...}`; asserts may be of a function to be completed."""
     tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
     if all(isinstance(test, str) for test in tests):
-        return Problem(tests=[{"code": test} for test in tests], form="tests")
+        opening, name = _opening(row, prompt), str(row.get("entry_point") or "")
+        return Problem(
+            tests=[{"code": test} for test in tests],
+            setup=opening,
+            remote=[name] if name else [],
+            opening=opening,
+            entry_point=name,
+            form="tests",
+        )
     return Problem(inputs=[(str(test["input"]), str(test["output"])) for test in tests], form="tests")
 
 

@@ -1,4 +1,4 @@
-"""The recipe for programs: valid, and each of its problems is solved by a right function and not by a wrong one."""
+"""The recipe for programs: valid, and each of its problems is solved by a right function alone."""
 
 import json
 from pathlib import Path

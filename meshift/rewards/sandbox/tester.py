@@ -56,6 +56,7 @@ def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
             if not channel.is_open:
                 return
     except TestTimeError:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         number = number if number >= 0 else work["tests"][0]["test"]
         _write(verdicts, {"test": number, "passed": False, "detail": "took too long"})
     except SolutionEndedError as error:

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from adapted import adapt
 from threads import num_threads
 
 from meshift.config.sections import TrainableConfig

@@ -5,12 +5,13 @@ It calls none of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError
+from meshift.rewards.code.unit_tests import make_unit_tests
 from meshift.rewards.functions import WeightedFunction
 from meshift.rewards.loading import load_function
 from meshift.rewards.remote import RemoteReward
@@ -28,6 +29,10 @@ TAKEN = ("mean", "std", "frac_reward_zero_std", "overlong_penalty", "over_greedy
 """What runs write as `reward/<name>` themselves: a function of such a name goes by its whole spec."""
 
 
+OWN: Mapping[str, Callable[[Mapping[str, Any]], RewardFunction]] = {"unit_tests": make_unit_tests}
+"""Functions of Meshift's own by name: each is made of its kwargs, and has its own time limits."""
+
+
 def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunction]:
     """Import every configured function. Raises `ConfigError` naming the one that is not there, or is no reward."""
     names = [_short_name(config.function) for config in configs]
@@ -38,7 +43,9 @@ def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunc
         signature = read_signature(function)
         if signature is None:
             raise ConfigError(unknown_signature(name))
-        _check_kwargs(name, signature, config.kwargs)
+        is_own = config.function in OWN
+        if not is_own:
+            _check_kwargs(name, signature, config.kwargs)
         loaded.append(
             WeightedFunction(
                 name=name,
@@ -47,7 +54,7 @@ def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunc
                 spec=spec,
                 timeout_s=config.timeout_s,
                 on_error=config.on_error,
-                kwargs=config.kwargs,
+                kwargs={} if is_own else config.kwargs,
             )
         )
     return loaded
@@ -60,6 +67,10 @@ def _short_name(spec: str) -> str:
 def _load(config: RewardFunctionConfig) -> tuple[RewardFunction, str | None]:
     """The function and where a process of its own would find it."""
     spec = config.function
+    if spec in OWN:
+        if config.timeout_s is not None:
+            raise ConfigError(f"reward function {spec} has its own time limits; put them in its kwargs")
+        return OWN[spec](config.kwargs), None
     if "://" in spec:
         return RemoteReward(spec, config.timeout_s), None
     place, _, name = spec.rpartition(":")
@@ -85,6 +96,8 @@ def check_columns(functions: Sequence[WeightedFunction], columns: Sequence[str])
         signature = read_signature(weighted.function)
         if signature is None:
             raise ConfigError(unknown_signature(weighted.name))
+        if hasattr(weighted.function, "check_columns"):
+            weighted.function.check_columns(columns)
         given = given_names(signature, columns)
         twice = sorted(set(weighted.kwargs) & given)
         if twice:

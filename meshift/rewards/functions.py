@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -72,19 +73,21 @@ class RewardFunctions:
     def __call__(self, batch: Batch) -> Outcome:
         """Write `function_scores` [1], NaN for a row that no function gave a number.
 
-        Metrics: `reward/<function>` (the mean) and what it logs, as `reward/<function>/...`.
+        Metrics: `reward/<function>` (the mean) and what it logs, as `reward/<function>/...`; its seconds, as
+        `perf/time_per_reward/<function>`.
 
         Raises `RewardError` naming function and sample, where one fails whose `on_error` is "stop".
         """
         samples = self._samples(batch)
         total = torch.full((len(batch),), math.nan)
         metrics: dict[str, float] = {}
-        for caller, scores in zip(self._callers, self._scores(samples), strict=True):
+        for caller, (scores, seconds) in zip(self._callers, self._scores(samples), strict=True):
             self._report(caller.weighted, scores, samples)
             values = torch.tensor([math.nan if v is None else v for v in scores.values], dtype=torch.float32)
             added = torch.where(total.isnan(), 0.0, total) + caller.weighted.weight * values
             total = torch.where(values.isnan(), total, added)
             metrics |= _metrics(caller.weighted, scores)
+            metrics[f"perf/time_per_reward/{caller.weighted.name}"] = seconds
         if total.isnan().all() and not self._warned_of_none:
             self._warned_of_none = True
             logger.warning(
@@ -92,8 +95,9 @@ class RewardFunctions:
             )
         return Outcome(batch=Batch({"function_scores": Ragged.scalars(total)}), metrics=metrics)
 
-    def _scores(self, samples: Samples) -> list[Scores]:
-        """Every function's scores. Those that wait for others do so at the same time, beside the plain ones.
+    def _scores(self, samples: Samples) -> list[tuple[Scores, float]]:
+        """Every function's scores and seconds. Those that wait for others do so at the same time, beside the
+        plain ones.
 
         Plain ones run one after another in this thread, outside of any event loop: they may use signals, or start
         a loop themselves.
@@ -177,10 +181,13 @@ class _Caller:
             self.invoke = ProcessInvoker(weighted.spec, signature, weighted.timeout_s)
         self.waits = signature.is_async or isinstance(weighted.function, RemoteReward)
         self.waits = self.waits or isinstance(self.invoke, ProcessInvoker)
+        self.waits = self.waits or getattr(weighted.function, "waits", False)
 
-    def score(self, samples: Samples) -> Scores:
-        """Scores and faults of the samples."""
-        return score_samples(self._call, samples, first_only=self._first_only)
+    def score(self, samples: Samples) -> tuple[Scores, float]:
+        """Scores and faults of the samples, and the seconds that it took."""
+        started = time.perf_counter()
+        scores = score_samples(self._call, samples, first_only=self._first_only)
+        return scores, time.perf_counter() - started
 
     @property
     def _first_only(self) -> bool:
@@ -198,14 +205,14 @@ class _Waiting(threading.Thread):
         super().__init__(daemon=True, name=f"reward {caller.weighted.name}")
         self._caller = caller
         self._samples = samples
-        self._scores: Scores | None = None
+        self._scores: tuple[Scores, float] | None = None
 
     def run(self) -> None:
         """Score the samples."""
         self._scores = self._caller.score(self._samples)
 
-    def scores(self) -> Scores:
-        """Wait for the scores."""
+    def scores(self) -> tuple[Scores, float]:
+        """Wait for the scores and seconds."""
         self.join()
         if self._scores is None:
             raise RuntimeError(f"the thread of reward function {self._caller.weighted.name} failed")

@@ -37,16 +37,21 @@ def host_call(functions, batch):
     return RewardFunctions(functions=functions, decode=decode, decode_all=decode_all, columns=names_of(batch))
 
 
+def untimed(metrics):
+    """Those that are the same each time."""
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+
+
 def score(*functions, batch=None):
     """(function, weight) pairs on the batch -> scores, metrics."""
     batch = rollout() if batch is None else batch
     weighted = [WeightedFunction(name=f.__name__, function=f, weight=w) for f, w in functions]
     outcome = host_call(weighted, batch)(batch)
-    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), outcome.metrics
+    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), untimed(outcome.metrics)
 
 
 def score_spec(spec, batch=None, **keys):
     """A function by its config keys on the batch -> scores, metrics."""
     batch = rollout() if batch is None else batch
     outcome = host_call(load_functions([RewardFunctionConfig(function=str(spec), **keys)]), batch)(batch)
-    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), outcome.metrics
+    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), untimed(outcome.metrics)

@@ -4,7 +4,7 @@ import logging
 import math
 
 import pytest
-from reward_batches import host_call, rollout, score
+from reward_batches import host_call, rollout, score, untimed
 
 from meshift.errors import RewardError
 from meshift.rewards.functions import WeightedFunction
@@ -16,7 +16,7 @@ def skipping(function, batch=None, **keys):
     batch = rollout(**BATCH) if batch is None else batch
     weighted = WeightedFunction(name=function.__name__, function=function, weight=1.0, on_error="skip", **keys)
     outcome = host_call([weighted], batch)(batch)
-    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), outcome.metrics
+    return outcome.batch["function_scores"].values.nan_to_num(0.0).tolist(), untimed(outcome.metrics)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import gc
 
 import pytest
 import torch
-from reward_batches import rollout, score
+from reward_batches import host_call, rollout, score
 
 from meshift.errors import RewardError
+from meshift.rewards.functions import WeightedFunction
 
 
 def test_a_function_is_given_texts_token_ids_and_every_column():
@@ -207,3 +208,20 @@ def test_a_plain_function_runs_in_the_main_thread_where_alarms_work():
         return [0.0] * len(completions)
 
     assert score((later, 1.0), (judge, 1.0))[0] == [1.0, 1.0]
+
+
+def test_the_seconds_of_each_function_are_a_metric():
+    import time
+
+    def slow(completions):
+        time.sleep(0.05)
+        return [0.0] * len(completions)
+
+    def fast(completions):
+        return [0.0] * len(completions)
+
+    batch = rollout()
+    functions = [WeightedFunction(name=f.__name__, function=f, weight=1.0) for f in (slow, fast)]
+    metrics = host_call(functions, batch)(batch).metrics
+    assert 0.05 <= metrics["perf/time_per_reward/slow"] < 5
+    assert 0 <= metrics["perf/time_per_reward/fast"] < 0.05

@@ -1,0 +1,57 @@
+"""The program in a completion: the last code block of an answer, or the whole text.
+
+It reads text alone: nothing a model wrote is parsed or compiled on this side.
+"""
+
+from __future__ import annotations
+
+import re
+
+FENCE = "```"
+LANGUAGES = ("python", "py", "python3")
+END_OF_THOUGHT = "</think>"
+NEXT_PART = re.compile(r"\n(?:class |def |#|print\(|if |@|```|<)")
+"""Where a completion of a function's body has left the body: the stop sequences of HumanEval's paper and a few
+more."""
+
+
+def extract_code(completion: str) -> str:
+    """The last block marked as Python, else the last block, else everything; what came before `</think>` is left
+    out.
+
+    A block that the length limit cut off counts up to its end.
+    """
+    answer = completion.rpartition(END_OF_THOUGHT)[2]
+    blocks = _blocks(answer)
+    marked = [code for language, code in blocks if language in LANGUAGES]
+    if blocks:
+        return marked[-1] if marked else blocks[-1][1]
+    return answer
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of every block, line by line: a regular expression takes hours for some texts."""
+    found: list[tuple[str, list[str]]] = []
+    is_open = False
+    for line in text.splitlines(keepends=True):
+        stripped = line.strip()
+        if stripped.startswith(FENCE):
+            is_open = not is_open
+            if is_open:
+                found.append((stripped.removeprefix(FENCE).strip().partition(" ")[0].lower(), []))
+        elif is_open:
+            found[-1][1].append(line)
+    return [(language, "".join(lines)) for language, lines in found]
+
+
+def complete_function(opening: str, name: str, completion: str) -> str:
+    """The program that a completion makes of `opening`, a function's head as HumanEval gives it.
+
+    A completion that defines the function stands after the opening, whose imports and helpers it may use; one that
+    goes on with the body is cut where the body ends.
+    """
+    code = extract_code(completion)
+    if re.search(rf"^(?:async )?def {re.escape(name)}\b", code, re.MULTILINE):
+        return f"{opening}\n{code}"
+    end = NEXT_PART.search(code)
+    return opening + (code[: end.start()] if end else code)

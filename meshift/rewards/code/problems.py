@@ -1,0 +1,209 @@
+"""Programming problems as their data sets have them: rows of APPS, CodeContests, HumanEval, MBPP, or plain
+`tests`.
+
+A row becomes inputs with outputs, or tests of functions. It knows nothing of how they are run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "CodeContests": ("public_tests", "private_tests", "generated_tests"),
+    "APPS": ("input_output",),
+    "HumanEval": ("test", "entry_point"),
+    "MBPP": ("test_list",),
+    "tests": ("tests",),
+    "verl": ("ground_truth",),
+    "verl rows": ("reward_model",),
+}
+"""By form: its columns, of which CodeContests needs one and the others all. The first form that a row has is
+taken."""
+
+
+DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
+
+
+class ProblemError(Exception):
+    """A row whose tests cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Tests of one problem: either `inputs` (stdin, expected stdout) or `tests` of functions.
+
+    A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`. `setup`
+    is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
+    goes on with, `entry_point` the function that it is to define. Limits are None where the data has none.
+    """
+
+    inputs: Sequence[tuple[str, str]] = ()
+    tests: Sequence[Mapping[str, Any]] = ()
+    setup: str = ""
+    remote: Sequence[str] = ()
+    opening: str = ""
+    entry_point: str = ""
+    time_limit_s: float | None = None
+    memory_limit_bytes: int | None = None
+    form: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.inputs) or len(self.tests)
+
+
+def form_of(columns: Sequence[str]) -> str | None:
+    """Which form data with these columns has."""
+    for form, needed in COLUMNS.items():
+        quantifier = any if form == "CodeContests" else all
+        if quantifier(name in columns for name in needed):
+            return form
+    return None
+
+
+def read_problem(row: Mapping[str, Any], prompt: Any, max_tests: int | None = None) -> Problem:
+    """The problem of a row with its prompt (a text, or messages). Raises `ProblemError` saying what cannot be
+    read."""
+    present = [name for name, value in row.items() if value is not None]
+    form = form_of(present)
+    if form is None:
+        raise ProblemError(f"the row has tests in none of the known columns ({', '.join(sorted(row)) or 'none'})")
+    try:
+        problem = READERS[form](row, prompt)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProblemError(
+            f"tests in the form of {form} cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    return problem if max_tests is None else _first(problem, max_tests)
+
+
+def _first(problem: Problem, count: int) -> Problem:
+    return Problem(**{**problem.__dict__, "inputs": problem.inputs[:count], "tests": problem.tests[:count]})
+
+
+def _code_contests(row: Mapping[str, Any], prompt: Any) -> Problem:
+    inputs: list[tuple[str, str]] = []
+    for name in COLUMNS["CodeContests"]:
+        tests = row.get(name) or {}
+        if isinstance(tests, Mapping):
+            inputs += zip(tests.get("input", ()), tests.get("output", ()), strict=True)
+        else:  # a list of pairs, as in the data set's own protocol buffers
+            inputs += [(test["input"], test["output"]) for test in tests]
+    return Problem(
+        inputs=inputs,
+        time_limit_s=_seconds(row.get("time_limit")),
+        memory_limit_bytes=row.get("memory_limit_bytes") or None,
+        form="CodeContests",
+    )
+
+
+def _seconds(limit: Any) -> float | None:
+    if isinstance(limit, Mapping):
+        return (limit.get("seconds") or 0) + (limit.get("nanos") or 0) / 1e9 or None
+    return float(limit) if limit else None
+
+
+def _apps(row: Mapping[str, Any], prompt: Any) -> Problem:
+    return _input_output(row["input_output"], row.get("starter_code") or "")
+
+
+def _verl(row: Mapping[str, Any], prompt: Any) -> Problem:
+    return _input_output(row["ground_truth"], "")
+
+
+def _verl_rows(row: Mapping[str, Any], prompt: Any) -> Problem:
+    return _input_output(row["reward_model"]["ground_truth"], "")
+
+
+def _input_output(text: Any, starter_code: str) -> Problem:
+    """`{"inputs": [...], "outputs": [...]}`, with `fn_name` where a function is called."""
+    tests = json.loads(text) if isinstance(text, str) and text.strip() else text or {}
+    inputs, outputs, name = tests.get("inputs", ()), tests.get("outputs", ()), tests.get("fn_name")
+    if len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
+    if not name:
+        pairs = [(_as_text(given), _as_text(output)) for given, output in zip(inputs, outputs, strict=True)]
+        return Problem(inputs=pairs, form="APPS")
+    call = f"Solution.{name}" if "class Solution" in starter_code else str(name)
+    calls = [
+        {"call": call, "given": _with_number_keys(list(given)), "expected": _with_number_keys(output)}
+        for given, output in zip(inputs, outputs, strict=True)
+    ]
+    return Problem(tests=calls, entry_point=str(name), form="APPS")
+
+
+def _as_text(value: Any) -> str:
+    """Inputs and outputs are texts, or lists of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _with_number_keys(value: Any) -> Any:
+    """JSON has text keys alone; where all of a dictionary's are numbers, the problem's own were numbers."""
+    if isinstance(value, list):
+        return [_with_number_keys(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_number = bool(value) and all(key.lstrip("-").isdecimal() for key in value)
+    return {int(k) if is_number else k: _with_number_keys(v) for k, v in value.items()}
+
+
+def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
+    """`check(candidate)` is one test. The prompt's own helpers are run where the tests are: the program cannot
+    change what they compute."""
+    name = str(row["entry_point"])
+    opening = _opening(row, prompt)
+    return Problem(
+        tests=[{"code": f"{row['test']}\ncheck({name})"}],
+        setup=opening,
+        remote=[name],
+        opening=opening,
+        entry_point=name,
+        form="HumanEval",
+    )
+
+
+def _opening(row: Mapping[str, Any], prompt: Any) -> str:
+    """The head of the function `entry_point`: a column of its own, or the prompt where that has it."""
+    name = row.get("entry_point")
+    given = row.get("opening") or (prompt if isinstance(prompt, str) and f"def {name}" in prompt else "")
+    return str(given) if name else ""
+
+
+def _mbpp(row: Mapping[str, Any], prompt: Any) -> Problem:
+    imports = row.get("test_imports") or []
+    setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
+    tests = [{"code": str(test)} for test in row["test_list"]]
+    named = DEFINED.findall(
+        str(row.get("code") or "")
+    )  # in the solution that comes with it: some are Python's own
+    return Problem(tests=tests, setup=setup, remote=named, form="MBPP")
+
+
+def _plain(row: Mapping[str, Any], prompt: Any) -> Problem:
+    """A list of asserts, or of `{"input": ..., "output": ...}`; asserts may be of a function to be completed."""
+    tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
+    if all(isinstance(test, str) for test in tests):
+        opening, name = _opening(row, prompt), str(row.get("entry_point") or "")
+        return Problem(
+            tests=[{"code": test} for test in tests],
+            setup=opening,
+            remote=[name] if name else [],
+            opening=opening,
+            entry_point=name,
+            form="tests",
+        )
+    return Problem(inputs=[(str(test["input"]), str(test["output"])) for test in tests], form="tests")
+
+
+READERS = {
+    "CodeContests": _code_contests,
+    "APPS": _apps,
+    "HumanEval": _human_eval,
+    "MBPP": _mbpp,
+    "tests": _plain,
+    "verl": _verl,
+    "verl rows": _verl_rows,
+}

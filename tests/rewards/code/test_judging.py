@@ -92,6 +92,14 @@ def test_the_right_output_of_a_program_that_crashes_or_hangs_does_not_pass(judge
     assert not judge(problem, "print(5, flush=True)\nimport ctypes\nctypes.string_at(0)").passed
 
 
+def test_a_program_that_does_not_load_in_time_is_not_loaded_again_for_every_test(judge):
+    problem = Problem(tests=[{"code": "f()"}] * 5)
+    started = time.monotonic()
+    verdict = judge(problem, "while True: pass\ndef f(): pass", timeout_s=0.1)
+    assert (verdict.num_passed, verdict.num_run, verdict.num_timeouts) == (0, 5, 5)
+    assert time.monotonic() - started < 3
+
+
 def test_all_tests_together_have_a_limit(judge):
     problem = Problem(inputs=[("", "1")] * 50)
     started = time.monotonic()

@@ -149,7 +149,7 @@ def test_a_time_limit_counts_the_processor_and_a_sleeper_has_the_clock(make_slot
         output_of(server, code, limits=limits)[2] for code in ("while True: pass", "import time; time.sleep(9)")
     ]
     assert (busy.stopped, asleep.stopped) == ("cpu", "wall")
-    assert 0.2 <= busy.cpu_s < 0.4
+    assert 0.2 <= busy.cpu_s < 1.0
     assert asleep.cpu_s < 0.2
 
 

@@ -190,6 +190,8 @@ def _refuse(value: Any) -> dict[str, Any]:
 
 def _wrong_output(ended: Ended, output: bytes, expected: str, stderr: MemoryFile) -> str | None:
     """None for the right output of a program that ended by itself. How it ended can only take a pass away."""
+    if ended.stopped == "server":
+        return "took the sandbox's server with it"
     if ended.stopped is not None:
         return TOO_LONG
     if ended.status != 0:

@@ -207,6 +207,7 @@ def _chosen(step: Step, hardware: Hardware, seconds: float, folder: Path, prefix
     planned = make_plan(step, hardware, NUM_PROCESSES, seconds=seconds)
     problem = Problem(step, hardware, NUM_PROCESSES)
     by_hand = one_layout(problem)
+    assert by_hand is not None  # the model can be cut over so many
     plans: list[Plan] = [plan_values(planned.problem, planned.choice), plan_values(problem, by_hand)]
     alone = planned.problem.num_devices == 1
     configs = [config_of(None if alone else plans[0]), config_of(plans[1])]

@@ -15,9 +15,8 @@ from typing import Any
 from meshift.cli.command import Command, UsageError
 from meshift.cli.tables import print_rows
 from meshift.cli.train import Training
-from meshift.config.loading import config_problems, make_config
-from meshift.errors import InputError
-from meshift.yaml_values import apply_override, read_yaml
+from meshift.config.loading import config_problems, make_config, read_values
+from meshift.errors import InputError, MeshiftError
 
 
 class CheckFailedError(InputError):
@@ -35,26 +34,67 @@ class Verdict:
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="+", metavar="CONFIG", help="YAML file, sft:FILE, or a key.sub=value that is set in all"
+        "words", nargs="*", metavar="CONFIG", help="YAML file, sft:FILE, or a key.sub=value that is set in all"
     )
     parser.add_argument(
         "--command", metavar="NAME", help="of the files without a command before them; default: told from the keys"
     )
+    parser.add_argument("--config", metavar="CONFIG", help="as a word of its own")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="check this plan (.yaml, .json) for one config, and no more"
+    )
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="with --plan: as `meshift plan` (default: the plan's, else this machine)",
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="with --plan: as many there are")
+    parser.add_argument("--per-host", type=int, metavar="N", help="with --plan: devices of a host")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="with --plan: mean of prompts")
+    parser.add_argument("--completion-tokens", type=float, metavar="N", help="with --plan: mean of completions")
 
 
 def _run(args: argparse.Namespace) -> int:
     commands = training_commands()
     if args.command is not None:
         _check_command(args.command, f"--command {args.command}", commands)
-    overrides = [word for word in args.words if "=" in word and not Path(word).exists()]
-    named = [_command_and_file(word, commands) for word in args.words if word not in overrides]
+    words = [*args.words, *([args.config] if args.config is not None else [])]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    named = [_command_and_file(word, commands) for word in words if word not in overrides]
     if not named:
         raise UsageError("no config is named; write `meshift check run.yaml`")
+    if args.plan is not None:
+        return _run_plan(args, overrides, named, commands)
     verdicts = [(file, check_file(file, overrides, commands, name or args.command)) for name, file in named]
     failed = [file for file, verdict in verdicts if not _show(file, verdict)]
     if failed:
         some = f"{len(failed)} of {len(named)} configs" if len(named) > 1 else failed[0]
         raise CheckFailedError(f"{some} cannot be run; the problems are listed above")
+    return 0
+
+
+def _run_plan(
+    args: argparse.Namespace,
+    overrides: Sequence[str],
+    named: Sequence[tuple[str | None, str]],
+    commands: Mapping[str, Training],
+) -> int:
+    """Check a plan for one config."""
+    from meshift.cli.check_plan import Cluster, check_plan, show_plan
+    from meshift.planner.rollout_steps import Lengths
+
+    if len(named) > 1:
+        raise UsageError(f"--plan is checked for one config, and {len(named)} are named")
+    (told, file), plan = named[0], Path(args.plan)
+    values = read_values(file, overrides)
+    fitting = [told or args.command] if told or args.command else commands_for(values, file, commands)
+    if len(fitting) > 1:
+        raise UsageError(f"{file} could be of {' or '.join(fitting)}; say which with --command")
+    lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
+    cluster = Cluster(hardware=args.hardware, devices=args.devices, per_host=args.per_host, lengths=lengths)
+    verdict = check_plan(values, commands[fitting[0]].schema, file, plan, cluster)
+    if not show_plan(file, plan, verdict):
+        raise CheckFailedError(f"{plan} cannot be run; the problems are listed above")
     return 0
 
 
@@ -84,9 +124,7 @@ def check_file(
 ) -> Verdict:
     """Look at one config. Its command is `named`, or the one whose keys it has and whose rows its data are."""
     try:
-        values = read_yaml(Path(file))
-        for override in overrides:
-            apply_override(values, override)
+        values = read_values(file, overrides)
     except InputError as error:
         return Verdict(command="config", problems=[str(error)])
     fitting = [named] if named is not None else commands_for(values, file, commands)
@@ -114,12 +152,15 @@ def _problems(training: Training, values: Mapping[str, Any], file: str) -> list[
 
 
 def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str) -> Verdict:
-    from meshift.runtime.preflight import dry_run, memory_of, weight_problems
+    from meshift.runtime.preflight import as_it_would_run, dry_run, memory_of, weight_problems
 
     problems = _problems(training, values, file)
     if problems:
         return Verdict(command=name, problems=problems)
-    config = make_config(training.schema, values, file)
+    try:
+        config = as_it_would_run(make_config(training.schema, values, file))
+    except MeshiftError as error:
+        return Verdict(command=name, problems=[str(error)])
     _, check = training.load()
     rows, problem = dry_run(check, config)
     weights = weight_problems(config)
@@ -175,7 +216,8 @@ CHECK = Command(
     description=(
         "Check configs before anything runs: every key, every row of the data, the headers of the weights,\n"
         "reward functions, the output folder, and whether the models fit into this machine's memory. All\n"
-        "problems are listed, not the first alone. Exit code 0: it can start; 2: it cannot."
+        "problems are listed, not the first alone. With --plan: whether that plan can run the config on such\n"
+        "devices, and what it would take. Exit code 0: it can start; 2: it cannot."
     ),
     example="meshift check recipes/quickstart_sft.yaml reward:mine.yaml max_steps=10",
     configure=_configure,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,29 @@ from rich.text import Text
 
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
+from meshift.cli.plan_request import Asked, check_variants, compute_type, show_variants, variants_of
 from meshift.cli.tables import make_console, print_rows
-from meshift.config.loading import load_config
+from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
-from meshift.config.sections import TrainableConfig
-from meshift.errors import ConfigError, ModelError
-from meshift.models.config import DecoderConfig
-from meshift.models.hf.families import read_config
+from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof
-from meshift.planner.hardware import Hardware, find_hardware
-from meshift.planner.planning import Planned, make_plan, shortage
-from meshift.planner.steps import Lengths, role_names, step_of
-from meshift.planner.workload import ComputeType, Step
-from meshift.planner.written import plan_values
+from meshift.planner.hardware import Hardware, as_values, find_hardware
+from meshift.planner.planning import Planned, shortage
+from meshift.planner.rollout_steps import Lengths
+from meshift.planner.simulate import in_sentences, simulate
+from meshift.planner.tuning import better_micro_batches
+from meshift.planner.variants import Variant
+from meshift.planner.written import named_hosts, placements_of, plan_values
 from meshift.report.plan_page import plan_page
-from meshift.yaml_values import apply_override, read_yaml
+from meshift.report.reconciled import factors
+from meshift.report.run_data import read_run
 
-WHAT_IF = ("devices", "network", "batch", "completion")
+SIMULATED = 20
+"""Steps with random lengths that `--explain` plays."""
 
 
 class NothingFitsError(ConfigError):
     """The step fits on these devices in no way that the planner knows; what is short has been printed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is to be planned, with everything that a `--what-if` may change."""
-
-    config: RunConfig
-    step: Step
-    hardware: Hardware
-    num_devices: int
-    seconds: float
-
-    def plan(self) -> Planned:
-        """The plan for it."""
-        return make_plan(self.step, self.hardware, self.num_devices, seconds=self.seconds)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +65,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=A,B",
         help="plan again with other devices, network (2x), batch or completion",
     )
+    parser.add_argument(
+        "--simulate", type=int, metavar="N", help="play N steps with random lengths (--explain: 20 of them)"
+    )
+    parser.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="a run's folder: scale each call as it measured it against its prediction",
+    )
+    parser.add_argument("--hosts", metavar="A,B", help="names of the hosts, for a plan over several of them")
     parser.add_argument("--out", metavar="FILE", help="write the plan: .yaml or .json for a run, .html to look at")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key, over what the file says")
 
@@ -86,29 +82,65 @@ def _run(args: argparse.Namespace) -> int:
     if args.devices < 1:
         raise UsageError(f"--devices {args.devices} is none; give at least 1")
     asked = _asked(args)
-    variants = [variant for text in args.what_if for variant in _variants(text, asked, args)]
+    check_variants(args.what_if, asked)
     planned = asked.plan()
     if planned.lacking > 0:
         for sentence in shortage(planned):
             print(f"  - {sentence}")
-        print(f"what would fit: {'; or '.join(planned.changes)}")
+        print(f"what would fit: {'; or '.join(planned.changes) or 'smaller models, or more memory'}")
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
-    if args.explain:
-        for sentence in explanation(planned):
-            print(f"  {sentence}")
-    if variants:
-        _show_variants([("as it is", planned), *((name, one.plan()) for name, one in variants)])
+    sentences = [*(explanation(planned) if args.explain else ()), *_simulated(planned, args), *_advice(planned)]
+    for sentence in sentences:
+        print(f"  {sentence}")
+    variants = variants_of(args.what_if, asked, planned)
+    show_variants(variants)
     if args.out is not None:
-        _write(Path(args.out), planned)
+        _write(Path(args.out), planned, _hosts(args, planned), variants)
     return 0
+
+
+def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
+    """Sentences on steps with random lengths, where they are asked for."""
+    num_steps = args.simulate or (SIMULATED if args.explain else 0)
+    if num_steps < 0:
+        raise UsageError(f"--simulate {num_steps} is no number of steps")
+    if num_steps == 0:
+        return []
+    problem = planned.problem
+    placements = placements_of(problem, planned.choice)
+    found = simulate(problem.step, problem.hardware, placements, num_steps=num_steps)
+    return [] if found is None else list(in_sentences(found))
+
+
+def _advice(planned: Planned) -> Iterator[str]:
+    """Micro-batches that would make this plan faster."""
+    problem = planned.problem
+    for one in better_micro_batches(problem.step, problem.hardware, placements_of(problem, planned.choice)):
+        yield (
+            f"With {one.role}.max_tokens_per_micro_batch={one.tokens} a step of this plan would take "
+            f"{one.seconds:.3g} s."
+        )
+
+
+def _hosts(args: argparse.Namespace, planned: Planned) -> list[str]:
+    """The names that are given, as many as the plan has hosts; none where none are."""
+    if args.hosts is None:
+        return []
+    names = [name.strip() for name in args.hosts.split(",")]
+    per_host = planned.problem.hardware.per_host
+    needed = -(-planned.problem.num_devices // per_host)
+    if len(set(names)) != len(names) or len(names) < needed or not all(names):
+        raise UsageError(
+            f"--hosts {args.hosts}: {planned.problem.num_devices} devices, {per_host} to a host, are on {needed} "
+            "hosts; give as many different names"
+        )
+    return names
 
 
 def _asked(args: argparse.Namespace) -> Asked:
     commands = training_commands()
-    values = read_yaml(Path(args.config))
-    for override in args.overrides:
-        apply_override(values, override)
+    values = read_values(args.config, args.overrides)
     if args.command is not None and args.command not in commands:
         raise UsageError(f"--command {args.command} trains nothing; give one of {', '.join(commands)}")
     names = [args.command] if args.command else commands_for(values, args.config, commands)
@@ -119,8 +151,24 @@ def _asked(args: argparse.Namespace) -> Asked:
     if args.per_host is not None:
         hardware = replace(hardware, per_host=args.per_host)
     lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
-    step = _step(config, lengths)
-    return Asked(config=config, step=step, hardware=hardware, num_devices=args.devices, seconds=args.seconds)
+    return Asked(
+        config=config,
+        lengths=lengths,
+        hardware=hardware,
+        num_devices=args.devices,
+        seconds=args.seconds,
+        factors={} if args.measured is None else _factors(Path(args.measured)),
+    )
+
+
+def _factors(folder: Path) -> dict[str, float]:
+    """How many times as long as predicted each call of a run took. Raises `InputError` where that is not known."""
+    found = factors(read_run(folder))
+    if not found:
+        raise UsageError(
+            f"--measured {folder}: the run has no plan.json with a prediction, or no step that is done"
+        )
+    return found
 
 
 def _hardware(name: str, config: RunConfig) -> Hardware:
@@ -129,37 +177,7 @@ def _hardware(name: str, config: RunConfig) -> Hardware:
         return find_hardware(name)
     from meshift.runtime.profiling.profile import named_hardware
 
-    return named_hardware(name, (_dtype(config),))
-
-
-def _dtype(config: RunConfig) -> ComputeType:
-    return "float32" if config.dtype == "float32" else "bfloat16"
-
-
-def _step(config: RunConfig, lengths: Lengths) -> Step:
-    for name in ("actor", "critic", "model"):
-        section = getattr(config, name, None)
-        if isinstance(section, TrainableConfig) and section.lora is not None:
-            raise ConfigError(
-                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
-            )
-    models = {role: read_model(name) for role, name in role_names(config).items()}
-    return step_of(config, models, _dtype(config), lengths)
-
-
-def read_model(name: str) -> DecoderConfig:
-    """A model's numbers from its config.json: of a folder, or of what `pypi:` and hub names stand for."""
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        from meshift.runtime.models import model_folder
-
-        folder = model_folder(name)
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); the planner needs it") from None
-    return read_config(raw, str(path))
+    return named_hardware(name, (compute_type(config),))
 
 
 def show(planned: Planned) -> None:
@@ -199,54 +217,12 @@ def _rows_of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
         yield "offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"
 
 
-def _variants(text: str, asked: Asked, args: argparse.Namespace) -> Iterator[tuple[str, Asked]]:
-    """`devices=64,128` and the like, each value as what is then asked."""
-    key, _, listed = text.partition("=")
-    if key not in WHAT_IF or not listed:
-        raise UsageError(f"--what-if {text}: write one of {', '.join(WHAT_IF)} with values, as devices=64,128")
-    for value in listed.split(","):
-        try:
-            number = float(value.removesuffix("x"))
-        except ValueError:
-            raise UsageError(f"--what-if {text}: `{value}` is no number") from None
-        yield f"{key}={value}", _changed(key, number, asked, args)
-
-
-def _changed(key: str, number: float, asked: Asked, args: argparse.Namespace) -> Asked:
-    if number <= 0:
-        raise UsageError(f"--what-if {key}: {number:g} is not above 0")
-    lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
-    changes: dict[str, Callable[[], dict[str, Any]]] = {
-        "devices": lambda: {"num_devices": int(number)},
-        "network": lambda: {"hardware": asked.hardware.changed(far_rate=number)},
-        "batch": lambda: {"step": _step(_batched(asked.config, int(number)), lengths)},
-        "completion": lambda: {"step": _step(asked.config, replace(lengths, completion=number))},
-    }
-    return replace(asked, **changes[key]())
-
-
-def _batched(config: RunConfig, size: int) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
-
-
-def _show_variants(found: Sequence[tuple[str, Planned]]) -> None:
-    rows = []
-    for name, planned in found:
-        if planned.lacking > 0:
-            rows.append((name, f"does not fit: {planned.lacking / 1e9:.1f} GB too much on a device"))
-            continue
-        sequences = max(call.texts.num_sequences for call in planned.problem.step.calls)
-        each = sequences / planned.seconds
-        rows.append(
-            (name, f"step {planned.seconds:.3g} s, {each:.3g} sequences a second, gap {planned.proof.gap:.1%}")
-        )
-    print_rows("what if", rows)
-
-
-def _write(path: Path, planned: Planned) -> None:
+def _write(path: Path, planned: Planned, hosts: Sequence[str], variants: Sequence[list[Variant]]) -> None:
     """The plan, in JSON with what was predicted, or as a page."""
-    values: dict[str, Any] = {"plan": plan_values(planned.problem, planned.choice)}
+    plan = plan_values(planned.problem, planned.choice)
+    values: dict[str, Any] = {"plan": named_hosts(plan, hosts) if hosts else plan}
     if path.suffix == ".json":
+        values["hardware"] = as_values(planned.problem.hardware)
         values["predicted"] = {
             "step_s": planned.seconds,
             "bound_s": planned.proof.bound,
@@ -258,7 +234,7 @@ def _write(path: Path, planned: Planned) -> None:
         }
         text = json.dumps(values, indent=2)
     elif path.suffix == ".html":
-        text = plan_page(planned)
+        text = plan_page(planned, variants)
     else:
         text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     try:

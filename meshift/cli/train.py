@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +73,7 @@ class Training:
             print_keys(self.schema)
             return 0
         _read_resume(args)
+        _read_plan(args)
         file = next(
             (word for word in args.overrides if word.endswith((".yaml", ".yml")) and "=" not in word), None
         )
@@ -101,6 +103,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the last checkpoint; a run's folder may stand for --config",
     )
+    parser.add_argument(
+        "--plan",
+        metavar="auto|FILE",
+        help="where calls run: auto: the planner chooses; a .yaml or .json file with a plan; none: one process",
+    )
     parser.add_argument("--help-config", action="store_true", help="list every key, its default and its meaning")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key, over what the file says")
 
@@ -117,10 +124,17 @@ def _read_resume(args: argparse.Namespace) -> None:
     args.overrides.append("resume=true")
 
 
+def _read_plan(args: argparse.Namespace) -> None:
+    """`--plan auto` is `plan=auto`, `--plan none` is `plan=null`; keys that are given say more of it."""
+    if args.plan is not None:
+        args.overrides.insert(0, f"plan={'null' if args.plan == 'none' else args.plan}")
+
+
 def _dry_run(check: Check, config: RunConfig) -> list[tuple[str, str]]:
     """What the run would do, whether or not it fits into this machine. Raises where weights are missing."""
-    from meshift.runtime.preflight import memory_of, weight_problems
+    from meshift.runtime.preflight import as_it_would_run, memory_of, weight_problems
 
+    config = as_it_would_run(config, partial(print, file=sys.stderr))
     rows = check(config)
     for problem in weight_problems(config):
         raise ModelError(problem)

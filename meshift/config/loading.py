@@ -15,20 +15,55 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from meshift.config.plan import AUTO
 from meshift.config.section import Section
 from meshift.errors import ConfigError
 from meshift.yaml_values import apply_override, read_yaml
 
 C = TypeVar("C", bound=Section)
 LONGEST_SHOWN = 100
+PLAN_FILES = (".yaml", ".yml", ".json")
 
 
 def load_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file, apply `key.sub=value` overrides, validate. Raises `ConfigError` with one sentence."""
-    values = read_yaml(Path(path)) if path is not None else {}
+    return make_config(schema, read_values(path, overrides), where=_origin(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested values of a YAML file (None: of nothing) with overrides, not yet validated.
+
+    `plan: auto` and `plan: file.yaml` are written out as sections, so that overrides may go into them. Raises
+    `ConfigError`.
+    """
+    values = with_plan(read_yaml(Path(path)) if path is not None else {})
     for override in overrides:
         apply_override(values, override)
-    return make_config(schema, values, where=_origin(path, overrides))
+        values = with_plan(values)
+    return values
+
+
+def with_plan(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the plan that `plan` names: `auto`, or a file that `meshift plan --out` or a user wrote."""
+    plan = values.get("plan")
+    if not isinstance(plan, str):
+        return values
+    return {**values, "plan": {AUTO: {}} if plan == AUTO else read_plan(Path(plan))}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of a YAML or JSON file, which is under `plan` or all that the file holds. Raises `ConfigError`."""
+    if path.suffix not in PLAN_FILES:
+        raise ConfigError(
+            f"`plan` is {str(path)!r}; write `auto`, a plan, or a file of one ({', '.join(PLAN_FILES)})"
+        )
+    if not path.is_file():
+        raise ConfigError(f"there is no plan file {path}; `meshift plan --out {path}` writes one")
+    values = read_yaml(path)
+    plan = values.get("plan", values)
+    if not isinstance(plan, dict):
+        raise ConfigError(f"`plan` of {path} must hold roles and their placements, not a {type(plan).__name__}")
+    return plan
 
 
 def _origin(path: str | Path | None, overrides: Sequence[str]) -> str:

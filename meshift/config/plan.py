@@ -5,9 +5,9 @@ It knows nothing of whether such devices exist or of how a model is cut; `runtim
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from meshift.config.section import Section
 
@@ -40,8 +40,37 @@ class RolePlan(Section):
         return {kind: placement for kind, placement in found.items() if placement is not None}
 
 
+class AutoPlan(Section):
+    """What the planner chooses a plan for, before the launch."""
+
+    devices: int | None = Field(None, ge=1, description="processes at most (null: GPUs, else cores)")
+    seconds: float = Field(5.0, gt=0, description="time to search")
+    completion_tokens: float | None = Field(None, gt=0, description="mean of completions (null: half the limit)")
+
+
+AUTO = "auto"
+
+
 class PlanConfig(Section):
-    """A plan for the roles of a step; a role that is not named runs on device 0. Each method names its own."""
+    """A plan for the roles of a step; a role that is not named runs on device 0. Each method names its own.
+
+    `plan: auto` stands for `plan: {auto: {}}`.
+    """
+
+    auto: AutoPlan | None = Field(None, description="`plan: auto`: the planner chooses, before the launch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, values: Any) -> Any:
+        return {"auto": {}} if values == AUTO else values
+
+    @model_validator(mode="after")
+    def _is_chosen_or_given(self) -> Self:
+        if self.auto is not None and self.roles:
+            raise ValueError(
+                f"`auto` is set and `{next(iter(self.roles))}` is given too; the planner places all roles, or none"
+            )
+        return self
 
     @property
     def is_given(self) -> bool:
@@ -52,7 +81,7 @@ class PlanConfig(Section):
     def roles(self) -> dict[str, RolePlan]:
         """Those that anything is said of."""
         found = {role: getattr(self, role) for role in type(self).model_fields}
-        return {role: plan for role, plan in found.items() if plan is not None}
+        return {role: plan for role, plan in found.items() if isinstance(plan, RolePlan)}
 
     @property
     def offloaded(self) -> frozenset[str]:
@@ -114,6 +143,9 @@ class LaunchConfig(Section):
         None, description="null: a private Ray on this machine; auto: the cluster it belongs to; or host:port"
     )
     ray_wait_s: float = Field(120.0, ge=0, description="how long to wait for devices that the cluster lacks")
+    hardware: str | None = Field(
+        None, description="what predictions are made for, as `meshift plan --hardware` (null: this machine)"
+    )
 
     stream: bool = Field(True, description="let other devices read completions while generation goes on")
     stream_size: int = Field(16, ge=1, description="completions that are passed on together, at least")

@@ -56,6 +56,12 @@ def gated_mlp(
     return found
 
 
+def gated(kernels: Kernels, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up` of rows [T, n], rounded once."""
+    found: Tensor = _Gated.apply(gate.contiguous(), up.contiguous(), activation, kernels)
+    return found
+
+
 def packed_attention(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Tensor:
     """Causal attention within sequences, [T, heads, dim]."""
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
@@ -245,6 +251,24 @@ class _GatedMLP(torch.autograd.Function):
         halves = both.split(gate.shape[1], dim=1)
         to_biases = _add_to_biases(biases, ctx.sums[3:], [*halves, grad], needed[4:7])
         return to_x, *to_weights, *to_biases, None, None, None
+
+
+class _Gated(torch.autograd.Function):
+    """See `gated`. What the kernel gives lies in memory that is used again, hence the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation, ctx.kernels = activation, kernels
+        return kernels.gate_backward(gate, up, up, activation)[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        gate, up = ctx.saved_tensors
+        _, both = ctx.kernels.gate_backward(gate, up, grad.contiguous(), ctx.activation)
+        to_gate, to_up = both.split(gate.shape[1], dim=1)
+        return to_gate.contiguous(), to_up.contiguous(), None, None
 
 
 class _PackedAttention(torch.autograd.Function):

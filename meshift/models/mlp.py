@@ -50,6 +50,8 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         kernels = self._kernels(x)
+        if kernels is not None and any(part.is_adapted for part in (self.gate, self.up, self.down)):
+            return self.down(functions.gated(kernels, self.gate(x), self.up(x), self.activation_name))
         if kernels is not None:
             parts = (self.gate, self.up, self.down)
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
@@ -57,8 +59,7 @@ class MLP(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
     def _kernels(self, x: Tensor) -> Kernels | None:
-        """What does all of it at once, unless `down` has some of its columns only, or there are adapters."""
-        parts = [part for part in (self.gate, self.up, self.down) if part is not None]
+        """What does all of it at once (but for adapters), unless `down` has some of its columns only."""
         served = self.down.total is None and self.activation_name in KERNEL_ACTIVATIONS
-        whole = served and not any(part.is_adapted for part in parts)
-        return products_for(x) if whole and all(fits_kernels(part.weight) for part in parts) else None
+        weights = [part.weight for part in (self.gate, self.up, self.down) if part is not None]
+        return products_for(x) if served and all(map(fits_kernels, weights)) else None

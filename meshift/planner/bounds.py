@@ -34,7 +34,7 @@ def _chain(problem: Problem, candidates: Candidates) -> float:
         if op.kind != "call":
             ends.append(0.0)
             continue
-        seconds = min(one.seconds[op.name] for one in candidates[op.uses[0]])
+        seconds = min(one.least(op.name) for one in candidates[op.uses[0]])
         ends.append(max((_end(problem, op, i, ends, candidates, seconds) for i in op.waits), default=seconds))
     return max(ends)
 
@@ -50,7 +50,7 @@ def _end(problem: Problem, op: Op, i: int, ends: Sequence[float], candidates: Ca
 
 def _area(problem: Problem, candidates: Candidates) -> float:
     total = sum(
-        min(one.seconds[op.name] * one.size for one in candidates[op.uses[0]])
+        min(one.least(op.name) * one.size for one in candidates[op.uses[0]])
         for op in problem.ops
         if op.kind == "call"
     )

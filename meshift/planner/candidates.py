@@ -61,6 +61,10 @@ class Candidate:
         """Of each call."""
         return {name: cost.seconds for name, cost in self.costs.items()}
 
+    def least(self, name: str) -> float:
+        """Seconds of a call without packing weights, which is counted with their move where there is one."""
+        return self.seconds[name] - self.costs[name].parts.get("pack", 0.0)
+
     def work(self, name: str) -> float:
         """Processor-seconds of a call."""
         return self.costs[name].seconds * self.costs[name].busy

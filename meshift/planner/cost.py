@@ -8,7 +8,7 @@ layout's groups reach, or of other calls.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from meshift.layout.layout import Coordinates, Layout
@@ -61,7 +61,13 @@ class Costs:
         self._known_stages: dict[int, list[Stage]] = {}
 
     def of(self, call: PlannedCall, layout: Layout) -> Cost:
-        """The whole call, all of its passes and updates, by its slowest rank."""
+        """The whole call, all of its passes and updates, by its slowest rank; scaled as it was measured."""
+        cost = self._modelled(call, layout)
+        if call.factor == 1.0:
+            return cost
+        return replace(cost, parts={name: call.factor * seconds for name, seconds in cost.parts.items()})
+
+    def _modelled(self, call: PlannedCall, layout: Layout) -> Cost:
         if call.kind == "generate":
             return self._generating(call, layout)
         return self._learning(call, layout) if call.kind == "train" else self._reading(call, layout)

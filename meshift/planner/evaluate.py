@@ -7,8 +7,8 @@ counted device by device, and moves take the bytes of real reallocation plans. I
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Placement
@@ -68,6 +68,29 @@ def evaluate(step: Step, hardware: Hardware, placements: Placements, *, streamin
     events = _play(_tasks(step, hardware, placements, streaming), hardware)
     peaks = peak_bytes(step, hardware, placements)
     return [Event(**{**vars(event), "peak": peaks.get(event.name, 0.0)}) for event in events]
+
+
+def replay(
+    step: Step,
+    hardware: Hardware,
+    placements: Placements,
+    drawn: Iterable[Mapping[str, Cost]],
+    *,
+    streaming: bool = True,
+) -> Iterator[list[Event]]:
+    """The events of a step, once for each of `drawn`: costs of some of its calls; moves are planned once."""
+    hardware = hardware.shared_by(len(_devices(placements)))
+    tasks = _tasks(step, hardware, placements, streaming)
+    for costs in drawn:
+        yield _play([_with_cost(task, costs.get(task.name)) for task in tasks], hardware)
+
+
+def _with_cost(task: _Task, cost: Cost | None) -> _Task:
+    if cost is None or task.cost is None:
+        return replace(task, waits=set(task.waits))
+    late = cost.late if task.late >= 0 else task.late
+    seconds = task.seconds + cost.seconds - task.cost.seconds
+    return replace(task, waits=set(task.waits), seconds=seconds, cost=cost, late=late, busy=cost.busy)
 
 
 def _devices(placements: Placements) -> set[Device]:

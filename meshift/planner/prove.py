@@ -174,7 +174,7 @@ class _Model:
             return self._sum(
                 use,
                 [
-                    self._ticks(one.seconds[op.name] + more)
+                    self._ticks(one.least(op.name) + more)
                     for one, more in zip(self.candidates[use], away, strict=True)
                 ],
             )
@@ -260,7 +260,7 @@ class _Model:
         """Device-seconds of all calls are not more than there are: what no device can do twice."""
         areas = [
             self._sum(
-                op.uses[0], [self._ticks(one.seconds[op.name]) * one.size for one in self.candidates[op.uses[0]]]
+                op.uses[0], [self._ticks(one.least(op.name)) * one.size for one in self.candidates[op.uses[0]]]
             )
             for op in self.problem.ops
             if op.kind == "call"

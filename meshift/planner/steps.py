@@ -6,14 +6,16 @@ A test holds it equal to the graphs of `algorithms/`, which a planner must not i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import ceil
 
 from meshift.config.plan import Kind
-from meshift.config.policy_runs import DAPORunConfig, PolicyRunConfig, ReMaxRunConfig
+from meshift.config.policy_runs import CriticFreeRunConfig, OnlineDPORunConfig
 from meshift.config.runs import (
     DPORunConfig,
+    KTORunConfig,
     PPORunConfig,
+    ReferenceFreeRunConfig,
     RewardRunConfig,
     RolloutRunConfig,
     RunConfig,
@@ -22,68 +24,86 @@ from meshift.config.runs import (
 from meshift.config.sections import ReferenceConfig, TrainableConfig
 from meshift.errors import ConfigError
 from meshift.models.config import DecoderConfig, HeadKind
+from meshift.planner.rollout_steps import USUAL_SHARE, Lengths, rollout_calls
 from meshift.planner.workload import ComputeType, Mixing, PlannedCall, Role, Step, Texts
 
-HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward"}
-USUAL_SHARE = 0.5
-"""Of a length limit that texts have in the mean, where nothing is said."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Mean tokens of prompts and completions; None: half of what the config allows."""
-
-    prompt: float | None = None
-    completion: float | None = None
+HEADS: Mapping[str, HeadKind] = {"critic": "value", "reward": "reward", "cost": "reward", "cost_critic": "value"}
 
 
 def role_names(config: RunConfig) -> dict[str, str]:
     """The model that each role starts from, as the runs have it. Raises `ConfigError` for a run without a step."""
-    if isinstance(config, PPORunConfig):
-        actor, reward = str(config.actor.model_name_or_path), config.reward.model_name_or_path
-        names = {
-            "actor": actor,
-            "critic": config.critic.model_name_or_path or reward or actor,
-            "reference": config.reference.model_name_or_path or actor,
-        }
-        return names | ({"reward": reward} if reward is not None else {})
-    if isinstance(config, PolicyRunConfig):
-        actor, reward = str(config.actor.model_name_or_path), config.reward.model_name_or_path
-        names = {"actor": actor}
-        if config.has_reference:
-            names["reference"] = config.reference.model_name_or_path or actor
-        return names | ({"reward": reward} if reward is not None else {})
-    if isinstance(config, DPORunConfig):
+    if isinstance(config, SFTRunConfig | RewardRunConfig):
+        return {"actor" if isinstance(config, SFTRunConfig) else "reward": str(config.model.model_name_or_path)}
+    if isinstance(config, ReferenceFreeRunConfig):
+        return {"actor": str(config.actor.model_name_or_path)}
+    if isinstance(config, DPORunConfig | KTORunConfig):
         actor = str(config.actor.model_name_or_path)
         return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
-    if isinstance(config, SFTRunConfig):
-        return {"actor": str(config.model.model_name_or_path)}
-    if isinstance(config, RewardRunConfig):
-        return {"reward": str(config.model.model_name_or_path)}
+    if isinstance(config, PPORunConfig | CriticFreeRunConfig):
+        return _rollout_names(config)
     raise ConfigError(f"a {type(config).__name__} has no step to plan")
+
+
+def _rollout_names(config: PPORunConfig | CriticFreeRunConfig) -> dict[str, str]:
+    actor, reward = str(config.actor.model_name_or_path), config.reward.model_name_or_path
+    names, reference = {"actor": actor}, config.reference.model_name_or_path or actor
+    scores = {"reward": reward} if reward is not None else {}
+    if isinstance(config, CriticFreeRunConfig):
+        return names | ({"reference": reference} if config.has_reference else {}) | scores
+    names |= {"critic": config.critic.model_name_or_path or reward or actor, "reference": reference, **scores}
+    if not config.cost.is_given:
+        return names
+    cost = config.cost.model_name_or_path
+    names["cost_critic"] = config.cost_critic.model_name_or_path or cost or reward or actor
+    return names | ({"cost": cost} if cost is not None else {})
 
 
 def step_of(
     config: RunConfig, models: Mapping[str, DecoderConfig], dtype: ComputeType, lengths: Lengths | None = None
 ) -> Step:
-    """The step. `models` has every role of `role_names`. `ConfigError` for a method that draws in rounds."""
+    """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
-    if isinstance(config, DAPORunConfig | ReMaxRunConfig):
-        raise ConfigError("DAPO and ReMax draw in rounds, which the planner cannot foresee; plan them as GRPO")
+    _refuse_adapters(config)
     if isinstance(config, RolloutRunConfig):
-        calls = _rollout_calls(config, models, lengths)
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
-            trained["critic"] = config.critic
-        return _step(models, trained, dtype, calls, config.reference)
+            trained |= {"critic": config.critic, "cost_critic": config.cost_critic}
+        calls = rollout_calls(config, models, lengths)
+        return _with_rounds(config, _step(models, trained, dtype, calls, config.reference))
     if isinstance(config, DPORunConfig):
         return _step(models, {"actor": config.actor}, dtype, _pair_calls(config, lengths), config.reference)
-    assert isinstance(config, SFTRunConfig | RewardRunConfig)
+    if isinstance(config, KTORunConfig):
+        return _step(models, {"actor": config.actor}, dtype, _judged_calls(config, lengths), config.reference)
+    if isinstance(config, ReferenceFreeRunConfig):
+        texts = _given_texts(config.data.batch_size, config.data.max_length, 2, lengths)
+        calls = (_given_call("train_actor", "actor", texts, training=True),)
+        return _step(models, {"actor": config.actor}, dtype, calls, ReferenceConfig())
+    if not isinstance(config, SFTRunConfig | RewardRunConfig):
+        raise ConfigError(f"a {type(config).__name__} has no step to plan")
     role, per_prompt = ("actor", 1) if isinstance(config, SFTRunConfig) else ("reward", 2)
     texts = _given_texts(config.data.batch_size, config.data.max_length, per_prompt, lengths)
-    read = texts.completion if role == "actor" else 1.0
-    call = PlannedCall(name="train", role=role, kind="train", texts=texts, num_read=read)
+    call = _given_call(f"train_{role}", role, texts, training=True)
+    if role == "reward":
+        call = replace(call, num_read=1.0)
     return _step(models, {role: config.model}, dtype, (call,), ReferenceConfig())
+
+
+def _refuse_adapters(config: RunConfig) -> None:
+    for name in ("actor", "critic", "cost_critic", "model"):
+        section = getattr(config, name, None)
+        if isinstance(section, TrainableConfig) and section.lora is not None:
+            raise ConfigError(
+                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
+            )
+
+
+def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:
+    """Online DPO's reference becomes the actor after every round, which is a mixing too."""
+    if not isinstance(config, OnlineDPORunConfig) or config.online_dpo.steps_per_round is None:
+        return step
+    return replace(
+        step, mixings=(Mixing(source="actor", target="reference", every=config.online_dpo.steps_per_round),)
+    )
 
 
 def _step(
@@ -117,65 +137,30 @@ def _step(
     return Step(roles=roles, calls=tuple(calls), mixings=mixings)
 
 
-def _rollout_calls(
-    config: RolloutRunConfig, models: Mapping[str, DecoderConfig], lengths: Lengths
-) -> tuple[PlannedCall, ...]:
-    """Drawing, readings of what was drawn, and updates."""
-    longest, most = config.data.max_prompt_length, config.generation.max_completion_length
-    texts = Texts(
-        num_prompts=config.data.batch_size,
-        per_prompt=config.generation.num_generations,
-        prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
-        longest_prompt=max(longest, ceil(lengths.prompt or 0)),
-        completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
-        longest_completion=most,
-    )
-    drawn = frozenset(("rollout",))
-
-    def call(
-        name: str, role: str, kind: Kind, waits: frozenset[str], num_read: float | None = None
-    ) -> PlannedCall:
-        training = kind == "train"
-        return PlannedCall(
-            name=name,
-            role=role,
-            kind=kind,
-            texts=texts,
-            waits=waits,
-            num_read=texts.completion if num_read is None else num_read,
-            num_passes=config.num_passes if training else 1,
-            num_updates=config.num_mini_batches if training else 1,
-            num_slots=config.generation.num_slots,
-        )
-
-    calls = [call("rollout", "actor", "generate", frozenset())]
-    if "reward" in models:
-        calls.append(call("score", "reward", "infer", drawn, 1.0))
-    if "reference" in models:
-        calls.append(call("reference", "reference", "infer", drawn))
-    if "critic" in models:
-        calls.append(call("values", "critic", "infer", drawn))
-    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
-        calls.append(call("old_logprobs", "actor", "infer", drawn))
-    known = frozenset(one.name for one in calls)
-    calls.append(call("train_actor", "actor", "train", known))
-    if "critic" in models:
-        calls.append(call("train_critic", "critic", "train", known))
-    return tuple(calls)
-
-
-def _reads_old_logprobs(config: PolicyRunConfig) -> bool:
-    return config.policy.recompute_logprobs and config.num_passes * config.num_mini_batches > 1
-
-
 def _pair_calls(config: DPORunConfig, lengths: Lengths) -> tuple[PlannedCall, ...]:
     texts = _given_texts(config.data.batch_size, config.data.max_length, 2, lengths)
-    read = texts.completion
-    training = PlannedCall(name="train_actor", role="actor", kind="train", texts=texts, num_read=read)
+    training = _given_call("train_actor", "actor", texts, training=True)
     if config.dpo.precompute_ref_log_probs:
         return (training,)
-    reading = PlannedCall(name="reference", role="reference", kind="infer", texts=texts, num_read=read)
-    return reading, PlannedCall(**{**vars(training), "waits": frozenset(("reference",))})
+    reading = _given_call("reference", "reference", texts)
+    return reading, replace(training, waits=frozenset((reading.name,)))
+
+
+def _judged_calls(config: KTORunConfig, lengths: Lengths) -> tuple[PlannedCall, ...]:
+    """KTO's: the reference reads completions with their own prompts and with others', the actor with others'."""
+    texts = _given_texts(config.data.batch_size, config.data.max_length, 1, lengths)
+    readings = [
+        _given_call("reference", "reference", texts),
+        _given_call("reference_mismatched", "reference", texts),
+        _given_call("mismatched", "actor", texts),
+    ]
+    training = _given_call("train_actor", "actor", texts, training=True)
+    return (*readings, replace(training, waits=frozenset(call.name for call in readings)))
+
+
+def _given_call(name: str, role: str, texts: Texts, *, training: bool = False) -> PlannedCall:
+    kind: Kind = "train" if training else "infer"
+    return PlannedCall(name=name, role=role, kind=kind, texts=texts, num_read=texts.completion)
 
 
 def _given_texts(batch_size: int, max_length: int, per_prompt: int, lengths: Lengths) -> Texts:

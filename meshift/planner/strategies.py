@@ -1,12 +1,13 @@
 """How people lay out a step by hand, made as good as each way allows: what a plan is compared with.
 
-Each is a search among the choices that the way leaves, so that a plan's gain is over its best form. It knows
-nothing of other systems' code.
+Each is a search among the choices that the way leaves, so that a plan's gain is over its best form; None where it
+leaves none. It knows nothing of other systems' code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from random import Random
 from types import MappingProxyType
 
@@ -19,15 +20,20 @@ ROUNDS = 4
 """Times that each use is given its best layout, given the others'."""
 
 
-def one_layout(problem: Problem) -> dict[Use, Spot]:
+def one_layout(problem: Problem) -> dict[Use, Spot] | None:
     """All calls on all devices in one layout, sharded or not (DeepSpeed-Chat shards data ranks' state)."""
-    every = [{one for one in problem.layouts(use) if one.num_ranks == problem.num_devices} for use in problem.uses]
-    alike = set.intersection(*every) | {one for one in set.union(*every) if one.sharded and one.pipeline == 1}
-    choices = [_everywhere(problem, layout) for layout in sorted(alike, key=str)]
-    return min(choices, key=lambda choice: score(problem, choice))
+    alike = _for_all(problem)
+    sharded = {
+        layout
+        for use in problem.uses
+        for layout in problem.layouts(use)
+        if layout.sharded and layout.pipeline == 1 and replace(layout, sharded=False) in alike
+    }
+    choices = [_everywhere(problem, layout) for layout in sorted(alike | sharded, key=str)]
+    return min(choices, key=lambda choice: score(problem, choice), default=None)
 
 
-def megatron(problem: Problem) -> dict[Use, Spot]:
+def megatron(problem: Problem) -> dict[Use, Spot] | None:
     """ReaLHF's heuristic: tensor ranks within a host, as few stages as memory allows, data ranks else."""
     num_heads = min(role.config.num_heads for role in problem.step.roles.values())
     tensor = max(
@@ -37,26 +43,27 @@ def megatron(problem: Problem) -> dict[Use, Spot]:
     )
     most = min(role.config.num_layers for role in problem.step.roles.values())
     rest = problem.num_devices // tensor
-    choices = [
-        _everywhere(problem, Layout(data=rest // pipeline, tensor=tensor, pipeline=pipeline))
+    layouts = [
+        Layout(data=rest // pipeline, tensor=tensor, pipeline=pipeline)
         for pipeline in range(1, min(rest, most) + 1)
         if rest % pipeline == 0
     ]
+    alike = _for_all(problem)
+    choices = [_everywhere(problem, layout) for layout in layouts if layout in alike]
     fitting = [choice for choice in choices if score(problem, choice).excess == 0]
-    return fitting[0] if fitting else min(choices, key=lambda choice: score(problem, choice))
+    return fitting[0] if fitting else min(choices, key=lambda choice: score(problem, choice), default=None)
 
 
-def colocated(problem: Problem) -> dict[Use, Spot]:
+def colocated(problem: Problem) -> dict[Use, Spot] | None:
     """All calls on all devices, each in a layout of its own (as in verl)."""
     size = problem.num_devices
+    if any(not _spots(problem, use, size, 0) for use in problem.uses):
+        return None
     return _best(problem, dict.fromkeys(problem.uses, (size, 0)))
 
 
 def split_by_role(problem: Problem) -> dict[Use, Spot] | None:
-    """Generation, the actor's training, the critic, what stands still: each on devices of its own (OpenRLHF).
-
-    None: there are too few devices.
-    """
+    """Generation, the actor's training, the critic, what stands still: each on devices of its own (OpenRLHF)."""
     found = [_best(problem, areas) for areas in _splits(problem)]
     return min(found, key=lambda choice: score(problem, choice), default=None)
 
@@ -69,6 +76,12 @@ STRATEGIES: Mapping[str, Callable[[Problem], dict[Use, Spot] | None]] = MappingP
         "colocated": colocated,
     }
 )
+
+
+def _for_all(problem: Problem) -> set[Layout]:
+    """Layouts of all devices in which every use can run."""
+    every = [{one for one in problem.layouts(use) if one.num_ranks == problem.num_devices} for use in problem.uses]
+    return set.intersection(*every)
 
 
 def _everywhere(problem: Problem, layout: Layout) -> dict[Use, Spot]:

@@ -6,7 +6,7 @@ It knows nothing of devices, of layouts or of how long anything takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, exp, log
 from typing import Literal
@@ -108,6 +108,8 @@ class PlannedCall:
 
     `num_passes` goes through all texts, `num_updates` optimizer steps in each. `num_read` is how many rows of a
     sequence the head reads: completion tokens, or 1. `num_slots`: sequences that one engine decodes at a time.
+    `metric` is the call in whose `timing_s/` a run counts its seconds, where that is another (rounds of a loop).
+    `factor` is how many times as long as the model of costs says it took where it was measured.
     """
 
     name: str
@@ -119,6 +121,13 @@ class PlannedCall:
     num_updates: int = 1
     num_read: float = 1.0
     num_slots: int = 64
+    metric: str = ""
+    factor: float = 1.0
+
+    @property
+    def timed_as(self) -> str:
+        """The call in a run's metrics that this one is, or is a part of."""
+        return self.metric or self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +146,8 @@ class Step:
     roles: Mapping[str, Role]
     calls: tuple[PlannedCall, ...]
     mixings: tuple[Mixing, ...] = ()
+
+    def as_measured(self, factors: Mapping[str, float]) -> Step:
+        """With each call as many times as long as a run measured it, by the name under which it times it."""
+        calls = (replace(call, factor=factors.get(call.timed_as, 1.0)) for call in self.calls)
+        return replace(self, calls=tuple(calls))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshift.graph.calls import Kind
@@ -35,6 +35,20 @@ def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:
             written["offload"] = True
         values[role] = written
     return values
+
+
+def named_hosts(values: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A plan's values with hosts of these names in place of `node0`, `node1`, ..."""
+
+    def named(placement: Any) -> Any:
+        if not isinstance(placement, Mapping):
+            return placement  # `offload`
+        devices = Mesh.parse(placement["mesh"]).devices
+        hosts = [names[int(d.host.removeprefix("node"))] if d.host else "" for d in devices]
+        there = (Device(host=host, index=d.index) for host, d in zip(hosts, devices, strict=True))
+        return {**placement, "mesh": str(Mesh(devices=tuple(there)))}
+
+    return {role: {kind: named(given) for kind, given in kinds.items()} for role, kinds in values.items()}
 
 
 def _mesh(problem: Problem, spot: Spot, numbers: Mapping[int, int]) -> Mesh:

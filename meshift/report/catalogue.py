@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-HIDDEN = ("timing_s/", "start_s/", "training/global_step")
-"""Shown by the timeline, or the axis itself."""
+HIDDEN = ("timing_s/", "start_s/", "training/global_step", "perf/predicted_memory_gb/")
+"""Shown by the timeline, the table of predictions, or the axis itself."""
 BY_SOURCE = "Reward by source"
 PEAKS = "perf/peak_memory_gb/"
 EXACT = frozenset(

@@ -5,18 +5,22 @@ It knows nothing of how the plan was found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from meshift.planner.explain import explanation, of_proof
 from meshift.planner.planning import Planned
+from meshift.planner.variants import Variant, head, table_rows
 from meshift.report.device_chart import Bar, device_chart
 from meshift.report.document import document, number_table, section
 from meshift.report.markup import Markup, element
+from meshift.report.scaling_curve import scaling_curve
 
 MAX_ROWS = 32
 """More devices than this are shown by hosts."""
 
 
-def plan_page(planned: Planned) -> str:
-    """The whole page, which needs no other file."""
+def plan_page(planned: Planned, variants: Sequence[list[Variant]] = ()) -> str:
+    """The whole page, which needs no other file; `variants` are what was asked with `--what-if`, by key."""
     problem = planned.problem
     title = f"A plan for {problem.num_devices} {problem.hardware.name}: {planned.seconds:.3g} s a step"
     reasons = element("ul", *(element("li", sentence) for sentence in explanation(planned)))
@@ -27,7 +31,16 @@ def plan_page(planned: Planned) -> str:
         section("A step", _chart(planned), anchor="step"),
         section("Calls", _calls(planned), anchor="calls"),
         section("Reasons", reasons, anchor="reasons"),
+        section("What if", *map(_what_if, variants), anchor="what-if") if variants else None,
     )
+
+
+def _what_if(found: list[Variant]) -> Markup:
+    """A table of a key's values, and where they are numbers, the curve of throughput over them."""
+    key = found[0].key
+    table = number_table(head(key), table_rows(found))
+    curve = scaling_curve(found)
+    return element("div", element("h3", key), element("div", table, curve, class_="beside") if curve else table)
 
 
 def _chart(planned: Planned) -> Markup:

@@ -16,7 +16,7 @@ from meshift.report.series import Series
 from meshift.yaml_values import read_yaml
 
 CONFIG, METRICS, SAMPLES, ENVIRONMENT = "config.yaml", "metrics.jsonl", "samples.jsonl", "environment.json"
-PLACEMENTS = "placements.json"
+PLACEMENTS, PLAN = "placements.json", "plan.json"
 STEP = "training/global_step"
 EMPTY = Series([], [])
 ROLLOUT_METHODS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "remax")
@@ -40,7 +40,7 @@ class Sample:
 class RunData:
     """A run. `num_unreadable` counts lines of its files that are no JSON objects, a torn last one among them.
 
-    `placements` are the processes of each call, in a run by plan.
+    `placements` are the processes of each call, in a run by plan; `plan` is what was predicted of it.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class RunData:
     has_model: bool
     num_unreadable: int
     placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> Series:
         """A metric; an empty series where the run has none."""
@@ -112,6 +113,7 @@ def read_run(folder: Path) -> RunData:
         config=_read_config(folder / CONFIG),
         environment=_read_object(folder / ENVIRONMENT),
         placements=_placements(_read_object(folder / PLACEMENTS)),
+        plan=_read_object(folder / PLAN),
         metrics=metrics,
         samples=[_sample(row) for row in samples],
         num_steps=num_steps,

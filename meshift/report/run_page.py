@@ -17,6 +17,8 @@ from meshift.report.document import document, key_values, number_table, section
 from meshift.report.line_chart import Caption, Line, line_chart
 from meshift.report.markup import Markup, element
 from meshift.report.numbers import counted, duration, short
+from meshift.report.reconciled import PREDICTED
+from meshift.report.reconciled_table import reconciled_section
 from meshift.report.run_data import RunData
 from meshift.report.series import Series
 from meshift.report.timeline import STEP_TIME, time_table, timeline_chart, timeline_of
@@ -62,6 +64,7 @@ def run_page(run: RunData) -> str:
         _figures(run),
         *_curves(run),
         _time(run),
+        reconciled_section(run),
         _completions(run),
         _config(run),
         _environment(run),
@@ -135,7 +138,9 @@ def _curves(run: RunData) -> list[Markup]:
         charts = element("div", *_charts(run, group), class_="grid")
         hint = None if found else element("p", HINT, class_="hint")
         found.append(section(group.title, hint, charts, anchor=anchor(group.title)))
-    shown = {key: value for key, value in still.items() if not key.startswith(("timing_s/", "training/"))}
+    shown = {
+        key: value for key, value in still.items() if not key.startswith(("timing_s/", "training/", PREDICTED))
+    }
     if shown:
         chips = [element("span", element("code", key), f" {short(value)}") for key, value in sorted(shown.items())]
         found.append(element("p", element("span", "The same at every step:"), *chips, class_="constant"))

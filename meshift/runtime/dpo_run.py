@@ -16,6 +16,7 @@ from meshift.algorithms.losses import DPOLoss
 from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
+from meshift.data.preferences import Pair
 from meshift.errors import ModelError
 from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
@@ -127,7 +128,11 @@ def dpo_uses(config: DPORunConfig) -> Uses:
     return uses_of(dpo_graph(config), ("reference", "infer"), *held_out_calls(config, "actor"))
 
 
-DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=role_models)
+def _rows(config: DPORunConfig) -> list[Pair]:
+    return _check(config).train.pairs
+
+
+DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=role_models, rows=_rows)
 
 
 def _actor(config: DPORunConfig, names: Mapping[str, str], max_steps: int) -> RoleSpec:

@@ -145,7 +145,11 @@ def kto_uses(config: KTORunConfig) -> Uses:
     return uses_of(kto_graph(config), *held_out_calls(config, "actor"))
 
 
-KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=kto_models)
+def _rows(config: KTORunConfig) -> list[Judged]:
+    return _check(config).train.judged
+
+
+KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=kto_models, rows=_rows)
 
 
 def judged_batch(rows: Sequence[Judged], max_length: int) -> Batch:

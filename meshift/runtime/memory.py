@@ -108,3 +108,20 @@ def memory_verdict(needed: int, memory: Memory) -> tuple[bool, str]:
             "may not fit"
         )
     return True, f"{gigabytes}, of {memory.free / 1e9:.2f} GB free on {memory.device}; activations come on top"
+
+
+def peak_verdict(peaks: Sequence[float], call: str, memory: Memory) -> tuple[bool, str]:
+    """Whether processes with these predicted peaks can fit, and a sentence; `call` needs the most."""
+    total, most = sum(peaks), max(peaks)
+    told = (
+        f"{most / 1e9:.2f} GB predicted in the process that needs the most (`{call}`), {total / 1e9:.2f} GB in "
+        f"all {len(peaks)} if they peak at once"
+    )
+    if total > memory.total:
+        return False, (
+            f"{told}, and {memory.device} has {memory.total / 1e9:.2f} GB: it will not fit; use fewer processes, "
+            "dtype=bfloat16, a layout with `s`, or freeze layers with num_frozen_layers"
+        )
+    if total > TIGHT * memory.free:
+        return True, f"{told}; {memory.free / 1e9:.2f} GB are free on {memory.device}, so it may not fit"
+    return True, f"{told}, of {memory.free / 1e9:.2f} GB free on {memory.device}"

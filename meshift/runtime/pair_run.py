@@ -13,6 +13,7 @@ from meshift.algorithms.orpo import orpo_graph, orpo_loss
 from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.algorithms.simpo import simpo_graph, simpo_loss
 from meshift.config.runs import ORPORunConfig, ReferenceFreeRunConfig, SimPORunConfig
+from meshift.data.preferences import Pair
 from meshift.graph.calls import Graph
 from meshift.runtime.dpo_run import heldout_metrics
 from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
@@ -117,7 +118,11 @@ def _models(config: ReferenceFreeRunConfig) -> dict[str, str]:
     return {"actor": str(config.actor.model_name_or_path)}
 
 
-PAIR_METHOD = Method(build=build_pair_job, uses=pair_uses, models=_models)
+def _rows(config: ReferenceFreeRunConfig) -> list[Pair]:
+    return _check(config).train.pairs
+
+
+PAIR_METHOD = Method(build=build_pair_job, uses=pair_uses, models=_models, rows=_rows)
 
 
 def _check(config: ReferenceFreeRunConfig) -> PairSets:

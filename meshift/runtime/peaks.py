@@ -56,6 +56,11 @@ class PeakMeter:
             self._name = None  # a peak since the process began would be no call's
 
 
+def memory_in_use() -> float:
+    """Bytes that this process has in memory; 0 where that is not known, or where a GPU is what is measured."""
+    return 0.0 if torch.cuda.is_available() else float(_kilobytes("VmRSS") or 0)
+
+
 def _kilobytes(name: str) -> int | None:
     """A line of this process's status in bytes; None where there is none."""
     try:

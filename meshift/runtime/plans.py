@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from meshift.config.plan import KINDS, PlanConfig, PPOPlan, RolePlan
+from meshift.config.plan import KINDS, PlanConfig, RolePlan
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
 from meshift.layout.boxes import boxes_of
@@ -17,6 +17,7 @@ from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.shards import shard_table
 from meshift.runtime.hosts import named_devices, numbered
 
+ROLES = ("actor", "critic", "reference", "reward", "cost", "cost_critic")
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
 Placements = Mapping[str, Mapping[Kind, Placement]]
@@ -25,10 +26,7 @@ Placements = Mapping[str, Mapping[Kind, Placement]]
 def uses_of(graph: Graph, *more: tuple[str, Kind]) -> dict[str, tuple[Kind, ...]]:
     """The kinds of calls that a graph makes of each role, and `more` that the run makes beside it."""
     found = {*more, *((call.role, call.kind) for call in _model_calls(graph.order()))}
-    kinds = {
-        role: tuple(kind for kind in KINDS if (role, kind) in found)
-        for role in PPOPlan.model_fields  # all that there are
-    }
+    kinds = {role: tuple(kind for kind in KINDS if (role, kind) in found) for role in ROLES}
     return {role: used for role, used in kinds.items() if used}
 
 

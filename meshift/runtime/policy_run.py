@@ -38,7 +38,7 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
-from meshift.runtime.rollout_prompts import FurtherPrompts, PromptSource
+from meshift.runtime.rollout_prompts import FurtherPrompts, PromptSource, load_rows
 from meshift.runtime.rollout_run import (
     Checked,
     check_inputs,
@@ -129,4 +129,4 @@ def policy_uses(config: CriticFreeRunConfig) -> Uses:
     return uses_of(CRITIC_FREE[type(config)][1](config, Drawing(sampling=sampling, reward_functions=functions)))
 
 
-POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses, models=policy_models)
+POLICY_METHOD = Method(build=build_policy_job, uses=policy_uses, models=policy_models, rows=load_rows)

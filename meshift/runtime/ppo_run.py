@@ -18,7 +18,7 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
-from meshift.runtime.rollout_prompts import PromptSource
+from meshift.runtime.rollout_prompts import PromptSource, load_rows
 from meshift.runtime.rollout_run import (
     Checked,
     check_inputs,
@@ -108,7 +108,7 @@ def ppo_uses(config: PPORunConfig) -> Uses:
     return uses_of(PPO(config, sampling).graph(functions, cost_functions=costs))
 
 
-PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models)
+PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models, rows=load_rows)
 
 
 def _save(roles: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

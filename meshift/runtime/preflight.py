@@ -6,6 +6,7 @@ It knows which keys name models, data and functions, and nothing of what a run d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from meshift.config.runs import RunConfig
 from meshift.config.sections import RewardFunctionConfig, TrainableConfig
 from meshift.data.dataset import dataset_rows
-from meshift.errors import MeshiftError
+from meshift.errors import ConfigError, MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
 from meshift.rewards.configured import OWN, load_functions
-from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict
+from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict, peak_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
+from meshift.runtime.observer import SilentObserver
+from meshift.runtime.planned_run import expected_of, settled_config
 from meshift.runtime.run_folder import check_output_dir
+from meshift.runtime.spread_run import METHODS
 
 
 def file_problems(values: Mapping[str, Any]) -> list[str]:
@@ -80,8 +84,28 @@ def weight_problems(config: RunConfig) -> list[str]:
 
 
 def memory_of(config: RunConfig) -> tuple[bool, str]:
-    """Whether the run can fit into this machine's memory, and a sentence on it."""
+    """Whether the run can fit into this machine's memory, and a sentence on it; by its plan, if it has one."""
+    if config.plan.is_given and config.launch.launcher == "local":
+        with suppress(ConfigError):  # what the planner cannot count
+            expected = expected_of(config, METHODS[type(config)])
+            return peak_verdict(expected.peaks, expected.worst.name, device_memory())
     return memory_verdict(held_bytes(config, held_models(config)), device_memory())
+
+
+def as_it_would_run(config: RunConfig, tell: Callable[[str], None] = lambda text: None) -> RunConfig:
+    """The config with the plan that `plan: auto` finds; `tell` hears of it. `ConfigError` where none fits."""
+    return settled_config(config, METHODS[type(config)], _Told(tell))
+
+
+class _Told(SilentObserver):
+    """Passes messages on."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_message(self, text: str) -> None:
+        """See `Observer`."""
+        self._tell(text)
 
 
 def dry_run(

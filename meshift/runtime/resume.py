@@ -28,7 +28,7 @@ FREE = frozenset(
         *("output_dir", "overwrite_output_dir", "resume", "report_to", "num_logged_samples"),
         *("save_steps", "save_total_limit", "eval_steps", "num_report_prompts", "report_samples_every"),
         *("max_restarts", "heartbeat_timeout_s", "hang_timeout_s"),
-        *("launcher", "ray_address", "ray_wait_s"),
+        *("launcher", "ray_address", "ray_wait_s", "hardware"),
         "save_merged",
         *("timeout_s", "on_error"),  # of a reward function: what happens where the run would have ended before
     }

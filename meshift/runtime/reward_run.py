@@ -103,7 +103,11 @@ def _models(config: RewardRunConfig) -> dict[str, str]:
     return {"reward": str(config.model.model_name_or_path)}
 
 
-REWARD_METHOD = Method(build=build_reward_job, uses=reward_uses, models=_models)
+def _rows(config: RewardRunConfig) -> list[Pair]:
+    return _check(config).train.pairs
+
+
+REWARD_METHOD = Method(build=build_reward_job, uses=reward_uses, models=_models, rows=_rows)
 
 
 def heldout_metrics(role: Infers, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from meshift.data.loader import Loader
 from meshift.data.prompts import Prompt, PromptData, load_prompts
 from meshift.errors import DataError
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
-from meshift.runtime.models import shortest_limit
+from meshift.runtime.models import open_tokenizer, shortest_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -122,6 +122,11 @@ def load_data(config: RolloutRunConfig, tokenizer: PreTrainedTokenizerFast) -> P
         max_prompt_length=data.max_prompt_length,
         apply_chat_template=data.apply_chat_template,
     )
+
+
+def load_rows(config: RolloutRunConfig) -> list[Prompt]:
+    """The run's prompts, by the actor's tokenizer."""
+    return load_data(config, open_tokenizer(str(config.actor.model_name_or_path))).prompts
 
 
 def check_lengths(config: RolloutRunConfig, names: Mapping[str, str], data: PromptData) -> None:

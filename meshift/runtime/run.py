@@ -46,6 +46,14 @@ class RunResult:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanFile:
+    """What `plan.json` holds of a run's plan, and the predicted `metrics` beside which a step's are measured."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 Advance = Callable[[Batch, int, Callable[[str], None]], Outcome]
 """Runs a step: its batch, its number, and who hears of each call."""
 
@@ -60,7 +68,7 @@ class Job:
     algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
     resumed run knows that they are the same; `make_state` makes what writes and reads checkpoints of all that.
     `placements` says in which processes each call runs, where they are several, and `spread` are the roles that
-    are in these.
+    are in these; `plan` is what was predicted of that.
     """
 
     title: str
@@ -79,6 +87,7 @@ class Job:
     make_state: Callable[..., RunState] = LocalRunState
     placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
     spread: Sequence[Sized] = ()
+    plan: PlanFile = PlanFile()
     messages: tuple[str, ...] = field(default=())
 
 
@@ -117,6 +126,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
         folder.write_config(config.model_copy(update={"resume": False}))
         write_environment(folder.path)
         folder.write_placements(job.placements)
+        folder.write_plan(job.plan.values)
         for text in (*job.messages, *_space(config, job), *_long_warmups(config, job.max_steps)):
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
@@ -196,6 +206,7 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
     metrics = {"training/global_step": step + 1, **outcome.metrics, "perf/time_per_step": seconds}
     metrics["perf/tokens_per_s"] = job.num_tokens(outcome.batch) / seconds
     metrics.update(_utilisation(job.roles, before))
+    metrics.update(job.plan.metrics)
     metrics.update(job.evaluate(step))
     folder.write_metrics(step + 1, metrics)
     folder.write_samples([*job.samples(step, outcome.batch), *job.fixed(step + 1)])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG, METRICS, SAMPLES, CURVES = "config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard"
-PLACEMENTS, HANG = "placements.json", "hang_report.txt"
+PLACEMENTS, PLAN, HANG = "placements.json", "plan.json", "hang_report.txt"
 FINAL = "final"
 MODELS = (FINAL, "final_critic")
 ENVIRONMENT, REPORT = "environment.json", "report.html"
-WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, ENVIRONMENT, PLACEMENTS, HANG, REPORT, LATEST, *MODELS)
+WRITTEN_BY_RUNS = (CONFIG, METRICS, SAMPLES, CURVES, ENVIRONMENT, PLACEMENTS, PLAN, HANG, REPORT, LATEST, *MODELS)
 STEP_KEYS = {METRICS: "training/global_step", SAMPLES: "step"}
 # The first line of a config.yaml that a run wrote; one without it is the user's own.
 CONFIG_HEADER = "# The resolved configuration of the run in this folder, written by meshift."
@@ -129,6 +130,17 @@ class RunFolder:
         write_bytes(
             self.path / PLACEMENTS, (json.dumps({k: list(v) for k, v in placements.items()}) + "\n").encode()
         )
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write the plan with what was predicted of it; of a resumed run what its search had found stays."""
+        path = self.path / PLAN
+        if self._num_done > 0 and path.is_file():
+            with suppress(ValueError):
+                before = json.loads(path.read_bytes())
+                if before.get("plan") == plan.get("plan"):
+                    plan = {**before, **plan}
+        if plan:
+            write_bytes(path, (json.dumps(_strict(plan), indent=1) + "\n").encode())
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics, with `training/global_step`. NaN and infinity become null."""

@@ -125,7 +125,11 @@ def _models(config: SFTRunConfig) -> dict[str, str]:
     return {"actor": str(config.model.model_name_or_path)}
 
 
-SFT_METHOD = Method(build=build_sft_job, uses=sft_uses, models=_models)
+def _rows(config: SFTRunConfig) -> list[Demonstration]:
+    return _check(config).train.demonstrations
+
+
+SFT_METHOD = Method(build=build_sft_job, uses=sft_uses, models=_models, rows=_rows)
 
 
 class TextSource:

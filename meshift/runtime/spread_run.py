@@ -19,8 +19,10 @@ from meshift.config.runs import DPORunConfig, KTORunConfig, PPORunConfig, Reward
 from meshift.layout.mesh import Device
 from meshift.parallel.groups import new_group
 from meshift.runtime import dpo_run, kto_run, pair_run, policy_run, ppo_run, reward_run, sft_run
+from meshift.runtime.auto_plan import Settled
 from meshift.runtime.observer import Observer, SilentObserver
-from meshift.runtime.planned_run import Method
+from meshift.runtime.peaks import memory_in_use
+from meshift.runtime.planned_run import Method, plan_file
 from meshift.runtime.plans import Placements, placements_of
 from meshift.runtime.role_spec import RoleSpec
 from meshift.runtime.run import Job, run_job
@@ -50,7 +52,14 @@ def run_share(argument: str, rank: int, num_ranks: int, observer: Observer) -> d
     ranks = {Device(index=i): i for i in range(num_ranks)}
     world = World(rank=rank, ranks=ranks, group=new_group(range(num_ranks), backend="gloo"))
     if rank == HOST:
-        result = run_job(config, lambda whole: build_share(whole, world, observer)[0], observer)
+        before = memory_in_use()
+
+        def build(config: Any) -> Job:
+            job = build_share(config, world, observer)[0]
+            settled = Settled(config=config, found=told.get("found", {}))
+            return replace(job, plan=plan_file(settled, METHODS[schema], job, before))
+
+        result = run_job(config, build, observer)
         return {
             "output_dir": str(result.output_dir),
             "final_dir": str(result.final_dir),

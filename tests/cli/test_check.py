@@ -157,7 +157,7 @@ def test_several_configs_are_all_looked_at(room, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "the following arguments are required: CONFIG"),
+        ([], "no config is named"),
         (["max_steps=3"], "no config is named"),
         (["x.yaml", "--command", "generate"], "--command generate trains nothing; give one of"),
     ],

@@ -1,6 +1,7 @@
 """`meshift plan` from a config and a config.json: a table, a file that a run reads, or what is short."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import yaml
 from meshift.cli.main import main
 from meshift.config.plan import PPOPlan
 from meshift.layout.layout import Placement
+from meshift.layout.mesh import Mesh
 
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
 RAW = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 32, **SIZES}
@@ -71,11 +73,61 @@ def test_a_plan_is_a_page_to_look_at(run_file, tmp_path):
 
 def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, capsys):
     assert plan(run_file, "--devices", "1", "--what-if", "devices=2", "--what-if", "completion=64,250") == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "sequences a second" in line]
-    seconds = [float(line.split("step ")[1].split(" s")[0]) for line in rows]
-    assert len(seconds) == 4
-    assert seconds[1] < seconds[0]
-    assert seconds[2] < seconds[0] < seconds[3]
+    tables = capsys.readouterr().out.split("what if: ")[1:]
+    rows = [
+        {w[0]: w[1:] for line in one.splitlines()[4:] if (w := re.sub(r"\S+ \(as it is\)", "now", line).split())}
+        for one in tables
+    ]
+    devices, lengths = ({value: float(row[0]) for value, row in one.items()} for one in rows)
+    assert devices["2"] < devices["now"]
+    assert lengths["64"] < lengths["now"] < lengths["250"]
+    assert rows[0]["now"][3] == "100%"
+    assert rows[0]["2"][3] == f"{devices['now'] / devices['2'] / 2:.0%}"
+
+
+def test_what_if_is_a_curve_of_the_page(run_file, tmp_path):
+    out = tmp_path / "plan.html"
+    words = ("--what-if", "devices=2,4", "--what-if", "network=2x", "--out", str(out))
+    assert plan(run_file, "--devices", "1", *words) == 0
+    page = out.read_text()
+    assert "perfect scaling" in page
+    assert page.count("<figure") == 2  # the step's chart, and no curve over a factor
+
+
+def test_steps_with_random_lengths_are_played(run_file, capsys):
+    assert plan(run_file, "--devices", "2", "--simulate", "5") == 0
+    assert "5 steps with random lengths take " in capsys.readouterr().out
+
+
+def test_hosts_have_the_names_that_are_given(run_file, tmp_path, capsys):
+    out, words = tmp_path / "plan.yaml", ("--devices", "4", "--per-host", "2", "--out")
+    assert plan(run_file, *words, str(out), "--hosts", "alpha,beta") == 0
+    meshes = {p["mesh"] for role in yaml.safe_load(out.read_text())["plan"].values() for p in role.values()}
+    assert {d.host for mesh in meshes for d in Mesh.parse(mesh).devices} == {"alpha", "beta"}
+    assert plan(run_file, *words, str(out), "--hosts", "alpha") == 2
+    assert "on 2 hosts" in capsys.readouterr().err
+
+
+def test_a_run_that_took_longer_makes_the_next_plan_slower(run_file, tmp_path, capsys):
+    """Each call of the run took three times what had been predicted."""
+    out = tmp_path / "plan.json"
+    assert plan(run_file, "--devices", "2", "--out", str(out)) == 0
+    before = json.loads(out.read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    for event in before["predicted"]["events"]:
+        event["kind"] = "call" if " " not in event["name"] else "move"
+    (run / "plan.json").write_text(json.dumps(before))
+    times = {e["name"]: e["end_s"] - e["start_s"] for e in before["predicted"]["events"]}
+    row = {f"timing_s/{name}": 3 * seconds for name, seconds in times.items()}
+    row |= {"training/global_step": 1, "perf/time_per_step": 3 * before["predicted"]["step_s"]}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert plan(run_file, "--devices", "2", "--out", str(out), "--measured", str(run)) == 0
+    after = json.loads(out.read_text())["predicted"]["step_s"]
+    assert after == pytest.approx(3 * before["predicted"]["step_s"], rel=0.03)
+    (run / "plan.json").unlink()
+    assert plan(run_file, "--devices", "2", "--measured", str(run)) == 2
+    assert "no plan.json with a prediction" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_said_with_what_would(run_file, capsys):
@@ -108,3 +160,25 @@ def test_planning_needs_no_torch(run_file):
     code = "import sys; from meshift.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     words = ["plan", "--config", str(run_file), "--devices", "1", "--seconds", "1", "--command", "ppo"]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
+
+
+def test_a_model_far_too_large_is_told_how_many_devices_it_takes(tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    sizes = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    (folder / "config.json").write_text(json.dumps({**RAW, **sizes, "num_attention_heads": 64}))
+    file = tmp_path / "sft.yaml"
+    values = {
+        "output_dir": "runs/x",
+        "data": {"dataset_name": "x.jsonl"},
+        "model": {"model_name_or_path": str(folder)},
+    }
+    file.write_text(yaml.safe_dump(values))
+    words = ("--command", "sft", "--hardware", "h100")
+    assert plan(file, *words, "--devices", "1") == 2
+    told = capsys.readouterr().out
+    count = re.search(r"what would fit: (\d+) devices instead of 1", told)
+    assert count is not None, told
+    assert "GB too much on each" in told
+    assert plan(file, *words, "--devices", count[1]) == 0
+    assert plan(file, *words, "--devices", str(int(count[1]) // 2)) == 2

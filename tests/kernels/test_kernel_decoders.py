@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from adapted import adapt
 from threads import num_threads
 
 from meshift.config.sections import TrainableConfig
@@ -127,6 +128,18 @@ def test_a_family_would_train_otherwise_with_kernels_than_without(multiplies, sw
     plain = read(model)
     assert not calls
     hold(name, model, ours, plain, truth)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_would_train_otherwise_with_kernels_than_without(multiplies, switch_off, count_calls, name):
+    model = adapt(tiny(name), rank=4)
+    calls = count_calls()
+    ours = read(model)
+    met = set(MET[name]) - {"gated_product"}
+    assert met <= set(calls), "the kernels would not have been used"
+    truth = read(copy.deepcopy(model).float())
+    switch_off()
+    hold(name, model, ours, read(model), truth)
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])

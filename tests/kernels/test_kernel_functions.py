@@ -86,6 +86,40 @@ def test_queries_keys_and_values_would_differ_from_torchs(cpu, biased, turned, d
     hold(ours, twin, tensors)
 
 
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("which", [(0, 1, 2), (0, 2), (1,)], ids=str)
+def test_what_is_added_to_queries_keys_and_values_would_not_be_turned_with_them(cpu, which, turned):
+    widths = [4 * DIM, 2 * DIM, 2 * DIM]
+    angles = angles_of(ROWS) if turned else None
+    tensors = leaves((ROWS, HIDDEN), *((w, HIDDEN) for w in widths), *((ROWS, widths[i]) for i in which))
+    for frozen in tensors[1:4]:
+        frozen.requires_grad_(False)
+
+    def ours(x, *given):
+        more = dict(zip(which, given[3:], strict=True))
+        bare = (None, None, None)
+        return functions.query_key_value(
+            cpu, x, given[:3], bare, Turn(DIM, angles), [more.get(i) for i in range(3)]
+        )
+
+    def twin(x, *given):
+        more = dict(zip(which, given[3:], strict=True))
+        heads = [(F.linear(x, w) + more.get(i, 0)).unflatten(1, (-1, DIM)) for i, w in enumerate(given[:3])]
+        wide = None if angles is None else [part.float() for part in angles]
+        return [head if wide is None or i == 2 else rotate(head, *wide) for i, head in enumerate(heads)]
+
+    hold(ours, twin, tensors)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
+def test_a_gate_and_its_gradients_would_differ_from_torchs(cpu, activation):
+    hold(
+        lambda gate, up: functions.gated(cpu, gate, up, activation),
+        lambda gate, up: ACTIVATIONS[activation](gate) * up,
+        leaves((ROWS, WIDE), (ROWS, WIDE), scale=1.0),
+    )
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
 def test_a_gated_mlp_and_its_gradients_would_differ_from_torchs(cpu, activation, biased):

@@ -1,14 +1,20 @@
 """A request gets a plan with its figures, or what is short and what would fit."""
 
-import pytest
-from tiny_steps import device, llama, step, texts
+from dataclasses import replace
 
-from meshift.layout.layout import Placement
+import pytest
+from tiny_steps import device, llama, problem, step, texts
+
+from meshift.layout.layout import Layout, Placement
+from meshift.planner.bounds import least_seconds
+from meshift.planner.candidates import Use
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
+from meshift.planner.memory import Machine
 from meshift.planner.planning import make_plan, shortage
 from meshift.planner.prove import has_solver
 from meshift.planner.strategies import STRATEGIES
+from meshift.planner.timeline import Spot, timeline
 from meshift.planner.written import placements_of, plan_values
 
 
@@ -74,3 +80,32 @@ def test_moves_between_many_ranks_are_counted_as_plans_of_few_have_them(pair, mo
         seconds.append({event.name: event.end - event.start for event in events if event.kind == "move"})
     assert seconds[0] == pytest.approx(seconds[1], rel=0.25)
     assert max(seconds[0].values()) > 0
+
+
+def test_devices_that_no_way_by_hand_can_use_alike():
+    """Seven devices, four heads, two layers, and two sequences to an update: nothing runs on all of them alike."""
+    given = step("grpo", actor=llama(heads=4), given=texts(num_prompts=4))
+    planned = make_plan(given, device(), 7, seconds=1.0)
+    assert planned.lacking == 0
+    assert {rival.name: rival.seconds for rival in planned.rivals if rival.seconds is None}.keys() >= {
+        "one layout for all",
+        "Megatron heuristic",
+        "colocated",
+    }
+
+
+def test_a_way_by_hand_would_have_more_data_ranks_than_an_update_has_sequences():
+    given = problem("grpo", 2, given=texts(num_prompts=2))  # two updates of one sequence each
+    for choice in (make(given) for make in STRATEGIES.values()):
+        assert choice is None or choice[Use("actor", "train")].candidate.layout.data == 1
+
+
+def test_a_bound_would_count_the_packing_of_weights_twice():
+    """On devices that pack weights before they generate, a plan is no faster than its own bound."""
+    packing = replace(device(), memory_rate=1e8, machine=Machine(packs=True))
+    given = problem("grpo", 2, hardware=packing, given=texts(num_prompts=8, completion=4.0, most=8))
+    apart = {use: Layout(data=1 + (use.kind == "train")) for use in given.uses}
+    choice = {use: Spot(given.candidate(use, layout), 0) for use, layout in apart.items()}
+    alone = {use: (spot.candidate,) for use, spot in choice.items()}
+    calls = [bar for bar in timeline(given, choice) if bar.op.kind == "call"]
+    assert least_seconds(given, alone) <= max(bar.end for bar in calls) * (1 + 1e-9)

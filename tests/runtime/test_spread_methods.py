@@ -65,3 +65,19 @@ def is_close(ours, theirs):
     if isinstance(theirs, float) and isinstance(ours, float):
         return math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(ours) and math.isnan(theirs))
     return ours == theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_would_be_predicted_that_no_run_times(spread, read_lines, name):
+    written = json.loads((spread / name / "plan.json").read_text())
+    if name.endswith("-lora"):
+        assert "predicted" not in written, "the planner counts no adapters"
+        return
+    row = read_lines(spread / name / "metrics.jsonl")[0]
+    calls = {event["timed_as"] for event in written["predicted"]["events"] if event["kind"] == "call"}
+    assert "train_actor" in calls or "train_reward" in calls
+    assert calls <= {key.removeprefix("timing_s/") for key in row if key.startswith("timing_s/")}
+    assert len(written["predicted"]["process_peak_bytes"]) <= 3
+    trained = next(call for call in calls if call.startswith("train_"))
+    assert row[f"perf/predicted_memory_gb/{trained}"] > 0
+    assert written["plan"]

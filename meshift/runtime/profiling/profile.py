@@ -179,12 +179,17 @@ def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Ob
     """As `find_hardware`; and `cpu`: this machine, measured in a short probe that is kept in the cache."""
     if name.lower() != "cpu":
         return find_hardware(name)
-    path = cache_root() / "profiles" / f"cpu-{_key(dtypes)}.json"
+    path = profile_path(dtypes)
     if path.is_file():
         return find_hardware(str(path))
     hardware = measure(Asked(dtypes=tuple(dtypes), effort=QUICK), observer)
     write(hardware, path)
     return hardware
+
+
+def profile_path(dtypes: Sequence[str]) -> Path:
+    """Where the probe of this machine is kept."""
+    return cache_root() / "profiles" / f"cpu-{_key(dtypes)}.json"
 
 
 def _key(dtypes: Sequence[str]) -> str:

@@ -1,0 +1,197 @@
+"""`meshift check --plan`: a plan by hand held against a run's config, its models and a cluster's devices.
+
+What is wrong is listed; else what each call is predicted to take. It knows nothing of how plans are found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from meshift.cli.tables import make_console
+from meshift.config.loading import config_problems, make_config, read_plan
+from meshift.config.runs import RunConfig
+from meshift.errors import ConfigError, LayoutError, MeshiftError
+from meshift.layout.layout import Placement
+from meshift.planner.checking import on_hosts, shortages, would_fit
+from meshift.planner.evaluate import Event, Placements, evaluate
+from meshift.planner.hardware import Hardware, find_hardware, from_values
+from meshift.planner.rollout_steps import Lengths
+from meshift.planner.workload import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What a plan is checked for. None: for hardware what the plan's file says, else this machine; any devices."""
+
+    hardware: str | None = None
+    devices: int | None = None
+    per_host: int | None = None
+    lengths: Lengths = field(default_factory=Lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanVerdict:
+    """Problems; or the events of a step by the plan on a device of that name, and where each call runs."""
+
+    problems: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
+    calls: Mapping[str, Placement] = field(default_factory=dict)
+    device: str = ""
+
+
+def check_plan(
+    values: Mapping[str, Any], schema: type[RunConfig], file: str, plan: Path, cluster: Cluster
+) -> PlanVerdict:
+    """Hold the plan of a file against a config's values. Raises `ConfigError` for files that cannot be read."""
+    given = {**values, "plan": read_plan(plan)}
+    problems = config_problems(schema, given, f"{file} with {plan}")
+    if problems:
+        return PlanVerdict(problems=tuple(problems))
+    config = make_config(schema, given, file)
+    problems = list(_placing_problems(config))
+    if problems:
+        return PlanVerdict(problems=tuple(problems))
+    return _on_devices(config, _hardware(config, plan, cluster), cluster)
+
+
+def _placing_problems(config: RunConfig) -> Iterator[str]:
+    """Every placement that cannot be read; if all can, what is wrong with them together, and with each cut."""
+    from meshift.runtime.plans import as_written, check_cuts, num_processes
+    from meshift.runtime.spread_run import METHODS
+
+    if config.plan.auto is not None:
+        yield "`plan.auto` leaves the plan to the planner; there is nothing to check"
+        return
+    unread = False
+    for role, plan in config.plan.roles.items():
+        for kind, given in plan.placements.items():
+            try:
+                Placement.parse(given.mesh, given.layout)
+            except LayoutError as error:
+                unread = True
+                yield f"`plan.{role}.{kind}`: {error}"
+    if unread:
+        return
+    method = METHODS[type(config)]
+    try:
+        placements = as_written(config.plan, method.uses(config))
+    except ConfigError as error:
+        yield str(error)
+        return
+    if not any(d.host for kinds in placements.values() for p in kinds.values() for d in p.mesh.devices):
+        yield from _sentence(partial(num_processes, placements))
+    from meshift.models.hf.load import load_config
+    from meshift.runtime.models import HEADS, model_folder
+
+    for role, name in method.models(config).items():
+        model = load_config(model_folder(name))
+        for kind, placement in placements[role].items():
+            yield from _sentence(partial(check_cuts, role, model, HEADS.get(role, "lm"), {kind: placement}))
+
+
+def _sentence(probe: Any) -> Iterator[str]:
+    try:
+        probe()
+    except MeshiftError as error:
+        yield str(error)
+
+
+def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> Hardware:
+    """The named one; else the one that the plan's file was predicted for; else this machine."""
+    from meshift.runtime.outlook import dtype_name
+    from meshift.runtime.this_hardware import hardware_of_run
+
+    if cluster.hardware is not None:
+        found = find_hardware(cluster.hardware)
+    else:
+        told = _told_hardware(plan)
+        found = hardware_of_run(None, dtype_name(config))[0] if told is None else told
+    return found if cluster.per_host is None else replace(found, per_host=cluster.per_host)
+
+
+def _told_hardware(plan: Path) -> Hardware | None:
+    if plan.suffix != ".json":
+        return None
+    told = json.loads(plan.read_text(encoding="utf-8")).get("hardware")
+    try:
+        return from_values(told) if isinstance(told, dict) else None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
+
+
+def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> PlanVerdict:
+    from meshift.runtime.outlook import planned_step
+    from meshift.runtime.plans import as_written
+    from meshift.runtime.spread_run import METHODS
+
+    step = planned_step(config, cluster.lengths)
+    written = as_written(config.plan, METHODS[type(config)].uses(config))
+    placements = on_hosts({name: written[name] for name in step.roles}, hardware.per_host)
+    problems = [*_beyond(placements, hardware, cluster)]
+    short = [] if problems else shortages(step, hardware, placements)
+    if short:
+        changes = would_fit(step, hardware, placements)
+        help_ = f"it would fit with {'; or '.join(changes)}" if changes else _elsewhere(step, hardware, cluster)
+        problems = [*short, help_]
+    if problems:
+        return PlanVerdict(problems=tuple(problems))
+    events = evaluate(step, hardware, placements, streaming=config.launch.stream)
+    calls = {call.name: placements[call.role][call.kind] for call in step.calls}
+    return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name)
+
+
+def _beyond(placements: Placements, hardware: Hardware, cluster: Cluster) -> Iterator[str]:
+    """Devices that the cluster lacks."""
+    used = {d for kinds in placements.values() for p in kinds.values() for d in p.mesh.devices}
+    if cluster.devices is not None and len(used) > cluster.devices:
+        yield f"the plan uses {len(used)} devices, and there are {cluster.devices}"
+    beyond = sorted(str(d) for d in used if d.host and d.index >= hardware.per_host)
+    if beyond:
+        yield f"the device {beyond[0]} is named, and a host has {hardware.per_host}, numbered from 0"
+
+
+def _elsewhere(step: Step, hardware: Hardware, cluster: Cluster) -> str:
+    """What the planner would do, where no single change of this plan helps."""
+    from meshift.planner.planning import make_plan
+
+    count = cluster.devices or hardware.per_host
+    planned = make_plan(step, hardware, count, seconds=5.0)
+    if planned.lacking == 0:
+        return f"no single change makes it fit, but other plans on {count} devices do; `meshift plan` finds them"
+    return f"no plan on {count} devices fits; what would: {'; or '.join(planned.changes) or 'more devices'}"
+
+
+def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
+    """Print it; returns whether the plan can run."""
+    if verdict.problems:
+        count = "1 problem" if len(verdict.problems) == 1 else f"{len(verdict.problems)} problems"
+        print(f"{plan} for {file}: {count}")
+        for problem in verdict.problems:
+            print(f"  - {problem}")
+        return False
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("call", "layout", "devices", "begins, s", "takes, s", "memory, GB"):
+        table.add_column(name, justify="left" if name in ("call", "layout", "devices") else "right")
+    for event in verdict.events:
+        placement = verdict.calls.get(event.name)
+        if placement is None and event.end == event.start:
+            continue
+        placed = ("", "") if placement is None else (str(placement.layout), str(placement.mesh))
+        memory = "" if placement is None else f"{event.peak / 1e9:.2f}"
+        row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
+        table.add_row(*map(Text, row))
+    console = make_console()
+    seconds = max(event.end for event in verdict.events)
+    title = f"{plan} for {file}: a plan that can run; {seconds:.3g} s a step on {verdict.device}, predicted"
+    console.print(title, style="bold", markup=False)
+    console.print(table)
+    return True

@@ -1,0 +1,150 @@
+"""What `meshift plan` is asked: a config's step on so many devices, and the same with one thing changed.
+
+It reads the config and the models' config.json only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from meshift.cli.command import UsageError
+from meshift.cli.tables import make_console
+from meshift.config.runs import RunConfig
+from meshift.errors import ModelError
+from meshift.models.config import DecoderConfig
+from meshift.models.hf.families import read_config
+from meshift.planner.hardware import Hardware
+from meshift.planner.planning import Planned, make_plan
+from meshift.planner.rollout_steps import Lengths
+from meshift.planner.steps import role_names, step_of
+from meshift.planner.variants import AS_IT_IS, Variant, head, table_rows
+from meshift.planner.workload import ComputeType, Step
+
+WHAT_IF = ("devices", "network", "batch", "completion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be planned, with all that `--what-if` may change. `factors` are a run's (`--measured`)."""
+
+    config: RunConfig
+    lengths: Lengths
+    hardware: Hardware
+    num_devices: int
+    seconds: float
+    factors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> Step:
+        """The step that is planned."""
+        return planned_step(self.config, self.lengths).as_measured(self.factors)
+
+    def plan(self) -> Planned:
+        """The plan for it."""
+        return make_plan(self.step, self.hardware, self.num_devices, seconds=self.seconds)
+
+
+def compute_type(config: RunConfig) -> ComputeType:
+    """bfloat16 where the config leaves it open: the cluster has it, whatever this machine has."""
+    return "float32" if config.dtype == "float32" else "bfloat16"
+
+
+def planned_step(config: RunConfig, lengths: Lengths) -> Step:
+    """The step of a config, of which the models' config.json are read."""
+    models = {role: read_model(name) for role, name in role_names(config).items()}
+    return step_of(config, models, compute_type(config), lengths)
+
+
+def read_model(name: str) -> DecoderConfig:
+    """A model's numbers from its config.json: of a folder, or of what `pypi:` and hub names stand for."""
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        from meshift.runtime.models import model_folder
+
+        folder = model_folder(name)
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); the planner needs it") from None
+    return read_config(raw, str(path))
+
+
+def variants_of(texts: Sequence[str], asked: Asked, planned: Planned) -> list[list[Variant]]:
+    """For each `--what-if KEY=A,B`: the plan as it is, and with every value of the key, in order."""
+    requests = [_requests(text, asked) for text in texts]
+    return [
+        [
+            Variant(key=key, value=AS_IT_IS, number=_number_as_it_is(key, asked), planned=planned),
+            *(Variant(key=key, value=value, number=number, planned=one.plan()) for value, number, one in found),
+        ]
+        for key, found in requests
+    ]
+
+
+def check_variants(texts: Sequence[str], asked: Asked) -> None:
+    """Raise `UsageError` for one that cannot be read, before anything is planned."""
+    for text in texts:
+        _requests(text, asked)
+
+
+def _requests(text: str, asked: Asked) -> tuple[str, list[tuple[str, float, Asked]]]:
+    """`devices=64,128` and the like, each value as what is then asked."""
+    key, _, listed = text.partition("=")
+    if key not in WHAT_IF or not listed:
+        raise UsageError(f"--what-if {text}: write one of {', '.join(WHAT_IF)} with values, as devices=64,128")
+    found = []
+    for value in listed.split(","):
+        try:
+            number = float(value.removesuffix("x"))
+        except ValueError:
+            raise UsageError(f"--what-if {text}: `{value}` is no number") from None
+        if number <= 0:
+            raise UsageError(f"--what-if {key}: {number:g} is not above 0")
+        found.append((value, number, _changed(key, number, asked)))
+    return key, found
+
+
+def _changed(key: str, number: float, asked: Asked) -> Asked:
+    changes: dict[str, Callable[[], dict[str, Any]]] = {
+        "devices": lambda: {"num_devices": max(1, int(number))},
+        "network": lambda: {"hardware": asked.hardware.changed(far_rate=number)},
+        "batch": lambda: {"config": _batched(asked.config, max(1, int(number)))},
+        "completion": lambda: {"lengths": replace(asked.lengths, completion=number)},
+    }
+    return replace(asked, **changes[key]())
+
+
+def _number_as_it_is(key: str, asked: Asked) -> float:
+    if key == "devices":
+        return float(asked.num_devices)
+    if key == "batch":
+        return float(asked.config.data.batch_size)
+    if key == "completion":
+        return asked.step.calls[0].texts.completion
+    return 1.0
+
+
+def _batched(config: RunConfig, size: int) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
+
+
+def show_variants(variants: Sequence[list[Variant]]) -> None:
+    """A table for each key."""
+    console = make_console()
+    for found in variants:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, name in enumerate(head(found[0].key)):
+            table.add_column(name, justify="right" if i else "left")
+        for row in table_rows(found):
+            table.add_row(*map(Text, row))
+        console.print(f"what if: {found[0].key}", style="bold", markup=False)
+        console.print(table)

@@ -1,0 +1,116 @@
+"""A plan by hand, held against the model of memory: what is too much where, and single changes that mend it.
+
+It knows nothing of how a plan is written, or of whether its layouts can be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from meshift.graph.calls import Kind
+from meshift.layout.layout import Layout, Placement
+from meshift.layout.mesh import Device, Mesh
+from meshift.planner.evaluate import Placements, peak_bytes
+from meshift.planner.hardware import Hardware
+from meshift.planner.workload import Step
+
+GIGABYTE = 1e9
+
+
+def on_hosts(placements: Placements, per_host: int) -> dict[str, dict[Kind, Placement]]:
+    """With numbers that count through hosts of so many devices written as host and number; others as they are."""
+
+    def moved(device: Device) -> Device:
+        if device.host:
+            return device
+        return Device(host=f"node{device.index // per_host}", index=device.index % per_host)
+
+    devices = {d for kinds in placements.values() for p in kinds.values() for d in p.mesh.devices}
+    if all(device.index < per_host for device in devices):
+        return {role: dict(kinds) for role, kinds in placements.items()}
+    return {
+        role: {
+            kind: Placement(mesh=Mesh(devices=tuple(map(moved, p.mesh.devices))), layout=p.layout)
+            for kind, p in kinds.items()
+        }
+        for role, kinds in placements.items()
+    }
+
+
+def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
+    """A sentence for each call that needs more than a device has: of what, how much, and by how much too much."""
+    found = []
+    hardware = _shared(hardware, placements)
+    for call in step.calls:
+        peak = peak_bytes(step, hardware, placements)[call.name]
+        if peak > hardware.usable:
+            found.append(
+                f"`{call.name}` ({call.role}.{call.kind}) needs {peak / GIGABYTE:.1f} GB on a device, where "
+                f"{hardware.name} has {hardware.usable / GIGABYTE:.1f} GB for models and calls: "
+                f"{(peak - hardware.usable) / GIGABYTE:.1f} GB too much"
+            )
+    return found
+
+
+def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
+    """Single changes, with the same meshes, after which every call fits; the cheapest in time first."""
+    return [words for words, changed, places in _changes(step, placements) if _fits(changed, hardware, places)]
+
+
+def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
+    return max(peak_bytes(step, hardware, placements).values()) <= _shared(hardware, placements).usable
+
+
+def _shared(hardware: Hardware, placements: Placements) -> Hardware:
+    """As it is to each process of the plan, where they share a host's processors and memory."""
+    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
+    return hardware.shared_by(len(used))
+
+
+def _changes(step: Step, placements: Placements) -> Iterator[tuple[str, Step, Placements]]:
+    trained = [name for name, role in step.roles.items() if role.trained]
+    both = " and ".join(trained)
+    for part in (2, 4, 8):
+        first = step.roles[trained[0]].passes.max_tokens_per_micro_batch
+        most = max(1, first // part)
+        smaller = _with_passes(step, trained, max_tokens_per_micro_batch=most)
+        yield f"{both}: max_tokens_per_micro_batch={most}", smaller, placements
+    shared = _sharded(placements, trained)
+    if shared != placements:
+        yield f"{both}: data ranks that share state out (`s` after the layout)", step, shared
+    again = _with_passes(step, trained, gradient_checkpointing=True)
+    yield f"{both}: gradient_checkpointing=true", again, placements
+    if shared != placements:
+        yield f"{both}: gradient_checkpointing=true and `s` after the layout", again, shared
+    still = [name for name in step.roles if name not in trained]
+    if still:
+        yield f"offload: true for {' and '.join(still)}", _away(step, still), placements
+    yield "offload: true for all roles", _away(step, list(step.roles)), placements
+
+
+def _with_passes(step: Step, names: list[str], **changes: Any) -> Step:
+    roles = {
+        name: replace(role, passes=role.passes.model_copy(update=changes)) if name in names else role
+        for name, role in step.roles.items()
+    }
+    return replace(step, roles=roles)
+
+
+def _away(step: Step, names: list[str]) -> Step:
+    roles = {name: replace(role, offloaded=name in names) for name, role in step.roles.items()}
+    return replace(step, roles=roles)
+
+
+def _sharded(placements: Placements, names: list[str]) -> Mapping[str, Mapping[Kind, Placement]]:
+    """With the state of trained roles shared out where they are trained on several data ranks."""
+
+    def changed(role: str, kind: Kind, placement: Placement) -> Placement:
+        layout = placement.layout
+        if role not in names or kind != "train" or layout.data == 1 or layout.sharded:
+            return placement
+        shared = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline, sharded=True)
+        return Placement(mesh=placement.mesh, layout=shared)
+
+    return {role: {k: changed(role, k, p) for k, p in kinds.items()} for role, kinds in placements.items()}

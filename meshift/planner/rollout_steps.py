@@ -1,0 +1,174 @@
+"""The calls of a step on sampled completions, as the planner sees them: drawing, readings, updates.
+
+Loops (DAPO's rounds, ReMax's greedy completions, the choice of RAFT and online DPO) are written out as calls. It
+knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from meshift.config.plan import Kind
+from meshift.config.policy_runs import (
+    DAPORunConfig,
+    OnlineDPORunConfig,
+    PolicyRunConfig,
+    RAFTRunConfig,
+    ReMaxRunConfig,
+)
+from meshift.config.runs import RolloutRunConfig
+from meshift.models.config import DecoderConfig
+from meshift.planner.workload import PlannedCall, Texts
+
+USUAL_SHARE = 0.5
+"""Of a length limit that texts have in the mean, where nothing is said."""
+USUAL_SIGNAL = 0.5
+"""Of prompts, those whose completions differ in score, where nothing is said: DAPO draws others for the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Mean tokens of prompts and completions; None: half of what the config allows.
+
+    `signal` is the share of prompts whose completions differ in score; None: a half (only DAPO asks).
+    """
+
+    prompt: float | None = None
+    completion: float | None = None
+    signal: float | None = None
+
+
+def rollout_calls(
+    config: RolloutRunConfig, models: Mapping[str, DecoderConfig], lengths: Lengths
+) -> tuple[PlannedCall, ...]:
+    """All model calls of a step, in program order."""
+    texts = _drawn_texts(config, lengths)
+    calls = list(_drawing(config, models, texts))
+    first = frozenset((calls[0].name,))
+    if isinstance(config, DAPORunConfig) and config.dapo.dynamic_sampling:
+        calls += _further_rounds(config, calls, USUAL_SIGNAL if lengths.signal is None else lengths.signal)
+        first = frozenset(call.name for call in calls)  # what is kept is known when all is drawn
+    if isinstance(config, ReMaxRunConfig):
+        calls += _greedy(calls)
+    kept = _kept_texts(config, texts)
+    if isinstance(config, OnlineDPORunConfig):
+        first = frozenset(call.name for call in calls)
+    calls += _readings(config, models, kept if isinstance(config, OnlineDPORunConfig) else texts, first)
+    known = frozenset(one.name for one in calls)
+    calls += [
+        PlannedCall(
+            name=f"train_{role}",
+            role=role,
+            kind="train",
+            texts=kept,
+            waits=known,
+            num_read=kept.completion,
+            num_passes=config.num_passes,
+            num_updates=config.num_mini_batches,
+        )
+        for role in ("actor", "critic", "cost_critic")
+        if role in models
+    ]
+    return tuple(calls)
+
+
+def _readings(
+    config: RolloutRunConfig, models: Mapping[str, DecoderConfig], texts: Texts, waits: frozenset[str]
+) -> list[PlannedCall]:
+    """Of what was drawn, by every role that is not trained by it alone, in the order of the graphs."""
+
+    def call(name: str, role: str, kind: Kind = "infer", read: float | None = None) -> PlannedCall:
+        num_read = texts.completion if read is None else read
+        return PlannedCall(name=name, role=role, kind=kind, texts=texts, waits=waits, num_read=num_read)
+
+    calls = []
+    if "reference" in models:
+        calls.append(call("reference", "reference"))
+    if "critic" in models:
+        calls.append(call("values", "critic"))
+    if "cost" in models:
+        calls.append(call("cost", "cost", read=1.0))
+    if "cost_critic" in models:
+        calls.append(call("cost_values", "cost_critic"))
+    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
+        calls.append(call("old_logprobs", "actor"))
+    return calls
+
+
+def _kept_texts(config: RolloutRunConfig, texts: Texts) -> Texts:
+    """What is trained on: all that a step draws, if not a choice of it."""
+    units, _, each = config.trained_on
+    if not isinstance(config, OnlineDPORunConfig | RAFTRunConfig):
+        return texts
+    return replace(texts, per_prompt=max(1, units * each // texts.num_prompts))
+
+
+def _drawn_texts(config: RolloutRunConfig, lengths: Lengths) -> Texts:
+    longest, most = config.data.max_prompt_length, config.generation.max_completion_length
+    return Texts(
+        num_prompts=config.data.batch_size,
+        per_prompt=config.generation.num_generations,
+        prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
+        longest_prompt=max(longest, ceil(lengths.prompt or 0)),
+        completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
+        longest_completion=most,
+    )
+
+
+def _drawing(
+    config: RolloutRunConfig, models: Mapping[str, DecoderConfig], texts: Texts
+) -> tuple[PlannedCall, ...]:
+    """The rollout and, where there is a reward model, its scores."""
+    slots = config.generation.num_slots
+    rollout = PlannedCall(name="rollout", role="actor", kind="generate", texts=texts, num_slots=slots)
+    if "reward" not in models:
+        return (rollout,)
+    waits = frozenset((rollout.name,))
+    return rollout, PlannedCall(name="score", role="reward", kind="infer", texts=texts, waits=waits)
+
+
+def _further_rounds(config: DAPORunConfig, drawing: Sequence[PlannedCall], signal: float) -> list[PlannedCall]:
+    """DAPO's rounds after the first, each after all calls of the one before."""
+    counts = prompts_by_round(config.data.batch_size, signal, config.dapo.max_sampling_rounds)
+    calls: list[PlannedCall] = []
+    before = frozenset(call.name for call in drawing)
+    for number, count in enumerate(counts[1:], start=2):
+        again = _again(drawing, f"round {number}", before)
+        fewer = [replace(call, texts=replace(call.texts, num_prompts=count)) for call in again]
+        calls, before = [*calls, *fewer], frozenset(call.name for call in fewer)
+    return calls
+
+
+def prompts_by_round(num_prompts: int, signal: float, most: int) -> list[int]:
+    """Prompts drawn in each round of DAPO's dynamic sampling, if that share of each round's has signal."""
+    counts, missing = [num_prompts], num_prompts * (1 - signal)
+    while missing >= 0.5 and len(counts) < most:  # less than half a prompt is missing in fewer than half of steps
+        counts.append(num_prompts if signal == 0 else min(num_prompts, ceil(missing / signal)))
+        missing -= signal * counts[-1]
+    return counts
+
+
+def _greedy(drawing: Sequence[PlannedCall]) -> list[PlannedCall]:
+    """ReMax's completion of each prompt once more, by the most probable tokens."""
+    again = _again(drawing, "greedy", frozenset())
+    return [replace(call, texts=replace(call.texts, per_prompt=1), metric="greedy_baseline") for call in again]
+
+
+def _again(drawing: Sequence[PlannedCall], said: str, waits: frozenset[str]) -> list[PlannedCall]:
+    """The same calls under names of their own; the first waits for `waits`."""
+    named = {call.name: f"{call.name} ({said})" for call in drawing}
+    return [
+        replace(
+            call,
+            name=named[call.name],
+            metric=call.name,
+            waits=frozenset(named[name] for name in call.waits) or waits,
+        )
+        for call in drawing
+    ]
+
+
+def _reads_old_logprobs(config: PolicyRunConfig) -> bool:
+    return config.policy.recompute_logprobs and config.num_passes * config.num_mini_batches > 1

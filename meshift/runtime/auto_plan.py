@@ -1,0 +1,126 @@
+"""`plan: auto`: the planner chooses a run's plan before the launch, for the devices that there are.
+
+What comes out is a config with a plan as a user would write one; nothing after this knows that it was found. It
+knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meshift.config.loading import load_config, make_config
+from meshift.config.plan import AutoPlan, PlanConfig
+from meshift.config.runs import RunConfig
+from meshift.errors import ConfigError
+from meshift.layout.mesh import Device, Mesh
+from meshift.planner.planning import Planned, make_plan, shortage
+from meshift.planner.written import plan_values
+from meshift.runtime.observer import Observer
+from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
+from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run
+from meshift.runtime.this_hardware import hardware_of_run, num_devices
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A config whose plan is written out, and what the search said of it (nothing where there was none)."""
+
+    config: Any
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+
+def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) -> Settled:
+    """The config with a plan in place of `plan: auto`; as it is where it has none.
+
+    A run that is resumed keeps the plan that it began with. `rows(config)` reads the data, whose lengths count.
+    Raises `ConfigError` where no plan fits, with what is short and what would fit.
+    """
+    auto = config.plan.auto
+    if auto is None:
+        return Settled(config=config)
+    begun = _begun_plan(config) if config.resume else None
+    if begun is not None:
+        observer.on_message(f"the plan is the one that the run in {config.output_dir} was begun with")
+        return Settled(config=config.model_copy(update={"plan": begun}))
+    if config.launch.launcher == "ray" and auto.devices is None:
+        raise ConfigError(
+            "`plan: auto` over Ray has to be told how many devices there are; set `plan.auto.devices`"
+        )
+    hardware, measured = hardware_of_run(
+        config.launch.hardware, dtype_name(config), measure=True, observer=observer
+    )
+    count = auto.devices or num_devices()
+    step = planned_step(config, lengths_of(config, rows(config)))
+    planned = make_plan(step, hardware, count, seconds=auto.seconds, streaming=config.launch.stream)
+    if planned.lacking > 0:
+        raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
+    plan = _plan_config(config, planned)
+    observer.on_message(_in_a_sentence(planned, count, measured=measured))
+    return Settled(config=config.model_copy(update={"plan": plan}), found=_found(planned, auto, count))
+
+
+def _begun_plan(config: C) -> PlanConfig | None:
+    """The plan in the run's folder; None where no run has begun there."""
+    folder = Path(config.output_dir)
+    if not (folder / METRICS).is_file() or not written_by_run(folder / CONFIG):
+        return None
+    plan = load_config(type(config), folder / CONFIG).plan
+    return None if plan.auto is not None else plan
+
+
+def _plan_config(config: RunConfig, planned: Planned) -> PlanConfig:
+    """The choice as the config's `plan`; nothing but `offload` where one process is all."""
+    values = plan_values(planned.problem, planned.choice)
+    per_host = planned.problem.hardware.per_host
+    used = {device for event in planned.events for device in event.devices}
+    if len(used) == 1:
+        values = {role: {"offload": True} for role, given in values.items() if given.get("offload")}
+    elif any(device.host for device in used):
+        values = {role: _counted_through(given, per_host) for role, given in values.items()}
+    return make_config(type(config.plan), values, "the plan that was found")
+
+
+def _counted_through(given: Mapping[str, Any], per_host: int) -> dict[str, Any]:
+    """A role's placements with devices that count through all hosts, since their names are not known."""
+    found: dict[str, Any] = {}
+    for kind, placement in given.items():
+        if kind == "offload":
+            found[kind] = placement
+            continue
+        numbers = [
+            per_host * int(device.host.removeprefix("node") or 0) + device.index
+            for device in Mesh.parse(placement["mesh"]).devices
+        ]
+        mesh = Mesh(devices=tuple(Device(index=number) for number in numbers))
+        found[kind] = {**placement, "mesh": str(mesh)}
+    return found
+
+
+def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
+    used = len({device for event in planned.events for device in event.devices})
+    where = "one process" if used == 1 else f"{used} processes"
+    rivals = [rival for rival in planned.rivals if rival.seconds is not None and rival.lacking == 0]
+    best = min(rivals, key=lambda rival: rival.seconds or 0.0, default=None)
+    beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
+    guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
+    return (
+        f"the planner chose {where} of at most {count} on {planned.problem.hardware.name}: "
+        f"{planned.seconds:.3g} s a step predicted{guess}, no plan below {planned.proof.bound:.3g} s{beside}"
+    )
+
+
+def _found(planned: Planned, auto: AutoPlan, count: int) -> dict[str, Any]:
+    return {
+        "search": {
+            "seconds": auto.seconds,
+            "devices": count,
+            "bound_s": planned.proof.bound,
+            "proven": planned.proof.proven,
+            "rivals": [vars(rival) for rival in planned.rivals],
+        }
+    }

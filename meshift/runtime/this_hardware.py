@@ -1,0 +1,76 @@
+"""The hardware that a run is on, for the planner: as profiled, or of a known GPU, or guessed.
+
+It knows nothing of plans.
+"""
+
+from __future__ import annotations
+
+import os
+from types import MappingProxyType
+
+import torch
+
+from meshift.planner.hardware import KNOWN, Hardware, find_hardware
+from meshift.planner.memory import Machine
+from meshift.runtime.machine import machine_memory
+from meshift.runtime.models import device_for_run, fast_bfloat16
+from meshift.runtime.observer import Observer
+from meshift.runtime.profiling.profile import named_hardware, profile_path
+
+CPU = "cpu"
+PROCESSOR_FLOPS = MappingProxyType({"float32": 4e10, "bfloat16": 8e10})
+"""A second, of one core: a guess of the right order for servers of these years."""
+PROCESSOR_BYTES = 8e9
+"""Read a second by one core: a guess."""
+PROCESS_BYTES = 4e8
+"""Of a process before it has a model: a guess, until it is measured in the process itself."""
+
+
+def num_devices() -> int:
+    """GPUs where there are some, else the processors that this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware_of_run(
+    name: str | None, dtype: str, *, measure: bool = False, observer: Observer | None = None
+) -> tuple[Hardware, bool]:
+    """The hardware of `launch.hardware` (None: of this machine), and whether its numbers are known or measured.
+
+    A CPU without a profile is guessed, or with `measure` measured in a short probe; so is an unknown GPU. Raises
+    `ConfigError` for a name that is none.
+    """
+    if name is not None and name.lower() != CPU:
+        return find_hardware(name), True
+    device = device_for_run()
+    if device.type == "cuda" and name is None:
+        told = torch.cuda.get_device_name(device).lower()
+        known = next((hardware for key, hardware in KNOWN.items() if key in told), None)
+        return (known, True) if known is not None else (KNOWN["a100"], False)
+    if measure or profile_path((dtype,)).is_file():
+        return named_hardware(CPU, (dtype,), observer), True
+    return guessed_cpu(), False
+
+
+def guessed_cpu() -> Hardware:
+    """This machine's processors, whose number and memory are known, and whose speed is not."""
+    cores, memory = num_devices(), machine_memory()
+    return Hardware(
+        name="this CPU, not profiled",
+        memory=memory.total / cores,
+        flops=PROCESSOR_FLOPS,
+        memory_rate=PROCESSOR_BYTES,
+        near_rate=2e9,
+        far_rate=1e9,
+        host_rate=PROCESSOR_BYTES,
+        per_host=max(cores, 8),
+        compute_share=1.0,
+        memory_share=1.0,
+        link_share=1.0,
+        near_delay=2e-4,
+        far_delay=1e-3,
+        layer_delay=2e-4,
+        reserve=min(PROCESS_BYTES, memory.total / cores / 2),
+        machine=Machine(packs=True, kernels=fast_bfloat16()),
+    )

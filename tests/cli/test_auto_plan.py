@@ -1,0 +1,172 @@
+"""`--plan auto` and `--plan file`: a plan is chosen, or read, before the launch; it is run, and written down."""
+
+import json
+
+import pytest
+import yaml
+
+from meshift.cli.main import main
+from meshift.planner.hardware import Hardware, as_values
+from meshift.planner.memory import Machine
+
+POLICY = ("grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "remax", "online-dpo", "raft")
+GIVEN = ("sft", "reward", "dpo", "orpo", "simpo", "kto")
+
+
+def device(**changes):
+    """Devices so slow, with links so fast, that two are better than one."""
+    given = {
+        "name": "imaginary",
+        "memory": 2e9,
+        "flops": {"float32": 1e6, "bfloat16": 1e6},
+        "memory_rate": 1e9,
+        "near_rate": 1e15,
+        "far_rate": 1e15,
+        "host_rate": 1e9,
+        "near_delay": 0.0,
+        "far_delay": 0.0,
+        "layer_delay": 0.0,
+        "reserve": 0.0,
+        "machine": Machine(packs=True),
+    }
+    return Hardware(**{**given, **changes})
+
+
+@pytest.fixture
+def hardware(tmp_path):
+    """`hardware(**changes)` -> `launch.hardware=FILE` of two such devices."""
+
+    def write(**changes):
+        file = tmp_path / "hardware.json"
+        file.write_text(json.dumps(as_values(device(**changes))))
+        return f"launch.hardware={file}"
+
+    return write
+
+
+AUTO = ("plan.auto.devices=2", "plan.auto.seconds=0.5")
+
+
+def values_of(room, command):
+    if command in GIVEN:
+        values = room.values("reward")
+        if command not in ("sft", "reward"):
+            values["actor"] = values.pop("model")
+        if command == "kto":
+            rows = [{"prompt": "the film was", "completion": " good", "label": bool(i % 2)} for i in range(4)]
+            values["data"]["dataset_name"] = room.rows("judged.jsonl", rows)
+        return values
+    values = room.values()
+    if command != "ppo":
+        del values["ppo"]
+        values["generation"]["num_generations"] = 2
+    return values
+
+
+@pytest.mark.parametrize("command", ["ppo", *GIVEN, *POLICY])
+def test_every_training_command_has_its_plan_chosen(room, hardware, capsys, command):
+    file = room.config(values_of(room, command))
+    assert main([command, "--config", file, "--plan", "auto", *AUTO, hardware(), "--dry-run"]) == 0
+    rows = capsys.readouterr().out
+    assert "2 processes: " in rows
+    assert "GB predicted in the process that needs the most" in " ".join(rows.split())
+
+
+@pytest.mark.slow
+def test_a_chosen_plan_is_run_and_kept_by_the_run_that_goes_on(room, hardware, capsys):
+    values = {**values_of(room, "grpo"), "max_steps": 2, "save_steps": 1, "plan": "auto"}
+    words = ["grpo", "--config", room.config(values), *AUTO, hardware()]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "the planner chose 2 processes of at most 2 on imaginary" in told.out + told.err
+    run = room.path / "run"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    written = json.loads((run / "plan.json").read_text())
+    assert config["plan"]["auto"] is None
+    assert {role for role, given in config["plan"].items() if given} == set(written["plan"])
+    assert written["search"]["bound_s"] <= 1.01 * written["predicted"]["step_s"]
+    assert len(written["predicted"]["process_peak_bytes"]) == 2
+    events = {event["name"]: event for event in written["predicted"]["events"]}
+    assert {"rollout", "train_actor"} <= events.keys()
+    assert sum(events["rollout"]["parts_s"].values()) == pytest.approx(
+        events["rollout"]["end_s"] - events["rollout"]["start_s"]
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        predicted = {key for key in row if key.startswith("perf/predicted_memory_gb/")}
+        assert {key.replace("predicted", "peak") for key in predicted} <= row.keys()
+        assert "perf/predicted_memory_gb/train_actor" in predicted
+
+    (run / "final").rename(room.path / "old-final")
+    assert main([*words, "--resume", "launch.hardware=null"]) == 0
+    told = capsys.readouterr()
+    assert "the plan is the one that the run" in told.out + told.err
+    assert yaml.safe_load((run / "config.yaml").read_text())["plan"] == config["plan"]
+    again = json.loads((run / "plan.json").read_text())
+    assert again["search"] == written["search"]
+    assert again["hardware"]["name"] != "imaginary"
+
+
+def test_one_process_where_two_gain_nothing(room, hardware, capsys):
+    slow_links = hardware(near_rate=1.0, near_delay=10.0)
+    values = {**values_of(room, "sft"), "max_steps": 2, "save_steps": 1}
+    words = ["sft", "--config", room.config(values), "plan=auto", *AUTO, slow_links]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "the planner chose one process of at most 2" in told.out + told.err
+    assert not (room.path / "run" / "placements.json").exists()
+    written = json.loads((room.path / "run" / "plan.json").read_text())
+    assert (written["plan"], written["search"]["devices"]) == ({}, 2)
+    (room.path / "run" / "final").rename(room.path / "old-final")
+    assert main([*words, "--resume"]) == 0
+    told = capsys.readouterr()
+    assert "the plan is the one that the run" in told.out + told.err
+    again = json.loads((room.path / "run" / "plan.json").read_text())
+    assert (again["plan"], again["search"]) == (written["plan"], written["search"])
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_would(room, hardware, capsys):
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", "auto", *AUTO]
+    assert main([*words, hardware(memory=2e5)]) == 2
+    said = capsys.readouterr().err
+    assert "nothing fits" in said
+    assert "what would fit: " in said
+    assert not (room.path / "run").exists()
+
+
+PLAN = {"actor": {"train": {"mesh": "0-1", "layout": "d1t2p1"}, "generate": {"mesh": "0-1", "layout": "d2t1p1"}}}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@pytest.mark.parametrize("wrap", [lambda plan: plan, lambda plan: {"plan": plan, "predicted": {"step_s": 1.0}}])
+def test_a_plan_file_is_read_and_may_be_changed(room, capsys, suffix, wrap):
+    file = room.path / f"plan.{suffix}"
+    file.write_text(json.dumps(wrap(PLAN)))
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", str(file), "--dry-run"]
+    assert main([*words, "plan.actor.generate.layout=d1t2p1"]) == 0
+    assert "2 processes: actor.generate d1t2p1@0-1, actor.train d1t2p1@0-1" in capsys.readouterr().out
+
+
+def test_no_plan_in_a_word(room, capsys):
+    values = {**values_of(room, "grpo"), "plan": PLAN}
+    assert main(["grpo", "--config", room.config(values), "--plan", "none", "--dry-run"]) == 0
+    assert "processes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--plan", "fastest"], "write `auto`, a plan, or a file of one"),
+        (["--plan", "nowhere.yaml"], "there is no plan file nowhere.yaml"),
+        (["--plan", "auto", "plan.actor.train.mesh=0", "plan.actor.train.layout=d1"], "places all roles, or none"),
+        (["--plan", "auto", "plan.auto.devices=0"], "plan.auto.devices"),
+        (["--plan", "auto", "plan.auto.device=2"], "did you mean `plan.auto.devices`?"),
+        (["--plan", "auto", "launch.hardware=abacus"], "abacus"),
+        (["--plan", "auto", "launch.launcher=ray"], "set `plan.auto.devices`"),
+    ],
+)
+def test_a_plan_that_is_none_is_named_in_one_sentence(room, capsys, words, said):
+    assert main(["grpo", "--config", room.config(values_of(room, "grpo")), *words, "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

@@ -99,9 +99,8 @@ def test_seconds_and_counts_of_rounds_are_added_and_means_weighted():
 
 
 def test_peaks_of_memory_are_not_added():
-    peaks = [
-        Outcome(batch=rows([APART]), metrics={"perf/peak_memory_gb/rollout": peak}) for peak in (1.5, 2.5, 2.0)
-    ]
+    key, batch = "perf/peak_memory_gb/rollout", rows([APART])
+    peaks = [Outcome(batch=batch, metrics={key: peak}) for peak in (1.5, 2.5, 2.0)]
     assert merged_metrics(peaks) == {key: 2.5}
 
 

@@ -122,8 +122,10 @@ def _told_hardware(plan: Path) -> Hardware | None:
     if plan.suffix != ".json":
         return None
     told = json.loads(plan.read_text(encoding="utf-8")).get("hardware")
+    if not isinstance(told, dict) or (told.get("profile") is None and told.get("machine", {}).get("packs")):
+        return None  # a run's CPU, whose profile is its machine's
     try:
-        return from_values(told) if isinstance(told, dict) else None
+        return from_values(told)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
 

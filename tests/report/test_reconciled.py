@@ -77,6 +77,12 @@ def test_guessed_rates_and_other_work_explain_errors(run):
     assert "the machine had other work to do" in sentence(reconcile(run(plan_of(*EVENTS), **uneven)))
 
 
+def test_calls_that_all_took_longer_are_the_machines(run):
+    slow = {"timing_s/train_actor": [9.0, 2.0, 2.0, 2.0, 2.0]}
+    said = sentence(reconcile(run(plan_of(*EVENTS), **slow)))
+    assert "All calls took 2 to 2 times what was predicted: the machine had other work to do" in said
+
+
 def test_rounds_of_a_loop_are_one_call_and_explain_an_error(run):
     events = (event("rollout", 0, 1.0), event("rollout (round 2)", 1, 1.0, "rollout"), *EVENTS[1:])
     given = run(plan_of(*events), **{"sampling/num_rounds": [4.0] * 5})

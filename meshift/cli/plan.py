@@ -20,7 +20,7 @@ from rich.text import Text
 
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
-from meshift.cli.plan_request import Asked, check_variants, compute_type, show_variants, variants_of
+from meshift.cli.plan_request import Asked, assumed, check_variants, compute_type, show_variants, variants_of
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
@@ -90,6 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"what would fit: {'; or '.join(planned.changes) or 'smaller models, or more memory'}")
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
+    print(f"  {assumed(planned.problem.step)}")
     more = [*_simulated(planned, args), *_advice(planned)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")

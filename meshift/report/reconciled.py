@@ -155,7 +155,8 @@ def _cause(run: RunData, worst: Compared, notable: Sequence[Compared]) -> str:
     part = _largest_part(run, worst.name)
     where = f" (most of it: {part})" if part else ""
     return (
-        f"The model of costs is wrong here{where}; `meshift plan --measured {run.path}` plans by what it measured."
+        f"Either the machine had other work to do, or the model of costs is wrong here{where}: then "
+        f"`meshift plan` with `--measured {run.path}` plans by what was measured."
     )
 
 

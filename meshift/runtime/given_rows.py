@@ -45,6 +45,9 @@ def arithmetic(
     per_step = sum(sizes) / len(sizes) * config.data.batch_size
     passes = max_steps * config.data.batch_size / len(sizes)
     return [
-        ("micro-batches", f"about {math.ceil(per_step / max_tokens)} of at most {max_tokens} tokens, 1 data rank"),
+        (
+            "micro-batches",
+            f"about {math.ceil(per_step / max_tokens)} of at most {max_tokens} tokens, over all data ranks",
+        ),
         ("steps", f"{max_steps}, {passes:.2f} passes over the {what}"),
     ]

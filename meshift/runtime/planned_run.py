@@ -62,7 +62,6 @@ def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResul
         finished = finished_run(config, observer)  # it may have been lost after the last thing it had to do
         if finished is not None:
             return finished
-        observer.on_message(f"starting {len(mesh)} processes; each reads its models")
         told = {"run": type(config).__name__, "config": config.model_dump_json(), "found": settled.found}
         found = launch(config, mesh, SHARE, json.dumps(told), observer)
         folders = {key: Path(found[key]) for key in ("output_dir", "final_dir")}

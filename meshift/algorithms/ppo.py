@@ -8,6 +8,7 @@ It knows nothing of devices, of how texts are sampled, or of where rewards come 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from meshift.algorithms.advantages import (
 )
 from meshift.algorithms.lagrangian import Lagrangian
 from meshift.algorithms.losses import PolicyLoss, ValueLoss
+from meshift.algorithms.off_policy import correction_of, paid_logprobs
 from meshift.algorithms.rollouts import (
     ROLLOUT_INPUTS,
     RewardCall,
@@ -67,24 +69,28 @@ class PPO:
         rollout = rollout_keys(self.sampling)
         scoring = scoring_calls(self.config.reward, reward_functions, columns)
         score_keys = tuple(key for call in scoring for key in call.writes)
+        recomputing = self._recomputing(rollout)
+        old = tuple(key for call in recomputing for key in call.writes)
+        paid = old if correction_of(self.config.ppo) is not None else ()
         calls: tuple[Call, ...] = (
             rollout_call(self.sampling),
             *scoring,
             infer_call("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
+            *recomputing,
             infer_call("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
             *costs,
             HostCall(
                 name="advantages",
                 function=self.advantages,
-                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", "truncated"),
+                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", *paid, "truncated"),
                 writes=("scores", "advantages", "returns", *(("cost_returns",) if costs else ())),
             ),
             ModelCall(
                 name="train_actor",
                 role="actor",
                 kind="train",
-                task=self._task(self._policy_loss()),
-                reads=(*rollout, "logprobs", "advantages", "version"),
+                task=replace(self._task(self._policy_loss()), max_staleness=self.config.max_staleness),
+                reads=(*rollout, "logprobs", *old, "advantages", "versions"),
             ),
             ModelCall(
                 name="train_critic",
@@ -108,7 +114,7 @@ class PPO:
         rewarded, scored = self._truncation_rule(outcome.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
         scored = scored & judged
         logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
-        penalty = kl_estimate(logprobs.values, ref_logprobs.values, ppo.kl_estimator)
+        penalty = kl_estimate(paid_logprobs(batch).values, ref_logprobs.values, ppo.kl_estimator)
         rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
         if process is not None:
             paid = process.values.clamp(-ppo.reward_clip, ppo.reward_clip)
@@ -199,7 +205,15 @@ class PPO:
             entropy_coef=ppo.entropy_coef,
             max_importance_ratio=ppo.max_importance_ratio,
             max_update_kl=ppo.max_update_kl,
+            old="recomputed" if ppo.recompute_logprobs else "sampled",
+            correction=correction_of(ppo),
         )
+
+    def _recomputing(self, rollout: tuple[str, ...]) -> tuple[ModelCall, ...]:
+        """The actor reads its own completions before the updates, where ratios are to be against that."""
+        if not self.config.ppo.recompute_logprobs:
+            return ()
+        return (infer_call("old_logprobs", "actor", self._reading("old_logprobs"), rollout, "old_logprobs"),)
 
     def _cost_training(self) -> tuple[ModelCall, ...]:
         if self.lagrangian is None:

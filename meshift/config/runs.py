@@ -83,6 +83,9 @@ class RolloutRunConfig(RunConfig, ABC):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()
+    max_staleness: int = Field(
+        0, ge=0, description="steps whose updates the weights that draw a step's completions lack (0: none)"
+    )
     num_report_prompts: int = Field(
         4, ge=0, description="prompts that are completed again through the run, for the report (0: none)"
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meshift.algorithms.off_policy import Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
+from meshift.config.runs import OldLogprobs
 from meshift.training.engine import LossSums, mean_over_updates
 from meshift.training.readings import TokenLogprobs, TokenValues
 from meshift.training.text_readings import (
@@ -45,7 +46,7 @@ class PolicyLoss:
     entropy_coef: float = 0.0
     max_importance_ratio: float | None = None
     max_update_kl: float | None = None
-    old: Literal["sampled", "recomputed"] = "sampled"
+    old: OldLogprobs = "sampled"
     correction: Correction | None = None
 
     def count(self, batch: Batch) -> int:

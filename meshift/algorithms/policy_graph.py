@@ -174,7 +174,7 @@ def loss_keys(config: PolicyRunConfig, sampling: SamplingTask) -> dict[str, Any]
         "reading": token_logprobs(config, sampling, "new_logprobs", entropy=True),
         "aggregation": policy.loss_aggregation,
         "max_completion_length": config.generation.max_completion_length,
-        "old": _old_logprobs(config),
+        "old": config.old_logprobs,
         "kl_coef": policy.kl_coef if policy.kl_in == "loss" else 0.0,
         "kl_estimator": policy.kl_estimator,
         "entropy_coef": policy.entropy_coef,
@@ -191,15 +191,6 @@ def clipped_loss(
 ) -> ClippedLoss:
     """PPO's clipped objective, with the config's keys."""
     return ClippedLoss(**loss_keys(config, sampling), importance=importance, dual_clip=config.policy.dual_clip)
-
-
-def _old_logprobs(config: PolicyRunConfig) -> Literal["sampled", "recomputed", "current"]:
-    policy = config.policy
-    if not policy.recompute_logprobs:
-        return "sampled"
-    is_read = policy.importance_correction != "none" and policy.kl_in == "reward" and config.has_reference
-    one_update = config.num_passes * config.num_mini_batches == 1
-    return "current" if one_update and not is_read else "recomputed"
 
 
 @dataclass(frozen=True, kw_only=True)

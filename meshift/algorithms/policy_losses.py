@@ -19,6 +19,7 @@ from meshift.algorithms.advantages import kl_estimate
 from meshift.algorithms.off_policy import BEHAVIOUR, Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.policy_sections import Aggregation, Estimator
+from meshift.config.runs import OldLogprobs
 from meshift.training.engine import LossSums, mean_over_updates
 from meshift.training.readings import TokenLogprobs
 
@@ -63,7 +64,7 @@ class PolicyGradientLoss(ABC):
     reading: TokenLogprobs
     aggregation: Aggregation
     max_completion_length: int
-    old: Literal["sampled", "recomputed", "current"] = "sampled"
+    old: OldLogprobs = "sampled"
     kl_coef: float = 0.0
     kl_estimator: Estimator = "k3"
     entropy_coef: float = 0.0

@@ -205,13 +205,13 @@ class PPO:
             entropy_coef=ppo.entropy_coef,
             max_importance_ratio=ppo.max_importance_ratio,
             max_update_kl=ppo.max_update_kl,
-            old="recomputed" if ppo.recompute_logprobs else "sampled",
+            old=self.config.old_logprobs,
             correction=correction_of(ppo),
         )
 
     def _recomputing(self, rollout: tuple[str, ...]) -> tuple[ModelCall, ...]:
         """The actor reads its own completions before the updates, where ratios are to be against that."""
-        if not self.config.ppo.recompute_logprobs:
+        if self.config.old_logprobs != "recomputed":
             return ()
         return (infer_call("old_logprobs", "actor", self._reading("old_logprobs"), rollout, "old_logprobs"),)
 

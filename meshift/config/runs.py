@@ -6,8 +6,10 @@ It knows nothing of YAML, nor of how a run goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Self
+from types import MappingProxyType
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,6 +69,9 @@ class RunConfig(Section):
         return names
 
 
+OldLogprobs = Literal["sampled", "recomputed", "current"]
+
+
 class TrainedOn(NamedTuple):
     """What a step trains on at most: so many units of `what`, each of so many texts."""
 
@@ -114,6 +119,16 @@ class RolloutRunConfig(RunConfig, ABC):
         return []
 
     @property
+    def old_logprobs(self) -> OldLogprobs:
+        """Whose log-probs ratios are against: the sampler's, or the trainer's, read once more or not."""
+        return "sampled"
+
+    @property
+    def ignores_staleness(self) -> bool:
+        """Whether tokens that older weights drew are trained on as if the current ones had drawn them."""
+        return False
+
+    @property
     @abstractmethod
     def num_passes(self) -> int:
         """How often a step goes through its completions."""
@@ -159,6 +174,17 @@ class PPORunConfig(RolloutRunConfig):
         """Optimizer updates per pass."""
         return self.ppo.num_mini_batches
 
+    @property
+    def old_logprobs(self) -> OldLogprobs:
+        """The sampler's, or the actor's before a step's updates."""
+        return "recomputed" if self.ppo.recompute_logprobs else "sampled"
+
+    @property
+    def ignores_staleness(self) -> bool:
+        """Where ratios are against the trainer's log-probs, and nothing else weighs those of the sampler."""
+        uncorrected = self.ppo.recompute_logprobs and self.ppo.importance_correction == "none"
+        return self.max_staleness > 0 and uncorrected
+
     @model_validator(mode="after")
     def _has_sequences_enough(self) -> PPORunConfig:
         self._need_a_sequence_for_each_update("ppo")
@@ -183,6 +209,10 @@ class PPORunConfig(RolloutRunConfig):
 
 class HeldOutRunConfig(RunConfig):
     """A run on given rows, which may be measured on others."""
+
+    NOT_HERE: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"max_staleness": "is of methods that draw completions, and this one learns from given rows"}
+    )
 
     eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
     data: HeldOutDataConfig

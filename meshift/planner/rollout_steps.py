@@ -14,7 +14,6 @@ from meshift.config.plan import Kind
 from meshift.config.policy_runs import (
     DAPORunConfig,
     OnlineDPORunConfig,
-    PolicyRunConfig,
     RAFTRunConfig,
     ReMaxRunConfig,
 )
@@ -92,7 +91,7 @@ def _readings(
         calls.append(call("cost", "cost", read=1.0))
     if "cost_critic" in models:
         calls.append(call("cost_values", "cost_critic"))
-    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
+    if config.old_logprobs == "recomputed":
         calls.append(call("old_logprobs", "actor"))
     return calls
 
@@ -169,7 +168,3 @@ def _again(drawing: Sequence[PlannedCall], said: str, waits: frozenset[str]) -> 
         )
         for call in drawing
     ]
-
-
-def _reads_old_logprobs(config: PolicyRunConfig) -> bool:
-    return config.policy.recompute_logprobs and config.num_passes * config.num_mini_batches > 1

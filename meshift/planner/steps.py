@@ -65,6 +65,7 @@ def step_of(
     lengths = lengths or Lengths()
     _refuse_adapters(config)
     if isinstance(config, RolloutRunConfig):
+        _refuse_staleness(config)
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
             trained |= {"critic": config.critic, "cost_critic": config.cost_critic}
@@ -95,6 +96,14 @@ def _refuse_adapters(config: RunConfig) -> None:
             raise ConfigError(
                 f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
             )
+
+
+def _refuse_staleness(config: RolloutRunConfig) -> None:
+    if config.max_staleness > 0:
+        raise ConfigError(
+            "the planner knows steps that draw what they train on, and not `max_staleness`, with which the two go "
+            "on at the same time; plan with max_staleness=0, or write the plan (docs/asynchronous.md)"
+        )
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:

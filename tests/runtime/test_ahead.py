@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_ahead import ahead_of
 from tiny_policy import graph_of, make_policy_world, policy_config
 from tiny_rl import make_world, ppo_config
 
@@ -14,7 +15,7 @@ from meshift.config.runs import DPORunConfig, SFTRunConfig
 from meshift.errors import CheckpointError, ConfigError, StaleWeightsError
 from meshift.graph.ahead import halves_of
 from meshift.graph.calls import Graph, GraphError, HostCall, ModelCall, SyncCall
-from meshift.runtime.ahead import AheadStep, Queue
+from meshift.runtime.ahead import Queue
 from meshift.runtime.staleness import Ages
 
 
@@ -98,28 +99,6 @@ def test_a_resumed_role_would_forget_how_old_tokens_may_be():
         for one in (before, after):
             one.check(torch.tensor([known[-2] if len(known) > 1 else 0]), 12, 2)
     assert not ages(3, max_staleness=0).values(), "nothing to keep where no step looks back"
-
-
-def ahead_of(world, prompts, max_staleness, max_steps):
-    """A world's steps on the same prompts, drawn ahead."""
-
-    def next_batch(step):
-        rows = [prompt for prompt in prompts for _ in range(getattr(world, "num_generations", 1))]
-        first = step * len(rows)
-        return Batch(
-            {
-                "prompts": Ragged.from_rows(rows, torch.int64),
-                "index": Ragged.scalars(list(range(first, first + len(rows))), torch.int64),
-            }
-        )
-
-    step = AheadStep(
-        halves=halves_of(world.graph),
-        roles=world.roles,
-        queue=Queue(max_staleness, max_steps),
-        next_batch=next_batch,
-    )
-    return lambda number: step.run(next_batch(number), number)
 
 
 def odd(completion_ids):

@@ -82,7 +82,7 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
     try:
         expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
-    except ConfigError:  # adapters, so far
+    except ConfigError:  # what the planner cannot count
         return PlanFile(values={"plan": plan, **settled.found})
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 

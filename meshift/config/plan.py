@@ -120,14 +120,8 @@ class DPOPlan(PlanConfig):
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
 
 
-class ReferenceFreePlan(PlanConfig):
-    """Of an actor that reads held-out pairs too."""
-
-    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
-
-
-class SFTPlan(PlanConfig):
-    """Of the model, whose role is the actor's."""
+class ActorPlan(PlanConfig):
+    """Of an actor that is alone, and reads held-out rows too; the model of SFT is one."""
 
     actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
 

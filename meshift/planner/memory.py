@@ -250,7 +250,7 @@ class Memory:
         return norms * config.hidden_size + heads + columns + middle + fp32 * FP32 / self.role.width
 
     def _keeps_input(self, *names: str) -> bool:
-        """Whether what these linear layers read is kept: for gradients of their own, or of adapters beside them."""
+        """Whether what these linear layers read is kept: for their own gradients, or those of adapters beside."""
         adapter = self.role.config.adapter
         return adapter is None or any(target.rpartition(".")[2] in names for target in adapter.targets)
 

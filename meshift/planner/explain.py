@@ -22,6 +22,7 @@ WORDS = {
     "update": "the optimizer",
     "batch": "batches on their way",
     "pack": "packing weights",
+    "sums": "putting adapters into weights",
 }
 
 

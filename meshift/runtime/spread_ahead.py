@@ -55,8 +55,9 @@ class SpreadAhead:
         drawn += self._draw([one for one in due if one not in at_once], step, batch, now)
         learned = self._learning.gather(part)
         moved = self._learning.publish()
+        peaks = self._learning.peaks_of_all(self._drawing.take_peaks())
         self._world.finish()
-        metrics = {**step_metrics(own, drawn, learned), **moved}
+        metrics = {**step_metrics(own, drawn, learned), **moved, **peaks}
         return Outcome(batch=learned.batch, metrics=metrics)
 
     def _draw(self, due: Iterable[int], step: int, batch: Batch, now: Now) -> list[Outcome]:

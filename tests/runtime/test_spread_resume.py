@@ -46,8 +46,8 @@ def test_another_plan_would_not_go_on_from_a_checkpoint(make_case, tmp_path, rea
 def test_a_process_that_is_killed_within_a_step_would_change_the_final_weights(make_case, tmp_path, name, at):
     """DAPO within its loop, and GRPO where one process draws and the others train."""
     case, kept = CASES[name], {"max_steps": 4, "save_steps": 1, "save_total_limit": None}
-    for name, observer in (("whole", Notes()), ("run", killer := KillerObserver(2, at))):
-        run(make_case(case, tmp_path / name, plan=case.plan, **kept), observer)
+    for folder, observer in (("whole", Notes()), ("run", killer := KillerObserver(2, at))):
+        run(make_case(case, tmp_path / folder, plan=case.plan, **kept), observer)
     assert killer.done
     assert any("starting again" in text for text in killer.messages)
     one, other = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "run"))

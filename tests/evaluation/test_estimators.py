@@ -61,7 +61,15 @@ def every_filtered_outcome(samples, n, k):
 
 @pytest.mark.parametrize(("n", "k"), [(1, 3), (2, 4), (3, 7), (5, 6), (1, 1)])
 def test_n_at_k_with_filtering_is_that_of_every_choice(n, k):
-    samples = [(True, True), (True, False), (True, False), (True, True), (False, False), (False, False), (True, False)]
+    samples = [
+        (True, True),
+        (True, False),
+        (True, False),
+        (True, True),
+        (False, False),
+        (False, False),
+        (True, False),
+    ]
     expected = every_filtered_outcome(samples, n, k)
     kept = [correct for passes, correct in samples if passes]
     assert filtered_n_at_k(7, len(kept), sum(kept), n=n, k=k) == pytest.approx(expected, abs=1e-9)
@@ -137,7 +145,17 @@ def test_submissions_go_around_the_clusters():
 
 @pytest.mark.parametrize(
     ("degrees", "table"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (120, 1.980)],
+    [
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (5, 2.571),
+        (9, 2.262),
+        (10, 2.228),
+        (30, 2.042),
+        (120, 1.980),
+    ],
 )
 def test_student_quantiles_are_those_of_the_tables(degrees, table):
     assert student_quantile(degrees) == pytest.approx(table, rel=2e-3)

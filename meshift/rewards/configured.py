@@ -124,4 +124,8 @@ def _missing_sentence(name: str, missing: str, signature: Signature, columns: Se
 def describe_functions(functions: Sequence[WeightedFunction]) -> str:
     """For a dry run: "1 x judge (TRL) + 0.5 x compute_score (verl)"."""
     signatures = [(weighted, read_signature(weighted.function)) for weighted in functions]
-    return " + ".join(f"{w.weight:g} x {w.name} ({s.flavour})" for w, s in signatures if s is not None)
+    return " + ".join(
+        f"{w.weight:g} x {w.name} ({w.function.describe() if hasattr(w.function, 'describe') else s.flavour})"
+        for w, s in signatures
+        if s is not None
+    )

@@ -18,13 +18,13 @@ from meshift.data.prompts import Prompt
 from meshift.data.unpaired import Judged
 from meshift.layout.mesh import Device
 from meshift.models.hf.load import load_config
-from meshift.planner.cost import Costs
-from meshift.planner.evaluate import Event, evaluate
+from meshift.planner.cost import Cost, Costs
+from meshift.planner.evaluate import Event, evaluate, replay
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Memory
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.steps import role_names, step_of
-from meshift.planner.workload import ComputeType, Step
+from meshift.planner.workload import ComputeType, PlannedCall, Step
 from meshift.runtime.models import compute_dtype, model_folder
 from meshift.runtime.plans import Placements
 
@@ -152,17 +152,24 @@ def _by_completion(
     """Seconds of each call as a run times it, by the mean of completions."""
     if not isinstance(config, RolloutRunConfig):
         return
-    for share in LENGTH_SHARES:
-        mean = max(1.0, share * config.generation.max_completion_length)
+    means = [max(1.0, share * config.generation.max_completion_length) for share in LENGTH_SHARES]
+    shared = hardware.shared_by(len(device_numbers(placements)))
+    drawn = ({call.name: _cost(step, shared, placements, call, mean) for call in step.calls} for mean in means)
+    played = replay(step, hardware, placements, drawn, streaming=config.launch.stream)
+    timed_as = {call.name: call.timed_as for call in step.calls}
+    for mean, events in zip(means, played, strict=True):
         seconds: dict[str, float] = {}
-        for call in step.calls:
-            texts = replace(call.texts, completion=mean)
-            read = call.num_read if call.num_read == 1.0 else mean
-            drawn = replace(call, texts=texts, num_read=read)
-            layout = placements[call.role][call.kind].layout
-            cost = Costs(step.roles[call.role], hardware).of(drawn, layout)
-            seconds[call.timed_as] = seconds.get(call.timed_as, 0.0) + cost.seconds
+        for event in (one for one in events if one.kind == "call"):
+            name = timed_as[event.name]
+            seconds[name] = seconds.get(name, 0.0) + event.end - event.start
         yield mean, seconds
+
+
+def _cost(step: Step, hardware: Hardware, placements: Placements, call: PlannedCall, mean: float) -> Cost:
+    """Of a call whose completions have this mean."""
+    read = call.num_read if call.num_read == 1.0 else mean
+    drawn = replace(call, texts=replace(call.texts, completion=mean), num_read=read)
+    return Costs(step.roles[call.role], hardware).of(drawn, placements[call.role][call.kind].layout)
 
 
 def process_peaks(step: Step, hardware: Hardware, placements: Placements) -> list[float]:

@@ -72,6 +72,7 @@ def test_every_training_command_has_its_plan_chosen(room, hardware, capsys, comm
     assert "GB predicted in the process that needs the most" in " ".join(rows.split())
 
 
+@pytest.mark.slow
 def test_a_chosen_plan_is_run_and_kept_by_the_run_that_goes_on(room, hardware, capsys):
     values = {**values_of(room, "grpo"), "max_steps": 2, "save_steps": 1, "plan": "auto"}
     words = ["grpo", "--config", room.config(values), *AUTO, hardware()]
@@ -108,12 +109,20 @@ def test_a_chosen_plan_is_run_and_kept_by_the_run_that_goes_on(room, hardware, c
 
 def test_one_process_where_two_gain_nothing(room, hardware, capsys):
     slow_links = hardware(near_rate=1.0, near_delay=10.0)
-    assert main(["sft", "--config", room.config(values_of(room, "sft")), "plan=auto", *AUTO, slow_links]) == 0
+    values = {**values_of(room, "sft"), "max_steps": 2, "save_steps": 1}
+    words = ["sft", "--config", room.config(values), "plan=auto", *AUTO, slow_links]
+    assert main(words) == 0
     told = capsys.readouterr()
     assert "the planner chose one process of at most 2" in told.out + told.err
     assert not (room.path / "run" / "placements.json").exists()
     written = json.loads((room.path / "run" / "plan.json").read_text())
     assert (written["plan"], written["search"]["devices"]) == ({}, 2)
+    (room.path / "run" / "final").rename(room.path / "old-final")
+    assert main([*words, "--resume"]) == 0
+    told = capsys.readouterr()
+    assert "the plan is the one that the run" in told.out + told.err
+    again = json.loads((room.path / "run" / "plan.json").read_text())
+    assert (again["plan"], again["search"]) == (written["plan"], written["search"])
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_would(room, hardware, capsys):

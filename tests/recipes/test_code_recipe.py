@@ -38,8 +38,8 @@ def test_every_problem_is_solved_by_a_right_function_alone():
     columns = {name: [row[name] for row in rows] for name in ("tests", "entry_point")}
     weighted.function.check_columns(["prompt", *columns])
     prompts = [row["prompt"] for row in rows]
-    right = [f"    return {SOLUTIONS[row['entry_point']]}\n\nprint(" for row in rows]
-    wrong = ["    return None" for _ in rows]
+    right = [f" {SOLUTIONS[row['entry_point']]}\n\nprint(" for row in rows]
+    wrong = [" None" for _ in rows]
     logged = {}
     assert weighted.function(prompts, right, logged.__setitem__, **columns) == [1.0] * len(rows)
     assert weighted.function(prompts, wrong, logged.__setitem__, **columns) == [0.0] * len(rows)

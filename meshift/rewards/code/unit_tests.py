@@ -58,6 +58,10 @@ class UnitTests:
             [os.path.abspath(folder) for folder in config.packages],
         )
 
+    def describe(self) -> str:
+        """For a dry run: the wall and the layers that programs run behind."""
+        return f"in {self.protection.describe()}"
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise `ConfigError` where the data has tests in none of the known columns."""
         if form_of(columns) is None:

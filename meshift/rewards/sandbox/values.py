@@ -46,6 +46,8 @@ def encode(value: Any, refer: Refer, depth: int = 0) -> Any:
     if isinstance(value, dict):
         pairs = value.items()
         return {"d": [[encode(k, refer, depth + 1), encode(v, refer, depth + 1)] for k, v in pairs]}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return encode(value.item(), refer, depth)  # a number of numpy's
     return refer(value)
 
 

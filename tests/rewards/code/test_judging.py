@@ -1,11 +1,13 @@
 """Right programs pass and wrong ones do not, in each form that problems have; limits; what the reward says."""
 
 import time
+from pathlib import Path
 
 import pytest
 from test_problems import APPS_CALL, APPS_STDIN, CODE_CONTESTS, HEAD, HUMAN_EVAL, MBPP
 
 from meshift.config.unit_tests import UnitTestsConfig
+from meshift.errors import ConfigError
 from meshift.rewards.code.extraction import complete_function
 from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem, read_problem
@@ -160,6 +162,19 @@ def test_what_functions_may_be_given_and_give_back(judge):
     for test in tests:
         verdict = judge(Problem(tests=[{"code": test}]), program)
         assert verdict.passed, (test, verdict.wrong)
+
+
+def test_packages_are_there_for_programs_that_are_given_them_and_for_no_others():
+    numpy = pytest.importorskip("numpy")
+    program = "import numpy as np\ndef f(x): return np.array(x).sum()"
+    for packages, reward in (([str(Path(numpy.__file__).parents[1])], 1.0), ([], 0.0)):
+        function = UnitTests(UnitTestsConfig(num_workers=1, packages=packages))
+        logged = {}
+        rewards = function(["p"], [program], logged.__setitem__, tests=[["assert f([1, 2]) == 3"]])
+        assert rewards == [reward]
+        function._sandbox.close()
+    with pytest.raises(ConfigError, match="no folder"):
+        UnitTests(UnitTestsConfig(packages=["/nowhere"]))
 
 
 def test_rewards_are_all_or_nothing_or_partial_and_none_without_tests():

@@ -16,6 +16,7 @@ from meshift.rewards.code.problems import Problem
 from meshift.rewards.sandbox.comparing import same_output
 from meshift.rewards.sandbox.layers import Limits
 from meshift.rewards.sandbox.slot import Ended, MemoryFile, Process, Slot
+from meshift.rewards.sandbox.tester import TOO_LONG
 from meshift.rewards.sandbox.values import encode
 
 VERDICT_BYTES = 2**20
@@ -125,19 +126,22 @@ class Judge:
         left = [dict(test, test=i) for i, test in enumerate(problem.tests)]
         while left and time.monotonic() < deadline:
             limits = self._limits(problem, deadline, len(left))
-            verdicts, ended = self._round(slot, problem, code, left, limits)
-            for verdict in verdicts:
-                if "fatal" in verdict:
-                    for test in left:
-                        results.add(test["test"], str(verdict["fatal"]))
-                    return
-                wrong = None if verdict["passed"] is True else str(verdict["detail"])
-                results.add(int(verdict["test"]), wrong, timeout=wrong == "took too long")
+            lines, ended = self._round(slot, problem, code, left, limits)
+            stopped = any(one.stopped for one in ended)
+            blamed = TOO_LONG if stopped else "ended"
+            fatal = blamed if not lines else next((str(line["fatal"]) for line in lines if "fatal" in line), None)
+            if fatal is not None:  # it did not load, and would not for the other tests either
+                for test in left:
+                    results.add(test["test"], fatal, timeout=fatal == TOO_LONG)
+                return
+            for line in lines:
+                if "test" in line:
+                    wrong = None if line["passed"] is True else str(line["detail"])
+                    results.add(int(line["test"]), wrong, timeout=wrong == TOO_LONG)
             before = len(left)
             left = [test for test in left if test["test"] not in results.passed]
             if len(left) == before:  # no verdict at all: the first test is to blame
-                stopped = next((e.stopped for e in ended if e.stopped), None)
-                results.add(left[0]["test"], "took too long" if stopped else "ended", timeout=stopped is not None)
+                results.add(left[0]["test"], blamed, timeout=stopped)
                 left = left[1:]
             if self.stop_early and not all(results.passed.values()):
                 return
@@ -186,8 +190,10 @@ def _refuse(value: Any) -> dict[str, Any]:
 
 def _wrong_output(ended: Ended, output: bytes, expected: str, stderr: MemoryFile) -> str | None:
     """None for the right output of a program that ended by itself. How it ended can only take a pass away."""
+    if ended.stopped == "server":
+        return "took the sandbox's server with it"
     if ended.stopped is not None:
-        return "took too long"
+        return TOO_LONG
     if ended.status != 0:
         lines = stderr.read(ERROR_BYTES).decode(errors="replace").strip().splitlines()
         return f"ended with {lines[-1][:200]}" if lines else f"ended with status {ended.status}"

@@ -160,6 +160,7 @@ def _be_child(process: Mapping[str, Any], files: Sequence[int], says: int, shut_
     status = 125
     places = {"setup": says}
     with Caught() as child:
+        os.setsid()  # kill(0) reaches a process group whatever namespaces its members are in
         places = _arrange(process["files"], files, says)
         shut_in()
         os.close(places.pop("setup"))

@@ -50,7 +50,8 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a process ended. `stopped` is "cpu" or "wall" where it was over that limit."""
+    """How a process ended. `stopped` is "cpu" or "wall" where it was over that limit, "server" where it took that
+    with it."""
 
     status: int
     cpu_s: float
@@ -69,15 +70,22 @@ class Slot:
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def run(self, processes: Sequence[Process], links: Sequence[Link] = ()) -> list[Ended]:
-        """Run the processes until the first of them ends, then end the others. Raises `SandboxError`."""
+        """Run the processes until the first of them ends, then end the others.
+
+        Where they take the server with them, twice, they have ended so; it is known to start without them.
+        Raises `SandboxError` where it does not, or layers cannot be put up.
+        """
         reply = self._ask(processes, links)
         if reply is None:
             self.close()
             reply = self._ask(processes, links)
-        if reply is None or "error" in reply:
+        if reply is None:
             self.close()
-            why = "its server was lost twice" if reply is None else reply["error"]
-            raise SandboxError(f"the sandbox could not run a program: {why}")
+            self.start()
+            return [Ended(status=-1, cpu_s=0.0, max_rss_kb=0, stopped="server") for _ in processes]
+        if "error" in reply:
+            self.close()
+            raise SandboxError(f"the sandbox could not run a program: {reply['error']}")
         return [Ended(**one) for one in reply["ended"]]
 
     def start(self) -> None:

@@ -23,6 +23,7 @@ from meshift.rewards.sandbox.remote import Channel, Remote, SolutionEndedError
 from meshift.rewards.sandbox.values import decode
 
 Namespace = dict[str, Any]
+TOO_LONG = "took too long"
 
 
 class TestTimeError(BaseException):
@@ -30,7 +31,7 @@ class TestTimeError(BaseException):
 
 
 def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
-    """Write one JSON line per test: `{"test": index, "passed": ..., "detail": ...}`.
+    """Write `{"loaded": true}` and one JSON line per test: `{"test": index, "passed": ..., "detail": ...}`.
 
     `work` has `setup` (code), `remote` (names that are always the program's), `limit_s`, and `tests`: of each
     `code`, or `call` (a dotted name) with `given` and `expected`. It ends early where the program has to be
@@ -46,6 +47,7 @@ def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
         if "fatal" in loaded:
             _write(verdicts, {"fatal": str(loaded["fatal"])[:300]})
             return
+        _write(verdicts, {"loaded": True})
         namespace = _prepare(work, channel)
         for test in work["tests"]:
             number = test["test"]
@@ -57,8 +59,8 @@ def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
                 return
     except TestTimeError:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        number = number if number >= 0 else work["tests"][0]["test"]
-        _write(verdicts, {"test": number, "passed": False, "detail": "took too long"})
+        late = {"fatal": TOO_LONG} if number < 0 else {"test": number, "passed": False, "detail": TOO_LONG}
+        _write(verdicts, late)
     except SolutionEndedError as error:
         _write(verdicts, {"fatal": str(error)})
 

@@ -52,6 +52,8 @@ BOMBS = {
     "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()",
     "close everything": "import os\nos.closerange(0, 1 << 16)\nprint('x')",
     "kill everything": "import os, signal\nos.kill(-1, signal.SIGKILL)\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "kill its process group": "import os, signal\nos.kill(0, signal.SIGKILL)\n"
+    "while True: os.killpg(0, signal.SIGKILL)",
     "stop itself": "import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP); time.sleep(99)",
     "garbage that comes back": "class A:\n  def __del__(self): A()\nA()\nimport gc\ngc.collect()\nwhile True: A()",
     "a NUL in the source": "print(1)\0",

@@ -145,8 +145,8 @@ class RewardFunctionConfig(Section):
     """A Python function of TRL's, verl's or OpenRLHF's signature, a reward server, or one of Meshift's own."""
 
     function: str = Field(
-        description="`path/to/file.py:name`, `package.module:name`, a server's `http://host:port/get_reward`, or one "
-        "of Meshift's own: `unit_tests`, `maths`, `format`, `length`, `reasoning_gym`, `judge` (docs/rewards.md)"
+        description="`path/to/file.py:name`, `package.module:name`, a server's `http://host:port/get_reward`, or "
+        "one of Meshift's own: unit_tests, maths, format, length, reasoning_gym, judge (docs/rewards.md)"
     )
     weight: float = Field(1.0, description="its share of the total reward")
     timeout_s: float | None = Field(

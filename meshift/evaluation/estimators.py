@@ -36,8 +36,8 @@ def share(values: Sequence[float]) -> Estimate:
     """The mean of values in [0, 1], one per problem, with Wilson's score interval (Wilson 1927).
 
     For yes or no it is the usual one. For values between (pass@k, several samples of one problem) it is wider than
-    need be: no distribution on [0, 1] of mean p has a larger variance than p (1 - p). It does not collapse where all
-    values are equal. Raises `ValueError` where there is none, or one outside [0, 1].
+    need be: no distribution on [0, 1] of mean p has a larger variance than p (1 - p). It does not collapse where
+    all values are equal. Raises `ValueError` where there is none, or one outside [0, 1].
     """
     if not values or not all(0 <= value <= 1 for value in values):
         raise ValueError("a share is of one or more values between 0 and 1")
@@ -49,7 +49,7 @@ def share(values: Sequence[float]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of any numbers, one per problem, with Student's t interval. Raises `ValueError` where there is none."""
+    """The mean of any numbers, one per problem, with Student's t interval. Raises `ValueError` without any."""
     if not values:
         raise ValueError("a mean is of one or more values")
     middle = fmean(values)
@@ -98,8 +98,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def filtered_n_at_k(num_samples: int, num_kept: int, num_correct: int, *, n: int, k: int) -> float:
     """The chance of solving a problem with n submissions out of k samples of which those are kept that pass its
-    public tests (Li et al. 2022, AlphaCode, n@k with filtering). Of the problem's samples `num_kept` pass them, and
-    `num_correct` of those are correct.
+    public tests (Li et al. 2022, AlphaCode, n@k with filtering). Of the problem's samples `num_kept` pass them,
+    and `num_correct` of those are correct.
 
     Exact: the number m of kept ones among k is hypergeometric, and min(n, m) of them are submitted at random.
     """

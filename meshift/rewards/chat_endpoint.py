@@ -42,7 +42,8 @@ class ChatEndpoint(Generic[Read]):
             key = os.environ.get(config.api_key_env, "").strip()
             if not key:
                 raise ConfigError(
-                    f"the judge's api_key_env names {config.api_key_env}, which is not in the environment; export it"
+                    f"the judge's api_key_env names {config.api_key_env}, which is not in the environment; "
+                    "export it"
                 )
             headers["Authorization"] = f"Bearer {key}"
         url = config.url.rstrip("/") + "/chat/completions"

@@ -5,6 +5,7 @@ It calls none of them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def _load(config: RewardFunctionConfig) -> Loaded:
     how = {"timeout_s": config.timeout_s, "kwargs": config.kwargs}
     if "://" in spec:
         return Loaded(function=RemoteReward(spec, config.timeout_s), spec=None, **how)
+    if ":" not in spec:
+        close = difflib.get_close_matches(spec, list(OWN), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; those of Meshift's own are {', '.join(OWN)}."
+        raise ConfigError(
+            f"there is no reward function {spec!r}{hint} Write one of yours as file.py:name or module:name"
+        )
     place, _, name = spec.rpartition(":")
     absolute = f"{Path(place).absolute()}:{name}" if place.endswith(".py") else spec
     return Loaded(function=load_function(spec), spec=absolute, **how)

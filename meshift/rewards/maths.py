@@ -1,7 +1,7 @@
 """The reward function `maths`: whether a completion's answer equals the right one, by `math-verify`.
 
-It is imported where that extra is installed, and runs in a process of its own, which is killed if it takes too long:
-symbolic algebra may. It knows nothing of processes.
+It is imported where that extra is installed, and runs in a process of its own, which is killed if it takes too
+long: symbolic algebra may. It knows nothing of processes.
 """
 
 from __future__ import annotations

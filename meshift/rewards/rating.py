@@ -16,7 +16,7 @@ from meshift.rewards.scores import Fault
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 FIELD = re.compile(r"\{(\w+)\}")
-RATING = re.compile(r"rating\W{0,6}(-?\d+(?:\.\d+)?)(?![\d%])", re.IGNORECASE)
+RATING = re.compile(r"rating[\s:*_=\[(]{0,6}(-?\d+(?:\.\d+)?)(?![\d%])", re.IGNORECASE)
 
 
 class RatingJudge:
@@ -68,7 +68,7 @@ class RatingJudge:
 
 
 def fill_in(template: str, values: Mapping[str, Any]) -> str:
-    """The template with the fields that have values; braces in values stay as they are, and so do unknown fields."""
+    """The template with the fields that have values; braces in values stay as they are, and unknown fields too."""
     return FIELD.sub(lambda found: str(values.get(found[1], found[0])), template)
 
 

@@ -1,7 +1,7 @@
-"""The reward function `reasoning_gym`: a completion's answer to a task of `reasoning-gym`, by that task's own scorer.
+"""The reward function `reasoning_gym`: answers to tasks of `reasoning-gym`, by their own scorers.
 
-It is imported where that extra is installed. Tasks are made anew from their row's name, seed and number, so that the
-scorer gets the very object that it knows; files of rows hold no more than that.
+It is imported where that extra is installed. Tasks are made anew from their row's name, seed and number, so that
+the scorer gets the very object that it knows; files of rows hold no more than that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def reasoning_gym(
 ) -> list[float]:
     """Each answer's score, from 0 to 1; the column says which task each is of.
 
-    Raises `ValueError` for a task that this version of the package makes differently than the one that made the row.
+    Raises `ValueError` for a task that another version of the package made, where this one makes it differently.
     """
     return [_score(c, task, answer) for c, task in zip(completions, reasoning_gym, strict=True)]
 

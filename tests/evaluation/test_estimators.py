@@ -3,7 +3,7 @@
 import math
 import random
 from fractions import Fraction
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from statistics import fmean
 
 import pytest
@@ -82,7 +82,7 @@ def test_n_at_k_without_a_filter_and_with_all_submitted_is_pass_at_k():
 
 
 def submitted_in_turn(order, n):
-    """Submissions one by one: the plain reading of the protocol. `order` has clusters in the order of submission."""
+    """Submissions one by one: the plain reading of the protocol. `order` has the clusters, largest first."""
     left = [list(cluster) for cluster in order]
     sent = []
     while len(sent) < n and any(left):
@@ -100,7 +100,7 @@ def every_clustered_outcome(samples, n, k):
         clusters = [[s.correct for s in chosen if s.kept and s.behaviour == name] for name in names]
         tried = []
         for order in permutations(clusters):
-            if any(len(a) < len(b) for a, b in zip(order, order[1:], strict=False)):
+            if any(len(a) < len(b) for a, b in pairwise(order)):
                 continue
             for one in inner_orders(order):
                 tried.append(any(submitted_in_turn(one, n)))

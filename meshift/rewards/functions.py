@@ -219,6 +219,11 @@ class _Waiting(threading.Thread):
         return self._scores
 
 
+def scores_of(weighted: WeightedFunction, samples: Samples) -> Scores:
+    """What one function says of samples that no run drew: values and faults, which nobody has acted on."""
+    return _Caller(weighted, EventLoopThread()).score(samples)[0]
+
+
 def _metrics(weighted: WeightedFunction, scores: Scores) -> dict[str, float]:
     name = f"reward/{weighted.name}"
     metrics = {f"{name}/{key}": _mean(numbers) for key, numbers in scores.extras.items() if numbers}

@@ -73,12 +73,17 @@ def _with_step(batch: Batch, step: int) -> Batch:
 
 
 def merged_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """One value per metric of several rounds: seconds and counts are added, means weighted by their rows."""
+    """One value per metric of several rounds: seconds and counts are added, means weighted by their rows.
+
+    Of peaks of memory the largest counts.
+    """
     names = dict.fromkeys(key for outcome in outcomes for key in outcome.metrics)
     merged = {}
     for name in names:
         known = [(o.metrics[name], len(o.batch)) for o in outcomes if name in o.metrics]
-        if name.startswith(("timing_s/", "perf/")) or "/num_" in name:
+        if name.startswith("perf/peak_memory_gb/"):
+            merged[name] = max(value for value, _ in known)
+        elif name.startswith(("timing_s/", "perf/")) or "/num_" in name:
             merged[name] = sum(value for value, _ in known)
         else:
             merged[name] = sum(value * size for value, size in known) / sum(size for _, size in known)

@@ -12,18 +12,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from meshift.algorithms.advantages import ValueNorm, explained_variance, gae, token_rewards
 from meshift.algorithms.losses import ValueLoss
-from meshift.algorithms.rollouts import RewardCall, infer_call
+from meshift.algorithms.rollouts import RewardCall, infer_call, total_score
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.runs import PPORunConfig
 from meshift.graph.calls import Call, HostCall
 from meshift.training.readings import SequenceScores, TokenValues
-
-COST_SCORES = ("cost_model_scores", "cost_function_scores")
 
 
 class Lagrangian:
@@ -74,7 +69,7 @@ class Lagrangian:
         A completion that was cut off costs what it says so far, and nothing after: its cost is not waited for.
         """
         cost, ppo = self.config.cost, self.config.ppo
-        given, judged = _total_cost(batch, cost.weight)
+        given, judged = total_score(batch, cost.weight, "cost_")
         self._update(float(given[judged].double().mean()) if bool(judged.any()) else cost.limit)
         costs = token_rewards(kl, -kl_coef, given.clamp(-ppo.reward_clip, ppo.reward_clip), judged)
         raw = batch["cost_values"]
@@ -112,18 +107,6 @@ class Lagrangian:
         self.value_norm.load_state_dict(state["value_norm"])
 
 
-def _total_cost(batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
-    """Each row's cost [n], and whether anything said what it costs [n]."""
-    total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
-    if "cost_model_scores" in batch:
-        total, judged = weight * batch["cost_model_scores"].values, ~judged
-    if "cost_function_scores" in batch:
-        given = batch["cost_function_scores"].values
-        total = total + torch.where(given.isnan(), 0.0, given)
-        judged = judged | ~given.isnan()
-    return total, judged
-
-
 class _OfCosts:
     """Reward functions that say what completions cost: under other names than those of rewards."""
 
@@ -131,8 +114,15 @@ class _OfCosts:
         self.functions = functions
 
     def __call__(self, batch: Batch) -> Outcome:
-        """Write `cost_function_scores` [1]; metrics `cost/<function>`."""
+        """Write `cost_function_scores` [1]; metrics `cost/<function>` and `perf/time_per_cost/<function>`."""
         outcome = self.functions(batch)
-        metrics = {f"cost/{key.removeprefix('reward/')}": value for key, value in outcome.metrics.items()}
+        metrics = {_of_costs(key): value for key, value in outcome.metrics.items()}
         scores = {"cost_function_scores": outcome.batch["function_scores"]} if outcome.batch.fields else {}
         return Outcome(batch=Batch(scores), metrics=metrics)
+
+
+def _of_costs(metric: str) -> str:
+    """A metric of reward functions under a cost's name."""
+    if metric.startswith("reward/"):
+        return metric.replace("reward/", "cost/", 1)
+    return metric.replace("time_per_reward/", "time_per_cost/", 1)

@@ -76,21 +76,22 @@ def sync_calls(reference: ReferenceConfig) -> tuple[SyncCall, ...]:
     )
 
 
-def total_score(batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+def total_score(batch: Batch, weight: float, of: str = "") -> tuple[Tensor, Tensor]:
     """Each row's score [n], and whether anything scored it [n]: where no function did, `function_scores` is NaN.
 
     `weight` is the reward model's; the functions' scores come weighted. Of rewards per token it is the sum.
+    With `of`, of scores whose names begin with that.
     """
     total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
-    if "model_scores" in batch:
-        total = total + weight * batch["model_scores"].values
+    if f"{of}model_scores" in batch:
+        total = total + weight * batch[f"{of}model_scores"].values
         judged = ~judged
-    if "process_scores" in batch:
-        total = total + weight * batch["process_scores"].sum_rows()
+    if f"{of}process_scores" in batch:
+        total = total + weight * batch[f"{of}process_scores"].sum_rows()
         judged = ~judged
-    if "function_scores" in batch:
-        given = ~batch["function_scores"].values.isnan()
-        total = total + torch.where(given, batch["function_scores"].values, 0.0)
+    if f"{of}function_scores" in batch:
+        given = ~batch[f"{of}function_scores"].values.isnan()
+        total = total + torch.where(given, batch[f"{of}function_scores"].values, 0.0)
         judged = judged | given
     return total, judged
 

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from meshift.cli.plan_request import assumed
 from meshift.cli.tables import make_console
 from meshift.config.loading import config_problems, make_config, read_plan
 from meshift.config.runs import RunConfig
@@ -40,12 +41,16 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanVerdict:
-    """Problems; or the events of a step by the plan on a device of that name, and where each call runs."""
+    """Problems; or the events of a step by the plan on a device of that name, and where each call runs.
+
+    `assumed` says what its texts are taken to be.
+    """
 
     problems: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
     calls: Mapping[str, Placement] = field(default_factory=dict)
     device: str = ""
+    assumed: str = ""
 
 
 def check_plan(
@@ -122,8 +127,10 @@ def _told_hardware(plan: Path) -> Hardware | None:
     if plan.suffix != ".json":
         return None
     told = json.loads(plan.read_text(encoding="utf-8")).get("hardware")
+    if not isinstance(told, dict) or (told.get("profile") is None and told.get("machine", {}).get("packs")):
+        return None  # a run's CPU, whose profile is its machine's
     try:
-        return from_values(told) if isinstance(told, dict) else None
+        return from_values(told)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
 
@@ -146,7 +153,7 @@ def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> Plan
         return PlanVerdict(problems=tuple(problems))
     events = evaluate(step, hardware, placements, streaming=config.launch.stream)
     calls = {call.name: placements[call.role][call.kind] for call in step.calls}
-    return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name)
+    return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, assumed=assumed(step))
 
 
 def _beyond(placements: Placements, hardware: Hardware, cluster: Cluster) -> Iterator[str]:
@@ -194,4 +201,5 @@ def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
     title = f"{plan} for {file}: a plan that can run; {seconds:.3g} s a step on {verdict.device}, predicted"
     console.print(title, style="bold", markup=False)
     console.print(table)
+    print(f"  {verdict.assumed}")
     return True

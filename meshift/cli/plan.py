@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
-from meshift.cli.plan_request import Asked, check_variants, compute_type, show_variants, variants_of
+from meshift.cli.plan_request import Asked, assumed, check_variants, compute_type, show_variants, variants_of
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
@@ -30,7 +31,6 @@ from meshift.planner.planning import Planned, shortage
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.simulate import in_sentences, simulate
 from meshift.planner.tuning import better_micro_batches
-from meshift.planner.variants import Variant
 from meshift.planner.written import named_hosts, placements_of, plan_values
 from meshift.report.plan_page import plan_page
 from meshift.report.reconciled import factors
@@ -90,13 +90,14 @@ def _run(args: argparse.Namespace) -> int:
         print(f"what would fit: {'; or '.join(planned.changes) or 'smaller models, or more memory'}")
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
-    sentences = [*(explanation(planned) if args.explain else ()), *_simulated(planned, args), *_advice(planned)]
-    for sentence in sentences:
+    print(f"  {assumed(planned.problem.step)}")
+    more = [*_simulated(planned, args), *_advice(planned)]
+    for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
     variants = variants_of(args.what_if, asked, planned)
     show_variants(variants)
     if args.out is not None:
-        _write(Path(args.out), planned, _hosts(args, planned), variants)
+        _write(Path(args.out), planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
     return 0
 
 
@@ -217,7 +218,7 @@ def _rows_of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
         yield "offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"
 
 
-def _write(path: Path, planned: Planned, hosts: Sequence[str], variants: Sequence[list[Variant]]) -> None:
+def _write(path: Path, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
     """The plan, in JSON with what was predicted, or as a page."""
     plan = plan_values(planned.problem, planned.choice)
     values: dict[str, Any] = {"plan": named_hosts(plan, hosts) if hosts else plan}
@@ -234,7 +235,7 @@ def _write(path: Path, planned: Planned, hosts: Sequence[str], variants: Sequenc
         }
         text = json.dumps(values, indent=2)
     elif path.suffix == ".html":
-        text = plan_page(planned, variants)
+        text = page()
     else:
         text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     try:

@@ -63,6 +63,15 @@ def planned_step(config: RunConfig, lengths: Lengths) -> Step:
     return step_of(config, models, compute_type(config), lengths)
 
 
+def assumed(step: Step) -> str:
+    """What a step's texts are taken to be."""
+    texts = step.calls[0].texts
+    return (
+        f"Taken to be, in the mean: prompts of {texts.prompt:.4g} tokens, completions of {texts.completion:.4g} "
+        "(--prompt-tokens, --completion-tokens)."
+    )
+
+
 def read_model(name: str) -> DecoderConfig:
     """A model's numbers from its config.json: of a folder, or of what `pypi:` and hub names stand for."""
     folder = Path(name)

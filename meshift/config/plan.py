@@ -39,6 +39,11 @@ class RolePlan(Section):
         found = {kind: getattr(self, kind) for kind in KINDS}
         return {kind: placement for kind, placement in found.items() if placement is not None}
 
+    @property
+    def says_something(self) -> bool:
+        """Whether it is more than `offload: false`."""
+        return self.offload or self.model_fields_set != {"offload"}
+
 
 class AutoPlan(Section):
     """What the planner chooses a plan for, before the launch."""
@@ -81,7 +86,7 @@ class PlanConfig(Section):
     def roles(self) -> dict[str, RolePlan]:
         """Those that anything is said of."""
         found = {role: getattr(self, role) for role in type(self).model_fields}
-        return {role: plan for role, plan in found.items() if isinstance(plan, RolePlan)}
+        return {role: plan for role, plan in found.items() if isinstance(plan, RolePlan) and plan.says_something}
 
     @property
     def offloaded(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ It knows nothing of YAML, nor of how a run goes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import model_validator
 
@@ -55,7 +55,7 @@ class CriticFreeRunConfig(RolloutRunConfig):
     @property
     def has_reference(self) -> bool:
         """Whether a reference is held and read."""
-        return bool(getattr(self.objective, "kl_coef", 0.0) > 0)
+        return bool(cast("Any", self.objective).kl_coef > 0)
 
     @property
     def compares_completions(self) -> bool:

@@ -107,12 +107,13 @@ def _kept_texts(config: RolloutRunConfig, texts: Texts) -> Texts:
 
 def _drawn_texts(config: RolloutRunConfig, lengths: Lengths) -> Texts:
     longest, most = config.data.max_prompt_length, config.generation.max_completion_length
+    least = float(max(1, config.generation.min_new_tokens))
     return Texts(
         num_prompts=config.data.batch_size,
         per_prompt=config.generation.num_generations,
         prompt=lengths.prompt or max(1, round(USUAL_SHARE * longest)),
         longest_prompt=max(longest, ceil(lengths.prompt or 0)),
-        completion=min(lengths.completion or max(1.0, USUAL_SHARE * most), most),
+        completion=min(max(lengths.completion or USUAL_SHARE * most, least), most),
         longest_completion=most,
     )
 

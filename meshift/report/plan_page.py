@@ -19,11 +19,14 @@ MAX_ROWS = 32
 """More devices than this are shown by hosts."""
 
 
-def plan_page(planned: Planned, variants: Sequence[list[Variant]] = ()) -> str:
-    """The whole page, which needs no other file; `variants` are what was asked with `--what-if`, by key."""
+def plan_page(planned: Planned, variants: Sequence[list[Variant]] = (), more: Sequence[str] = ()) -> str:
+    """The whole page, which needs no other file.
+
+    `variants` are what was asked with `--what-if`, by key; `more` are sentences to stand after the reasons.
+    """
     problem = planned.problem
     title = f"A plan for {problem.num_devices} {problem.hardware.name}: {planned.seconds:.3g} s a step"
-    reasons = element("ul", *(element("li", sentence) for sentence in explanation(planned)))
+    reasons = element("ul", *(element("li", sentence) for sentence in (*explanation(planned), *more)))
     return document(
         title,
         element("h1", title),

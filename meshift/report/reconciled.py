@@ -24,6 +24,8 @@ SMALL = 0.01
 """Of a step: calls below this part of it are compared, and not spoken of."""
 GOOD = 0.10
 """An error below this share is none worth a cause."""
+ALIKE = 1.5
+"""Times as long as predicted: where all calls took that, it is the machine, and no call of its own."""
 SPREAD = 0.25
 """Between steps, from the lower to the upper quarter, as a share of the median: more is other work beside it."""
 
@@ -124,11 +126,11 @@ def _of_seconds(run: RunData, calls: Sequence[Compared], step: Compared) -> list
         return [f"Every call took what was predicted within {percent(abs(worst.error))}."]
     return [
         f"The largest error is in {worst.name}: predicted {duration(worst.predicted)}, measured "
-        f"{duration(worst.measured)} ({_times(worst.predicted, worst.measured)}). {_cause(run, worst)}"
+        f"{duration(worst.measured)} ({_times(worst.predicted, worst.measured)}). {_cause(run, worst, notable)}"
     ]
 
 
-def _cause(run: RunData, worst: Compared) -> str:
+def _cause(run: RunData, worst: Compared, notable: Sequence[Compared]) -> str:
     """The likeliest, of what the run knows: lengths, guessed rates, rounds, other work, or the model of costs."""
     left = abs(np.log(worst.drawn / worst.measured)) if worst.drawn > 0 else np.inf
     if left < 0.5 * abs(np.log(worst.predicted / worst.measured)):
@@ -142,12 +144,19 @@ def _cause(run: RunData, worst: Compared) -> str:
     expected = sum(event.get("timed_as") == worst.name for event in _events(run))
     if rounds and worst.name in ("rollout", "score") and abs(median(rounds) - expected) >= 1:
         return f"{short(median(rounds))} rounds of drawing were needed, and {expected} were expected."
+    ratios = [one.measured / one.drawn for one in notable if one.drawn > 0]
+    if len(ratios) > 1 and min(ratios) > ALIKE:
+        return (
+            f"All calls took {short(min(ratios))} to {short(max(ratios))} times what was predicted: the machine "
+            "had other work to do, or is not the one that was profiled."
+        )
     if worst.spread > SPREAD:
         return f"Its seconds differ by {percent(worst.spread)} between steps: the machine had other work to do."
     part = _largest_part(run, worst.name)
     where = f" (most of it: {part})" if part else ""
     return (
-        f"The model of costs is wrong here{where}; `meshift plan --measured {run.path}` plans by what it measured."
+        f"Either the machine had other work to do, or the model of costs is wrong here{where}: then "
+        f"`meshift plan` with `--measured {run.path}` plans by what was measured."
     )
 
 

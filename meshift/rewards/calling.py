@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from meshift.errors import RewardError
 from meshift.rewards.scores import TIMEOUT, CallError, Fault, Scores, collect, numbers_of, read_score, read_scores
 from meshift.rewards.signatures import RewardFunction, Signature
 
@@ -161,10 +162,13 @@ def timed_out(timeout_s: float | None) -> Fault:
 
 @contextmanager
 def named_errors(function: RewardFunction) -> Iterator[None]:
-    """Turn whatever the function raises into a `CallError` with its line."""
+    """Turn whatever the function raises into a `CallError` with its line.
+
+    A `RewardError` is Meshift's own: what should have scored is broken, and no sample is to blame.
+    """
     try:
         yield
-    except CallError:
+    except (CallError, RewardError):
         raise
     except (Exception, SystemExit) as error:
         kind = type(error).__name__

@@ -206,14 +206,20 @@ class _Waiting(threading.Thread):
         self._caller = caller
         self._samples = samples
         self._scores: tuple[Scores, float] | None = None
+        self._error: RewardError | None = None
 
     def run(self) -> None:
         """Score the samples."""
-        self._scores = self._caller.score(self._samples)
+        try:
+            self._scores = self._caller.score(self._samples)
+        except RewardError as error:
+            self._error = error
 
     def scores(self) -> tuple[Scores, float]:
-        """Wait for the scores and seconds."""
+        """Wait for the scores and seconds. Raises the `RewardError` that the call ended with."""
         self.join()
+        if self._error is not None:
+            raise self._error
         if self._scores is None:
             raise RuntimeError(f"the thread of reward function {self._caller.weighted.name} failed")
         return self._scores

@@ -19,10 +19,16 @@ from meshift.config.runs import DPORunConfig
 from meshift.data.preferences import Pair
 from meshift.errors import ModelError
 from meshift.runtime.fixed_samples import Infers
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
+from meshift.runtime.given_rows import (
+    actor_and_reference,
+    actor_spec,
+    arithmetic,
+    check_actor_and_reference,
+    held_out_calls,
+    held_out_due,
+    reference_spec,
+)
 from meshift.runtime.models import (
-    check_same_shape,
-    check_same_tokenizer,
     compute_dtype,
     kept_models,
     model_rows,
@@ -35,7 +41,7 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
-from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, frozen_like, save_role
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
 from meshift.runtime.run_state import FixedRole
 from meshift.training.checkpoint import Remembers, fingerprint
@@ -48,7 +54,7 @@ def run_dpo(config: DPORunConfig, observer: Observer) -> RunResult:
 
 def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
     """Validate data and models and say what the run would do, without training."""
-    data, names = _check(config), role_models(config)
+    data, names = _check(config), actor_and_reference(config)
     pairs = data.train.pairs
     sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
     once = config.dpo.precompute_ref_log_probs
@@ -78,34 +84,28 @@ def _kept(config: DPORunConfig, names: Mapping[str, str]) -> dict[str, str]:
     return kept_models(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
 
 
-def role_models(config: DPORunConfig) -> dict[str, str]:
-    """The model that each role starts from: the reference from the actor."""
-    actor = str(config.actor.model_name_or_path)
-    return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
-
-
 def build_dpo_job(config: DPORunConfig, opener: Opener | None = None) -> Job:
     """Roles, pairs and graph. Without an opener the roles are in this process.
 
     A reference that is read once is read and dropped in here, telling the opener's observer.
     """
     opener = opener or LocalOpener(None, config.plan.offloaded)
-    data, names = _check(config), role_models(config)
+    data, names = _check(config), actor_and_reference(config)
     max_steps = steps_of(config, len(data.train.pairs))
     source = PairSource(config.data, data.train.pairs, config.seed)
     heldout = pair_batch(data.heldout.pairs) if data.heldout else None
     roles: dict[str, Any] = {}
     memories: dict[str, Remembers] = {}
     if config.dpo.precompute_ref_log_probs:
-        reference = opener.open(_reference(config, names))
+        reference = opener.open(reference_spec(config))
         reader = _ReferenceReader(reference, opener.observer)
         heldout = reader.read_heldout(heldout)
         source.known = reader.read_pairs(source, max_steps, config.data.batch_size)
         memories["read_reference"] = _SameReference(reference)
         del reader, reference  # and the reference with it, before the actor is loaded
-    roles["actor"] = opener.open(_actor(config, names, max_steps))
+    roles["actor"] = opener.open(actor_spec(config, config.actor, max_steps))
     if not config.dpo.precompute_ref_log_probs:
-        roles["reference"] = opener.open(_reference(config, names))  # what the actor leaves frozen may serve as it
+        roles["reference"] = opener.open(reference_spec(config))  # what the actor leaves frozen may serve as it
     evaluation = _Evaluation(config, roles, heldout)
     tokenizer = open_tokenizer(names["actor"])
     return Job(
@@ -132,29 +132,7 @@ def _rows(config: DPORunConfig) -> list[Pair]:
     return _check(config).train.pairs
 
 
-DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=role_models, rows=_rows)
-
-
-def _actor(config: DPORunConfig, names: Mapping[str, str], max_steps: int) -> RoleSpec:
-    return RoleSpec(
-        name="actor",
-        model=names["actor"],
-        dtype=compute_dtype(config.dtype),
-        config=config.actor,
-        max_steps=max_steps,
-        seed=config.seed,
-    )
-
-
-def _reference(config: DPORunConfig, names: Mapping[str, str]) -> RoleSpec:
-    dtype = compute_dtype(config.dtype)
-    return RoleSpec(
-        name="reference",
-        model=names["reference"],
-        dtype=dtype,
-        config=frozen_like(config.actor),
-        moves=config.reference.sync_ref_model,
-    )
+DPO_METHOD = Method(build=build_dpo_job, uses=dpo_uses, models=actor_and_reference, rows=_rows)
 
 
 class _ReferenceReader:
@@ -246,11 +224,7 @@ def heldout_metrics(loss: DPOLoss | ReferenceFreeLoss, actor: Infers, batch: Bat
 
 def _check(config: DPORunConfig) -> PairSets:
     """The data, when it and the models fit together; a dry run and a run both begin with it."""
-    check_before_reading(config, "actor", config.actor)
-    names = role_models(config)
-    check_same_tokenizer(names)
-    if config.reference.sync_ref_model:
-        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    names = check_actor_and_reference(config)
     data = load_pairs(config.data, names["actor"])
     role, limit = shortest_limit(names)
     data.check_lengths(role, names[role], limit)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,28 +32,29 @@ from meshift.data.unpaired import Judged, UnpairedData, load_unpaired
 from meshift.errors import ConfigError
 from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import (
+    actor_and_reference,
+    actor_spec,
     arithmetic,
-    check_before_reading,
+    check_actor_and_reference,
     held_out_calls,
     held_out_due,
     left_out_notes,
+    loaded_rows,
+    reference_spec,
 )
 from meshift.runtime.models import (
-    check_same_shape,
-    check_same_tokenizer,
     compute_dtype,
     kept_models,
     model_rows,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    stop_token_ids,
     trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
-from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, frozen_like, save_role
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
 
 
@@ -65,7 +65,7 @@ def run_kto(config: KTORunConfig, observer: Observer) -> RunResult:
 
 def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
     """Validate data and models and say what the run would do, without training."""
-    data, names, dtype = _check(config), kto_models(config), compute_dtype(config.dtype)
+    data, names, dtype = _check(config), actor_and_reference(config), compute_dtype(config.dtype)
     rows = data.train.judged
     sizes = [len(one.tokens) for one in rows]
     trained = {"actor": config.actor}
@@ -88,35 +88,14 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def kto_models(config: KTORunConfig) -> dict[str, str]:
-    """The model that each role starts from: the reference from the actor."""
-    actor = str(config.actor.model_name_or_path)
-    return {"actor": actor, "reference": config.reference.model_name_or_path or actor}
-
-
 def build_kto_job(config: KTORunConfig, opener: Opener | None = None) -> Job:
     """Roles, completions and graph. Without an opener the roles are in this process."""
     opener = opener or LocalOpener(None, config.plan.offloaded)
-    data, names = _check(config), kto_models(config)
-    rows, dtype = data.train.judged, compute_dtype(config.dtype)
+    data, names = _check(config), actor_and_reference(config)
+    rows = data.train.judged
     max_steps = steps_of(config, len(rows))
-    frozen = frozen_like(config.actor)
-    reference = RoleSpec(
-        name="reference",
-        model=names["reference"],
-        dtype=dtype,
-        config=frozen,
-        moves=config.reference.sync_ref_model,
-    )
-    actor = RoleSpec(
-        name="actor",
-        model=names["actor"],
-        dtype=dtype,
-        config=config.actor,
-        max_steps=max_steps,
-        seed=config.seed,
-    )
-    roles = {spec.name: opener.open(spec) for spec in (actor, reference)}
+    specs = actor_spec(config, config.actor, max_steps), reference_spec(config)
+    roles = {spec.name: opener.open(spec) for spec in specs}
     loader = Loader(len(rows), config.data.batch_size, config.seed, config.data.shuffle)
     heldout = judged_batch(data.heldout.judged, data.longest) if data.heldout else None
     tokenizer = open_tokenizer(names["actor"])
@@ -149,7 +128,7 @@ def _rows(config: KTORunConfig) -> list[Judged]:
     return _check(config).train.judged
 
 
-KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=kto_models, rows=_rows)
+KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=actor_and_reference, rows=_rows)
 
 
 def judged_batch(rows: Sequence[Judged], max_length: int) -> Batch:
@@ -200,11 +179,7 @@ class _Completions:
 
 def _check(config: KTORunConfig) -> _Completions:
     """The data, when it and the models fit together; a dry run and a run both begin with it."""
-    check_before_reading(config, "actor", config.actor)
-    names = kto_models(config)
-    check_same_tokenizer(names)
-    if config.reference.sync_ref_model:
-        check_same_shape(names["actor"], names["reference"], "reference.sync_ref_model mixes them")
+    names = check_actor_and_reference(config)
     role, limit = shortest_limit(names)
     data = _load(config.data, names["actor"], longest=min(limit, config.data.max_length))
     for one in (*data.train.judged, *(data.heldout.judged if data.heldout else ())):
@@ -217,19 +192,10 @@ def _check(config: KTORunConfig) -> _Completions:
 
 
 def _load(config: UnpairedDataConfig, model: str, longest: int) -> _Completions:
-    tokenizer: Any = open_tokenizer(model)
-    load = partial(
-        _load_rows,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        append_eos=config.append_eos,
-        apply_chat_template=config.apply_chat_template,
-        stop_token_ids=stop_token_ids(model, tokenizer),
-    )
-    heldout = load(config.eval_dataset_name) if config.eval_dataset_name else None
+    train, heldout = loaded_rows(_load_rows, config, model)
     if heldout is not None:
         heldout = replace(heldout, judged=heldout.judged[: config.max_eval_samples])
-    return _Completions(train=load(config.dataset_name), heldout=heldout, longest=longest)
+    return _Completions(train=train, heldout=heldout, longest=longest)
 
 
 def _load_rows(dataset_name: str, **how: Any) -> UnpairedData:

@@ -23,7 +23,7 @@ from meshift.config.runs import (
 )
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import HeadKind
-from meshift.runtime.kto_run import kto_models
+from meshift.runtime.given_rows import actor_and_reference
 from meshift.runtime.machine import Memory, machine_memory
 from meshift.runtime.models import HEADS, compute_dtype, device_for_run, kept_models, resident_bytes
 from meshift.runtime.policy_run import policy_models
@@ -52,14 +52,16 @@ def held_models(config: RunConfig) -> list[Held]:
             policy_models(config), {"actor": config.actor}, config.plan, moves=config.reference_moves
         )
     if isinstance(config, DPORunConfig):
-        actor = str(config.actor.model_name_or_path)
-        names = {"actor": actor}
-        if not config.dpo.precompute_ref_log_probs:
-            names["reference"] = config.reference.model_name_or_path or actor
+        names = actor_and_reference(config)
+        if config.dpo.precompute_ref_log_probs:
+            del names["reference"]
         return _held_roles(names, {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model)
     if isinstance(config, KTORunConfig):
         return _held_roles(
-            kto_models(config), {"actor": config.actor}, config.plan, moves=config.reference.sync_ref_model
+            actor_and_reference(config),
+            {"actor": config.actor},
+            config.plan,
+            moves=config.reference.sync_ref_model,
         )
     if isinstance(config, ReferenceFreeRunConfig):
         names = {"actor": str(config.actor.model_name_or_path)}

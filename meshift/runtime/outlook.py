@@ -74,7 +74,7 @@ class Outlook:
     def values(self) -> dict[str, Any]:
         """For `plan.json`."""
         return {
-            "hardware": as_values(self.hardware),
+            "hardware": as_values(replace(self.hardware, profile=None)),  # of which there is a file
             "hardware_is_measured": self.measured,
             "lengths": {
                 "prompt": self.lengths.prompt,

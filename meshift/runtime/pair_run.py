@@ -16,7 +16,13 @@ from meshift.config.runs import ORPORunConfig, ReferenceFreeRunConfig, SimPORunC
 from meshift.data.preferences import Pair
 from meshift.graph.calls import Graph
 from meshift.runtime.dpo_run import heldout_metrics
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
+from meshift.runtime.given_rows import (
+    actor_spec,
+    arithmetic,
+    check_before_reading,
+    held_out_calls,
+    held_out_due,
+)
 from meshift.runtime.models import (
     compute_dtype,
     model_folder,
@@ -29,7 +35,7 @@ from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
-from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, save_role
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
 
 
@@ -79,15 +85,7 @@ def build_pair_job(config: ReferenceFreeRunConfig, opener: Opener | None = None)
     opener = opener or LocalOpener(None, config.plan.offloaded)
     method, data, name = METHODS[type(config)], _check(config), _models(config)["actor"]
     max_steps = steps_of(config, len(data.train.pairs))
-    spec = RoleSpec(
-        name="actor",
-        model=name,
-        dtype=compute_dtype(config.dtype),
-        config=config.actor,
-        max_steps=max_steps,
-        seed=config.seed,
-    )
-    actor, tokenizer = opener.open(spec), open_tokenizer(name)
+    actor, tokenizer = opener.open(actor_spec(config, config.actor, max_steps)), open_tokenizer(name)
     heldout = pair_batch(data.heldout.pairs) if data.heldout else None
 
     def evaluate(step: int) -> dict[str, float]:

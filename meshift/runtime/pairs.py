@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -17,8 +16,7 @@ from meshift.config.sections import PairDataConfig
 from meshift.data.loader import Loader
 from meshift.data.preferences import Pair, PreferenceData, load_preferences
 from meshift.errors import ConfigError, DataError
-from meshift.runtime.given_rows import left_out_notes
-from meshift.runtime.models import open_tokenizer, stop_token_ids
+from meshift.runtime.given_rows import left_out_notes, loaded_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +55,10 @@ class PairSets:
 
 def load_pairs(config: PairDataConfig, model: str) -> PairSets:
     """Read both files, tokenised for the model of this name. Raises `DataError` for a row that is no pair."""
-    tokenizer = open_tokenizer(model)
-    load = partial(
-        load_preferences,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        append_eos=config.append_eos,
-        apply_chat_template=config.apply_chat_template,
-        stop_token_ids=stop_token_ids(model, tokenizer),
-    )
-    heldout = load(config.eval_dataset_name) if config.eval_dataset_name else None
+    train, heldout = loaded_rows(load_preferences, config, model)
     if heldout is not None:
         heldout = replace(heldout, pairs=heldout.pairs[: config.max_eval_samples])
-    return PairSets(train=load(config.dataset_name), heldout=heldout)
+    return PairSets(train=train, heldout=heldout)
 
 
 class PairSource:

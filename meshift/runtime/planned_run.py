@@ -112,5 +112,7 @@ def planned(config: RunConfig, method: Method) -> Placements:
         refuse_hosts(as_written(config.plan, method.uses(config)))
     placements = placements_of(config.plan, method.uses(config))
     for role, name in method.models(config).items():
-        check_cuts(role, load_config(model_folder(name)), HEADS.get(role, "lm"), placements[role])
+        own = config.plan.roles.get(role)
+        given = () if own is None else tuple(own.placements)
+        check_cuts(role, load_config(model_folder(name)), HEADS.get(role, "lm"), placements[role], given)
     return placements

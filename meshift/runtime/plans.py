@@ -5,7 +5,7 @@ It starts no process and opens no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from meshift.config.plan import KINDS, PlanConfig, RolePlan
 from meshift.errors import ConfigError, LayoutError
@@ -73,10 +73,19 @@ def num_processes(placements: Placements) -> int:
     return max(used) + 1
 
 
-def check_cuts(role: str, model: DecoderConfig, head: HeadKind, placements: Mapping[Kind, Placement]) -> None:
-    """Raise `ConfigError` where a layout cuts a role's model into more parts than it has."""
+def check_cuts(
+    role: str,
+    model: DecoderConfig,
+    head: HeadKind,
+    placements: Mapping[Kind, Placement],
+    given: Collection[Kind] = (),
+) -> None:
+    """Raise `ConfigError` where a layout cuts a role's model into more parts than it has.
+
+    `given` are the kinds that the config names: where one of them has that layout, it is blamed.
+    """
     table = shard_table(model, head)
-    for kind, placement in placements.items():
+    for kind, placement in sorted(placements.items(), key=lambda item: item[0] not in given):
         try:
             boxes_of(placement.layout, table, 0)
         except LayoutError as error:

@@ -150,7 +150,8 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
         ),
         (
             "micro-batches",
-            f"at most {budget} tokens on 1 data rank; up to {count * texts * longest // updates} tokens an update",
+            f"at most {budget} tokens on each data rank; up to {count * texts * longest // updates} tokens "
+            "an update",
         ),
         (
             "steps",

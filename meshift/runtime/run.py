@@ -21,7 +21,7 @@ from meshift.batch import Batch, Outcome
 from meshift.config.runs import RunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
-from meshift.graph.calls import Graph
+from meshift.graph.calls import Graph, LoopCall
 from meshift.runtime.checkpoints import write_checkpoint
 from meshift.runtime.disk import Sized, bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
@@ -217,10 +217,12 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
 def _measured(job: Job) -> Advance:
     """`run_step`, with the peak of memory in each call."""
     meter = PeakMeter(device_for_run())
+    loops = {call.name for call in job.graph.order() if isinstance(call, LoopCall)}
 
     def advance(batch: Batch, step: int, on_call: Callable[[str], None]) -> Outcome:
         def begin(name: str) -> None:
-            meter.begin(name)
+            if name not in loops:  # whose calls are measured one by one
+                meter.begin(name)
             on_call(name)
 
         outcome = run_step(job.graph, job.roles, batch, step, begin)

@@ -140,7 +140,7 @@ class RunFolder:
                 if before.get("plan") == plan.get("plan"):
                     plan = {**before, **plan}
         if plan:
-            write_bytes(path, (json.dumps(_strict(plan), indent=1) + "\n").encode())
+            write_bytes(path, (json.dumps(_strict(plan)) + "\n").encode())
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics, with `training/global_step`. NaN and infinity become null."""

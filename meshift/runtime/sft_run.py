@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -22,11 +21,13 @@ from meshift.data.loader import Loader
 from meshift.errors import ConfigError, DataError
 from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import (
+    actor_spec,
     arithmetic,
     check_before_reading,
     held_out_calls,
     held_out_due,
     left_out_notes,
+    loaded_rows,
 )
 from meshift.runtime.models import (
     compute_dtype,
@@ -34,13 +35,12 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    stop_token_ids,
     trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.planned_run import Method, plan_row, start_run
 from meshift.runtime.plans import Uses, uses_of
-from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, save_role
+from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
 from meshift.training.text_readings import TrainedTokens
 
@@ -85,14 +85,7 @@ def build_sft_job(config: SFTRunConfig, opener: Opener | None = None) -> Job:
     max_steps = steps_of(config, len(texts))
     name = str(config.model.model_name_or_path)
     tokenizer = open_tokenizer(name)
-    spec = RoleSpec(
-        name="actor",
-        model=name,
-        dtype=compute_dtype(config.dtype),
-        config=config.model,
-        max_steps=max_steps,
-        seed=config.seed,
-    )
+    spec = actor_spec(config, config.model, max_steps)
     role = (opener or LocalOpener(None, config.plan.offloaded)).open(spec)
     source = TextSource(config.data, texts, config.seed)
 
@@ -201,21 +194,11 @@ def _check(config: SFTRunConfig) -> _Texts:
 
 
 def _load_data(config: DemonstrationDataConfig, model: str) -> _Texts:
-    tokenizer = open_tokenizer(model)
-    load = partial(
-        load_demonstrations,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        loss_on=config.loss_on,
-        truncate=config.truncate,
-        append_eos=config.append_eos,
-        apply_chat_template=config.apply_chat_template,
-        stop_token_ids=stop_token_ids(model, tokenizer),
-    )
-    heldout = load(config.eval_dataset_name) if config.eval_dataset_name else None
+    more = {"loss_on": config.loss_on, "truncate": config.truncate}
+    train, heldout = loaded_rows(load_demonstrations, config, model, **more)
     if heldout is not None:
         heldout = replace(heldout, demonstrations=heldout.demonstrations[: config.max_eval_samples])
-    return _Texts(train=load(config.dataset_name), heldout=heldout)
+    return _Texts(train=train, heldout=heldout)
 
 
 def _check_texts(texts: Sequence[Demonstration], name: str, limit: int) -> None:

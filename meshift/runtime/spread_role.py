@@ -6,8 +6,8 @@ and gets the same outcome. It knows nothing of graphs or of who waits for whom.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
-from meshift.errors import ReallocationError
+from meshift.errors import ConfigError, ReallocationError
 from meshift.generation.rollout import OnPart
 from meshift.graph.calls import Kind
 from meshift.layout.boxes import Box, boxes_of, cells_of, count_layers, stages_of
@@ -30,11 +30,11 @@ from meshift.parallel.groups import Peers, Place, join
 from meshift.parallel.pipeline import cut_for
 from meshift.realloc.dtypes import Dtypes
 from meshift.realloc.execute import Reallocation, Site
-from meshift.realloc.near import NearMemory, machine
 from meshift.realloc.plan import plan
 from meshift.runtime.models import device_for_run
 from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
+from meshift.runtime.shared_home import share_home
 from meshift.runtime.world import World
 from meshift.step import Role
 from meshift.training.checkpoint import read_state, write_values
@@ -91,7 +91,11 @@ class SpreadRole:
                 self._locals[placement] = make_role(cut_for(open_model(), place), place, is_home)
         self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p))]
         if "train" in placements and len(set(placements.values())) > 1:
-            self._share_home()
+            self._refuse_offload()
+            if device_for_run().type == "cpu":
+                role = self._locals.get(self.home)
+                moves = [move.reallocation for move in self._moves]
+                share_home(world, self.home, None if role is None else role.model, moves)
 
     def members(self, kind: Kind) -> tuple[int, ...]:
         """The processes that take part in a call of this kind, the moves that follow it left out."""
@@ -138,8 +142,8 @@ class SpreadRole:
     def publish(self) -> dict[str, float]:
         """Move new weights to where else they are used; called by every process after each training call.
 
-        Gives `sync/bytes` (sent and received by this process) and `sync/seconds`. Raises `ReallocationError` where
-        what arrived is not what was sent.
+        Gives `sync/bytes` (sent and received by this process), `sync/seconds`, and those of the proofs. Raises
+        `ReallocationError` where what arrived is not what was sent.
         """
         metrics: dict[str, float] = {}
         for move in self._moves:
@@ -147,15 +151,18 @@ class SpreadRole:
             arrived = move.reallocation.run(held, self._parameters(move.target))
             if move.target in self._locals:
                 _bind(self._locals[move.target].model, arrived.shards)
+            started = time.perf_counter()
             move.reallocation.verify(held, arrived.shards)
             self._settle_version(move)
+            _add(metrics, "sync/verify_seconds", time.perf_counter() - started)
             if move.target == self.placements.get("generate"):
                 here = self._locals.get(self.home), self._locals.get(move.target)
                 where = f"the {self.name} at {move.target}", str(self.home)
+                started = time.perf_counter()
                 metrics["sync/probe_diff_max"] = probe(*here, move.peers, where)
-            moved = arrived.sent_bytes + arrived.received_bytes
-            metrics["sync/bytes"] = metrics.get("sync/bytes", 0.0) + moved
-            metrics["sync/seconds"] = metrics.get("sync/seconds", 0.0) + arrived.seconds
+                _add(metrics, "sync/probe_seconds", time.perf_counter() - started)
+            _add(metrics, "sync/bytes", arrived.sent_bytes + arrived.received_bytes)
+            _add(metrics, "sync/seconds", arrived.seconds)
         self.leave()
         return metrics
 
@@ -292,36 +299,13 @@ class SpreadRole:
         where = device_for_run().type
         return Site(device=self.world.device, ranks=self.world.ranks, group=group, torch_device=where)
 
-    def _share_home(self) -> None:
-        """Put the parameters where they are trained into memory that all can map, if all are on one machine."""
-        if device_for_run().type != "cpu":
-            return
-        everybody, own = self.world.everybody, self._locals.get(self.home)
-        where: list[Any] | None = None
-        memory = None
-        if own is not None and NearMemory.is_possible():
-            held = self._parameters(self.home)
-            with suppress(OSError, RuntimeError):  # not allowed here: parameters are sent then
-                memory = NearMemory.make({name: (tuple(t.shape), t.dtype) for name, t in held.items()})
-                where = memory.where
-        told = gather_facts([machine(), where], everybody)
-        homes = [told[self.world.ranks[device]][1] for device in self.home.mesh.devices]
-        if len({name for name, _ in told}) == 1 and None not in homes:
-            if own is not None and memory is not None:
-                for name, parameter in own.model.named_parameters():
-                    memory.tensors[name].copy_(parameter.detach())
-                    parameter.data = memory.tensors[name]
-            with suppress(OSError, RuntimeError):  # not allowed here either
-                for move in self._moves:
-                    forms = move.reallocation.senders()
-                    near = {rank: NearMemory.open(homes[rank], form) for rank, form in forms.items()}
-                    move.reallocation.near = near
-        # All have mapped what they need, or nobody reads there: the others would wait for what is not sent.
-        if not all(gather_facts(all(move.reallocation.near is not None for move in self._moves), everybody)):
-            for move in self._moves:
-                move.reallocation.near = None
-        if memory is not None:
-            memory.close()
+    def _refuse_offload(self) -> None:
+        """Placements may have parameters in common, which one would take from under the other."""
+        if any(role.offload is not None for role in self._locals.values()):
+            raise ConfigError(
+                f"`plan.{self.name}.offload` is for roles with one placement, and this one moves between several; "
+                "leave it out, or give all calls of the role the same mesh and layout"
+            )
 
     def _frozen(self) -> list[str] | None:
         """Parameters that training leaves as they are; None where this process does not train."""
@@ -342,6 +326,10 @@ class SpreadRole:
             raise ReallocationError(f"the {self.name}'s ranks have weights of versions {sorted(known)}")
         if move.target in self._locals:
             self._locals[move.target].trainer.version = known.pop()
+
+
+def _add(metrics: dict[str, float], key: str, value: float) -> None:
+    metrics[key] = metrics.get(key, 0.0) + value
 
 
 def _bind(model: Decoder, shards: Mapping[str, torch.Tensor]) -> None:

@@ -103,9 +103,7 @@ class SpreadStep:
                     batch, found = self._fetch(batch, call, lacking)
                     metrics.update(found)
                 now.on_call(call.name)
-                self._meter.begin(call.name)
-                outcome = self._run(call, batch, now)
-                outcome = replace(outcome, metrics={**outcome.metrics, **self._meter.end()})
+                outcome = self._metered(call, batch, now)
                 lacking.discard(call.name)
                 batch, metrics = self._joined(call.name, batch, outcome), {**metrics, **outcome.metrics}
                 self._pass_on(call, outcome)
@@ -122,6 +120,14 @@ class SpreadStep:
                     metrics.update(found)
             metrics.update(self._utilisation(metrics))
         return Outcome(batch=batch, metrics=metrics)
+
+    def _metered(self, call: Call, batch: Batch, now: Now) -> Outcome:
+        """The call, with its peak of memory; the calls of a loop have theirs one by one."""
+        if call.name in self._loops:
+            return self._run(call, batch, now)
+        self._meter.begin(call.name)
+        outcome = self._run(call, batch, now)
+        return replace(outcome, metrics={**outcome.metrics, **self._meter.end()})
 
     def _run(self, call: Call, batch: Batch, now: Now) -> Outcome:
         """The call, with `timing_s/<call>` and how far into the step it began, `start_s/<call>`."""

@@ -44,19 +44,8 @@ class Reading(Protocol):
         """Outputs from the read rows' hidden states [N, hidden]; `chunk` rows of logits at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprobs:
-    """Log-probability of every completion token under the distribution that was sampled from.
-
-    Logits are divided by `temperature`; where the batch carries a support, tokens outside it have probability
-    zero. Writes `key` [completion length per row] and, if asked, `entropy` of the same shape, in nats.
-    """
-
-    key: str = "new_logprobs"
-    temperature: float = 1.0
-    with_entropy: bool = False
-    entropy_gradient: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+class _OneSequence:
+    """What these readings have in common: a row is a prompt with its completion."""
 
     @property
     def suspects(self) -> str:
@@ -70,6 +59,21 @@ class TokenLogprobs:
     def sequences(self, batch: Batch) -> Ragged:
         """Prompt and completion."""
         return batch["tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs(_OneSequence):
+    """Log-probability of every completion token under the distribution that was sampled from.
+
+    Logits are divided by `temperature`; where the batch carries a support, tokens outside it have probability
+    zero. Writes `key` [completion length per row] and, if asked, `entropy` of the same shape, in nats.
+    """
+
+    key: str = "new_logprobs"
+    temperature: float = 1.0
+    with_entropy: bool = False
+    entropy_gradient: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def rows(self, batch: Batch) -> Tensor:
         """The row before each completion token: its hidden state predicts that token."""
@@ -134,26 +138,13 @@ class _Support:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenValues:
+class TokenValues(_OneSequence):
     """The critic's value before each completion token and after the last: `key` [completion length + 1].
 
     Values are as the head gives them (normalised, where value normalisation is on), in fp32.
     """
 
     key: str = "values"
-
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_REWARDS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of prompt and completion."""
-        return batch["tokens"].lengths.tolist()
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """Prompt and completion."""
-        return batch["tokens"]
 
     def rows(self, batch: Batch) -> Tensor:
         """From the prompt's last row to the sequence's last row."""
@@ -167,23 +158,10 @@ class TokenValues:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceScores:
+class SequenceScores(_OneSequence):
     """The reward head at each sequence's last token: `key` [1], in fp32."""
 
     key: str = "scores"
-
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_REWARDS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of prompt and completion."""
-        return batch["tokens"].lengths.tolist()
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """Prompt and completion."""
-        return batch["tokens"]
 
     def rows(self, batch: Batch) -> Tensor:
         """The last row of every sequence."""
@@ -197,26 +175,13 @@ class SequenceScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenScores:
+class TokenScores(_OneSequence):
     """The reward head at each completion token: `key` [completion length per row], in fp32.
 
     The last is what `SequenceScores` reads.
     """
 
     key: str = "process_scores"
-
-    @property
-    def suspects(self) -> str:
-        """Where a NaN may come from."""
-        return SUSPECT_REWARDS
-
-    def sizes(self, batch: Batch) -> list[int]:
-        """Tokens of prompt and completion."""
-        return batch["tokens"].lengths.tolist()
-
-    def sequences(self, batch: Batch) -> Ragged:
-        """Prompt and completion."""
-        return batch["tokens"]
 
     def rows(self, batch: Batch) -> Tensor:
         """The row of every completion token."""

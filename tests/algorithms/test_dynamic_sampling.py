@@ -98,6 +98,12 @@ def test_seconds_and_counts_of_rounds_are_added_and_means_weighted():
     assert merged_metrics([one, two]) == {"timing_s/rollout": 3.0, "reward/f": 2.0, "reward/f/num_errors": 3}
 
 
+def test_peaks_of_memory_are_not_added():
+    key, batch = "perf/peak_memory_gb/rollout", rows([APART])
+    peaks = [Outcome(batch=batch, metrics={key: peak}) for peak in (1.5, 2.5, 2.0)]
+    assert merged_metrics(peaks) == {key: 2.5}
+
+
 def test_the_whole_step_trains_on_the_rows_that_were_kept():
     """Prompt [1] is always worth the same, so it never stays; the loop hands on every key of the kept rows."""
     config = policy_config(

@@ -7,8 +7,8 @@ import torch
 from tiny_choice import VOCAB, next_probabilities, total_variation
 from tiny_rl import make_world, ppo_config, tiny_model
 
-from meshift.algorithms.lagrangian import Lagrangian
-from meshift.batch import Batch, Ragged
+from meshift.algorithms.lagrangian import Lagrangian, _OfCosts
+from meshift.batch import Batch, Outcome, Ragged
 from meshift.errors import ConfigError
 
 PRICES = torch.tensor([0.0, 1.0, 0.5, -0.5, 0.8, 0.2, -1.0, 0.4])
@@ -144,3 +144,9 @@ def test_the_multiplier_finds_the_weight_at_which_the_limit_is_met():
 def test_settings_that_make_no_sense_are_refused(sections, sentence):
     with pytest.raises(ConfigError, match=sentence):
         ppo_config(**sections)
+
+
+def test_metrics_of_costs_would_be_those_of_rewards():
+    given = {"reward/f": 1.0, "reward/f/num_errors": 2.0, "perf/time_per_reward/f": 3.0}
+    outcome = _OfCosts(lambda batch: Outcome(metrics=given))(Batch({}))
+    assert outcome.metrics == {"cost/f": 1.0, "cost/f/num_errors": 2.0, "perf/time_per_cost/f": 3.0}

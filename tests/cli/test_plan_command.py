@@ -88,8 +88,9 @@ def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, ca
 def test_what_if_is_a_curve_of_the_page(run_file, tmp_path):
     out = tmp_path / "plan.html"
     words = ("--what-if", "devices=2,4", "--what-if", "network=2x", "--out", str(out))
-    assert plan(run_file, "--devices", "1", *words) == 0
+    assert plan(run_file, "--devices", "1", *words, "--simulate", "3") == 0
     page = out.read_text()
+    assert "3 steps with random lengths take" in page
     assert "perfect scaling" in page
     assert page.count("<figure") == 2  # the step's chart, and no curve over a factor
 

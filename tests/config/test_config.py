@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from meshift.config.loading import describe_keys, dump_config, load_config, make_config
+from meshift.config.plan import PPOPlan
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
 from meshift.config.section import Section
 from meshift.errors import ConfigError
@@ -247,3 +248,9 @@ def test_choices_are_listed():
 def test_a_nested_dictionary_is_validated_like_a_file():
     with pytest.raises(ConfigError, match="unknown key `x`"):
         make_config(Section, {"x": 1})
+
+
+def test_offload_that_is_switched_off_would_be_a_plan():
+    plans = [PPOPlan.model_validate({"actor": given}) for given in ({"offload": False}, {"offload": True}, {})]
+    assert [set(plan.roles) for plan in plans] == [set(), {"actor"}, {"actor"}]
+    assert [plan.is_given for plan in plans] == [False, False, True]

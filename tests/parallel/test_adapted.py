@@ -1,15 +1,11 @@
 """Adapters cut over tensor ranks, data ranks that share their state, and stages: the role of one device."""
 
-import math
-
 import pytest
 import torch
 from adapted import adapted_model, adapters_in, with_lora
 from gang import run_gang
-from test_ranks import CONFIG, assert_batches_agree, place_in, story
+from test_ranks import CONFIG, assert_role_agrees, place_in, story
 
-from meshift.layout.boxes import boxes_of
-from meshift.models.shards import shard_table
 from meshift.parallel.pipeline import cut_for
 from meshift.runtime.role import LocalRole
 
@@ -25,26 +21,11 @@ def role_of(name, place):
 
 def check_layouts(rank, name):
     expected = story(whole := role_of(name, None))
-    table = shard_table(whole.model.config, "lm")
     first = adapted_model(name)
     for layout in LAYOUTS:
         place = place_in(layout, rank)
-        if place is None:
-            continue
-        ours = story(role := role_of(name, place))
-        for one, other in zip((ours[0], ours[1], ours[3]), (expected[0], expected[1], expected[3]), strict=True):
-            assert_batches_agree(one, other, f"{name} {layout}")
-        for one, other in zip(ours[2], expected[2], strict=True):
-            wrong = {
-                k: (one[k], other[k])
-                for k in other
-                if not math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5)
-            }
-            assert not wrong, (layout, wrong)
-        weights, boxes = whole.trainer.master_weights(), boxes_of(place.layout, table, place.rank)
-        for parameter, weight in role.trainer.master_weights().items():
-            part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
-            torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{name} {layout}: {parameter}")
+        if place is not None:
+            assert_role_agrees(role_of(name, place), whole, expected, place, f"{name} {layout}")
     before = dict(first.named_parameters())
     moved = {n for n, w in whole.trainer.master_weights().items() if not torch.equal(w, before[n])}
     assert moved == set(adapters_in(before))

@@ -1,16 +1,24 @@
 """Stages of a pipeline together give one device's readings, tokens, updates and troubles."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from gang import run_gang
-from test_ranks import CONFIG, READING, TASK, assert_batches_agree, prompts, rollouts, story
+from test_ranks import (
+    CONFIG,
+    READING,
+    TASK,
+    assert_batches_agree,
+    assert_role_agrees,
+    assert_trouble_is_heard,
+    prompts,
+    rollouts,
+    story,
+)
 from tiny_families import MODELS, family_model
 
 from meshift.algorithms.losses import PolicyLoss
-from meshift.batch import Ragged
 from meshift.errors import LayoutError, NonFiniteError
 from meshift.generation.params import SamplingParams
 from meshift.generation.rollout import SamplingTask
@@ -47,21 +55,10 @@ def check_layouts(rank, name, layouts, config, num_ranks):
     table = shard_table(whole.model.config, "lm")
     for layout in layouts:
         place = place_in(layout, rank, num_ranks)
-        if place is None:
-            continue
-        ours = story(role := role_of(name, place, config))
-        for one, other in zip((ours[0], ours[1], ours[3]), (expected[0], expected[1], expected[3]), strict=True):
-            assert_batches_agree(one, other, f"{name} {layout}")
-        for one, other in zip(ours[2], expected[2], strict=True):
-            assert one.keys() == other.keys()
-            wrong = {k for k in one if not math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5)}
-            assert not wrong, (layout, wrong, one, other)
-        assert role.work.flops == pytest.approx(whole.work.flops), layout
-        weights, boxes = whole.master_weights(), boxes_of(place.layout, table, place.rank)
-        assert boxes.keys() == dict(role.model.named_parameters()).keys()
-        for parameter, weight in role.master_weights().items():
-            part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
-            torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{name} {layout}: {parameter}")
+        if place is not None:
+            role = role_of(name, place, config)
+            assert_role_agrees(role, whole, expected, place, f"{name} {layout}")
+            assert boxes_of(place.layout, table, place.rank).keys() == dict(role.model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("name", [GRID[0], *(pytest.param(name, marks=pytest.mark.slow) for name in GRID[1:])])
@@ -141,16 +138,7 @@ def test_stages_in_bfloat16(tmp_path):
 
 
 def check_trouble(rank):
-    batch = rollouts()
-    bad = batch["advantages"].values.clone()
-    bad[0] = math.nan
-    batch = replace(batch, fields={**batch.fields, "advantages": Ragged(bad, batch["advantages"].lengths)})
-    role = role_of("llama-tied", place_in("d2t1p2", rank))
-    before = {name: weight.clone() for name, weight in role.master_weights().items()}
-    with pytest.raises(NonFiniteError, match="the loss is nan in 1 of"):
-        role.train(TrainTask(loss=PolicyLoss(reading=READING)), batch, step=0)
-    assert all(torch.equal(weight, before[name]) for name, weight in role.master_weights().items())
-    assert not any(m.grad is not None and m.grad.any() for m in role.trainer.optimizer.masters)
+    assert_trouble_is_heard(role_of("llama-tied", place_in("d2t1p2", rank)))
 
 
 def test_every_stage_hears_of_a_loss_that_is_no_number(tmp_path):

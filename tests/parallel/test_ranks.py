@@ -82,28 +82,31 @@ def assert_batches_agree(ours, theirs, what):
             assert torch.equal(ours[key].values, field.values), f"{what}: {key}"
 
 
+def assert_role_agrees(role, whole, expected, place, what):
+    """A part of a role has the story of the `whole` one, does its operations, and ends with its weights."""
+    ours = story(role)
+    for one, other in zip((ours[0], ours[1], ours[3]), (expected[0], expected[1], expected[3]), strict=True):
+        assert_batches_agree(one, other, what)
+    for one, other in zip(ours[2], expected[2], strict=True):
+        assert one.keys() == other.keys()
+        wrong = {
+            k: (one[k], other[k]) for k in one if not math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5)
+        }
+        assert not wrong, (what, wrong)
+    assert role.work.flops == pytest.approx(whole.work.flops), what
+    boxes = boxes_of(place.layout, shard_table(whole.model.config, "lm"), place.rank)
+    weights = whole.trainer.master_weights()
+    for parameter, weight in role.trainer.master_weights().items():
+        part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
+        torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{what}: {parameter}")
+
+
 def check_layouts(rank, name):
     expected = story(whole := role_of(name, None))
-    table = shard_table(whole.model.config, "lm")
     for layout in LAYOUTS:
         place = place_in(layout, rank)
-        if place is None:
-            continue
-        ours = story(role := role_of(name, place))
-        for one, other in zip((ours[0], ours[1], ours[3]), (expected[0], expected[1], expected[3]), strict=True):
-            assert_batches_agree(one, other, f"{name} {layout}")
-        for one, other in zip(ours[2], expected[2], strict=True):
-            assert one.keys() == other.keys()
-            assert all(math.isclose(one[k], other[k], rel_tol=1e-4, abs_tol=1e-5) for k in one), (
-                layout,
-                one,
-                other,
-            )
-        assert role.work.flops == pytest.approx(whole.work.flops), layout
-        weights, boxes = whole.master_weights(), boxes_of(place.layout, table, place.rank)
-        for parameter, weight in role.master_weights().items():
-            part = weights[parameter][tuple(slice(*interval) for interval in boxes[parameter])]
-            torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{name} {layout}: {parameter}")
+        if place is not None:
+            assert_role_agrees(role_of(name, place), whole, expected, place, f"{name} {layout}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,17 +114,21 @@ def test_a_role_on_many_ranks_is_the_role_on_one(name, tmp_path):
     run_gang(4, check_layouts, tmp_path, name)
 
 
-def check_trouble(rank):
+def assert_trouble_is_heard(role):
+    """A loss that is no number in one row stops all, and changes nothing."""
     batch = rollouts()
     bad = batch["advantages"].values.clone()
     bad[0] = math.nan
     batch = replace(batch, fields={**batch.fields, "advantages": Ragged(bad, batch["advantages"].lengths)})
-    role = role_of("llama-tied", place_in("d2t2p1", rank))
     before = {name: weight.clone() for name, weight in role.master_weights().items()}
     with pytest.raises(NonFiniteError, match="the loss is nan in 1 of"):
         role.train(TrainTask(loss=PolicyLoss(reading=READING)), batch, step=0)
     assert all(torch.equal(weight, before[name]) for name, weight in role.master_weights().items())
     assert not any(m.grad is not None and m.grad.any() for m in role.trainer.optimizer.masters)
+
+
+def check_trouble(rank):
+    assert_trouble_is_heard(role_of("llama-tied", place_in("d2t2p1", rank)))
 
 
 def test_every_rank_hears_of_one_ranks_trouble(tmp_path):

@@ -123,12 +123,12 @@ def check_generation(rank, num_ranks):
         assert all(tokens == everyone[0] for tokens in everyone), f"{name}: ranks sampled different tokens"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_cut_model_reads_and_learns_as_the_whole_one(num_ranks, tmp_path):
     run_gang(num_ranks, check_all, tmp_path, num_ranks)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_cut_model_samples_the_tokens_of_the_whole_one(num_ranks, tmp_path):
     run_gang(num_ranks, check_generation, tmp_path, num_ranks)
 

@@ -56,7 +56,7 @@ def test_the_largest_error_is_named_with_the_part_it_lies_in(run):
     said = sentence(reconcile(run(plan_of(*EVENTS))))
     assert "The largest error is in rollout: predicted 2 s, measured 4 s (2 times the prediction)" in said
     assert "(most of it: decode)" in said
-    assert "meshift plan --measured runs/x" in said
+    assert "`meshift plan` with `--measured runs/x`" in said
 
 
 def test_lengths_that_could_not_be_known_explain_an_error(run):
@@ -75,6 +75,12 @@ def test_guessed_rates_and_other_work_explain_errors(run):
     assert "`meshift profile` measures them" in sentence(reconcile(run(plan_of(*EVENTS, measured=False))))
     uneven = {"timing_s/rollout": [9.0, 3.0, 4.0, 5.0, 6.0]}
     assert "the machine had other work to do" in sentence(reconcile(run(plan_of(*EVENTS), **uneven)))
+
+
+def test_calls_that_all_took_longer_are_the_machines(run):
+    slow = {"timing_s/train_actor": [9.0, 2.0, 2.0, 2.0, 2.0]}
+    said = sentence(reconcile(run(plan_of(*EVENTS), **slow)))
+    assert "All calls took 2 to 2 times what was predicted: the machine had other work to do" in said
 
 
 def test_rounds_of_a_loop_are_one_call_and_explain_an_error(run):

@@ -8,6 +8,7 @@ from reward_batches import host_call, rollout, score, untimed
 
 from meshift.errors import RewardError
 from meshift.rewards.functions import WeightedFunction
+from meshift.rewards.sandbox.slot import SandboxError
 
 BATCH = {"prompts": ["a", "b", "c", "d"], "completions": ["ab", "fg", "cd", "fe"]}
 
@@ -211,3 +212,19 @@ def test_a_function_that_stops_counts_nothing():
         return [1.0, 2.0]
 
     assert score((judge, 1.0))[1] == {"reward/judge": 1.5}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_a_broken_sandbox_would_be_a_completion_without_a_score(on_error, waits):
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        raise SandboxError("the sandbox cannot be put up")
+
+    judge.waits = waits
+    weighted = WeightedFunction(name="judge", function=judge, weight=1.0, on_error=on_error)
+    with pytest.raises(SandboxError, match="cannot be put up"):
+        host_call([weighted], rollout())(rollout())
+    assert calls == [2], "it would be called again for each sample"

@@ -38,7 +38,7 @@ def test_a_disk_that_fills_up_anywhere_in_a_run_shows_no_traceback_and_costs_no_
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(ppo_config_on_disk(small_disk(4) / "run", **sections)), encoding="utf-8")
     full = []
-    for num_kilobytes in (*range(4, 40, 4), *range(40, 2000, 60)):
+    for num_kilobytes in (*range(4, 40, 4), *range(40, 2000, 20)):
         disk = small_disk(num_kilobytes)
         capsys.readouterr()
         code = main(["ppo", "--config", str(file), "--resume"])

@@ -172,7 +172,7 @@ def test_several_completions_of_a_prompt_keep_prompt_length_reward_and_columns_t
 def test_a_dry_run_shows_the_batch_arithmetic(ppo_config_on_disk, tmp_path):
     rows = dict(check_ppo(ppo_config_on_disk(tmp_path / "never", max_steps=5)))
     assert rows["batch"] == "4 prompts x 2 generations = 8 sequences -> 1 x 2 updates of 4 sequences"
-    assert "4096 tokens on 1 data rank" in rows["micro-batches"]
+    assert "4096 tokens on each data rank" in rows["micro-batches"]
     assert rows["prompts"].startswith("5 (0 over data.max_prompt_length")
     assert rows["steps"] == "5, 4.00 passes over the prompts"
     assert not (tmp_path / "never").exists()

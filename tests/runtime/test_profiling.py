@@ -101,7 +101,8 @@ def test_processes_beside_each_other_are_measured_and_a_plan_goes_by_the_profile
         f"output_dir: runs/x\ndtype: float32\ndata: {{dataset_name: x.jsonl, batch_size: 16}}\n"
         f"actor: {{model_name_or_path: {model}}}\nreward: {{model_name_or_path: {model}}}\n"
     )
-    words = ["plan", "--config", str(run), "--devices", "3", "--hardware", str(file), "--seconds", "2"]
+    words = ["plan", "--config", str(run), "--command", "ppo", "--devices", "3"]
+    words += ["--hardware", str(file), "--seconds", "2"]
     assert main(words) == 0
     assert "train_critic" in capsys.readouterr().out
 

@@ -46,11 +46,11 @@ REFUSALS = {
     "a gap": (Case(RewardRunConfig, {"reward": placed(train="d1@2")}), "uses the device 1; number the devices"),
     "stages": (
         Case(DPORunConfig, {"actor": placed(train="p3@0-2")}),
-        r"`plan\.actor\.(train|infer)`: The layout d1t1p3 has more pipeline stages than the model has",
+        r"`plan\.actor\.train`: The layout d1t1p3 has more pipeline stages than the model has",
     ),
     "parts": (
         Case(RewardRunConfig, {"reward": placed(train="t9@0-8")}),
-        r"`plan\.reward\.(train|infer)`: \d+ \w+.* cannot be cut into 9 parts",
+        r"`plan\.reward\.train`: \d+ \w+.* cannot be cut into 9 parts",
     ),
 }
 

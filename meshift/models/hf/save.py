@@ -5,10 +5,12 @@ An unmodified model comes out bit for bit as it was read. Knows nothing of our o
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -49,7 +51,8 @@ def save_model(
         stored = stored_tensors(model.config, model.head_kind)
         _write_weights(aside, stored, _parameters(model), max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(aside))
+            with _SystemErrors():
+                tokenizer.save_pretrained(str(aside))
         if model.head_kind == "lm" and model.config.generation is not None:
             _write_json(aside / "generation_config.json", model.config.generation)
         _write_json(aside / "config.json", output_config(model, tokenizer))
@@ -60,8 +63,22 @@ def save_adapter(model: Decoder, directory: Path, *, tokenizer: "PreTrainedToken
     with _written_aside(directory) as aside:
         save_file(adapter_tensors(model), aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(aside))
+            with _SystemErrors():
+                tokenizer.save_pretrained(str(aside))
         _write_json(aside / ADAPTER_CONFIG, adapter_settings(model))
+
+
+class _SystemErrors:
+    """Makes an `OSError` of the plain `Exception` that `tokenizers` raises where a file cannot be written."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        number = re.search(r"\(os error (\d+)\)", str(error)) if kind is Exception else None
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class Judge:
 
     layers: Sequence[str]
     timeout_s: float = 4.0
-    total_timeout_s: float = 60.0
+    total_timeout_s: float = 30.0
     memory_bytes: int = 512 * 2**20
     output_bytes: int = 2**20
     stop_early: bool = False
@@ -135,7 +135,7 @@ class Judge:
                 return
             ran = self._run_program(slot, problem, code, given, deadline)
             wrong = _wrong_output(ran, expected)
-            results.add(test, wrong, timeout=ran.ended.stopped is not None)
+            results.add(test, wrong, timeout=wrong == TOO_LONG)
             if self.stop_early and wrong is not None:
                 return
 
@@ -160,7 +160,7 @@ class Judge:
         while left and time.monotonic() < deadline:
             limits = self._limits(problem, deadline, len(left))
             lines, ended = self._round(slot, problem, code, left, limits)
-            stopped = any(one.stopped for one in ended)
+            stopped = any(one.stopped not in (None, "server") for one in ended)
             blamed = TOO_LONG if stopped else "ended"
             fatal = blamed if not lines else next((str(line["fatal"]) for line in lines if "fatal" in line), None)
             if fatal is not None:  # it did not load, and would not for the other tests either

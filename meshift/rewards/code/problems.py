@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +49,6 @@ class Problem:
     entry_point: str = ""
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
-    form: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.inputs) or len(self.tests)
@@ -67,8 +66,9 @@ def form_of(columns: Sequence[str]) -> str | None:
 def read_problem(row: Mapping[str, Any], prompt: Any, max_tests: int | None = None) -> Problem:
     """The problem of a row with its prompt (a text, or messages). Raises `ProblemError` saying what cannot be
     read."""
-    present = [name for name, value in row.items() if value is not None]
-    form = form_of(present)
+    form = form_of([name for name, value in row.items() if value is not None])
+    if form is None and form_of(list(row)) is not None:
+        return Problem()  # null is how data of several kinds says that a row has none
     if form is None:
         raise ProblemError(f"the row has tests in none of the known columns ({', '.join(sorted(row)) or 'none'})")
     try:
@@ -81,7 +81,7 @@ def read_problem(row: Mapping[str, Any], prompt: Any, max_tests: int | None = No
 
 
 def _first(problem: Problem, count: int) -> Problem:
-    return Problem(**{**problem.__dict__, "inputs": problem.inputs[:count], "tests": problem.tests[:count]})
+    return replace(problem, inputs=problem.inputs[:count], tests=problem.tests[:count])
 
 
 def _code_contests(row: Mapping[str, Any], prompt: Any) -> Problem:
@@ -96,7 +96,6 @@ def _code_contests(row: Mapping[str, Any], prompt: Any) -> Problem:
         inputs=inputs,
         time_limit_s=_seconds(row.get("time_limit")),
         memory_limit_bytes=row.get("memory_limit_bytes") or None,
-        form="CodeContests",
     )
 
 
@@ -126,13 +125,13 @@ def _input_output(text: Any, starter_code: str) -> Problem:
         raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
     if not name:
         pairs = [(_as_text(given), _as_text(output)) for given, output in zip(inputs, outputs, strict=True)]
-        return Problem(inputs=pairs, form="APPS")
+        return Problem(inputs=pairs)
     call = f"Solution.{name}" if "class Solution" in starter_code else str(name)
     calls = [
         {"call": call, "given": _with_number_keys(list(given)), "expected": _with_number_keys(output)}
         for given, output in zip(inputs, outputs, strict=True)
     ]
-    return Problem(tests=calls, entry_point=str(name), form="APPS")
+    return Problem(tests=calls, entry_point=str(name))
 
 
 def _as_text(value: Any) -> str:
@@ -161,7 +160,6 @@ def _human_eval(row: Mapping[str, Any], prompt: Any) -> Problem:
         remote=[name],
         opening=opening,
         entry_point=name,
-        form="HumanEval",
     )
 
 
@@ -179,7 +177,7 @@ def _mbpp(row: Mapping[str, Any], prompt: Any) -> Problem:
     named = DEFINED.findall(
         str(row.get("code") or "")
     )  # in the solution that comes with it: some are Python's own
-    return Problem(tests=tests, setup=setup, remote=named, form="MBPP")
+    return Problem(tests=tests, setup=setup, remote=named)
 
 
 def _plain(row: Mapping[str, Any], prompt: Any) -> Problem:
@@ -193,9 +191,8 @@ def _plain(row: Mapping[str, Any], prompt: Any) -> Problem:
             remote=[name] if name else [],
             opening=opening,
             entry_point=name,
-            form="tests",
         )
-    return Problem(inputs=[(str(test["input"]), str(test["output"])) for test in tests], form="tests")
+    return Problem(inputs=[(str(test["input"]), str(test["output"])) for test in tests])
 
 
 READERS = {

@@ -29,7 +29,6 @@ class Sandbox:
         num_slots: int | None = None,
         folders: Sequence[str] = (),
     ) -> None:
-        self.layers = protection.layers
         launch = Launch(wall=protection.wall, folders=tuple(folders))
         count = num_slots or len(os.sched_getaffinity(0))
         self._slots = [Slot(launch, memory_bytes) for _ in range(count)]

@@ -91,7 +91,7 @@ class _Child:
         _, status, used = os.wait4(self.pid, 0)
         os.close(self.handle)
         cpu_s = used.ru_utime + used.ru_stime
-        return {"status": status, "cpu_s": cpu_s, "max_rss_kb": used.ru_maxrss, "stopped": self.stopped}
+        return {"status": status, "cpu_s": cpu_s, "stopped": self.stopped}
 
 
 def _run(

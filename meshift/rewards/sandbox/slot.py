@@ -55,7 +55,6 @@ class Ended:
 
     status: int
     cpu_s: float
-    max_rss_kb: int
     stopped: str | None
 
 
@@ -82,7 +81,7 @@ class Slot:
         if reply is None:
             self.close()
             self.start()
-            return [Ended(status=-1, cpu_s=0.0, max_rss_kb=0, stopped="server") for _ in processes]
+            return [Ended(status=-1, cpu_s=0.0, stopped="server") for _ in processes]
         if "error" in reply:
             self.close()
             raise SandboxError(f"the sandbox could not run a program: {reply['error']}")

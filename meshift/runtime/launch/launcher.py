@@ -50,10 +50,13 @@ def launch(config: Launched, mesh: Mesh, entry: str, argument: str, observer: Ob
     """
     settings = config.launch
     limits = Limits(heartbeat_s=settings.heartbeat_timeout_s, hang_s=settings.hang_timeout_s)
+    starting = f"starting {len(mesh)} processes; each reads its models"
     if settings.launcher == "local":
+        observer.on_message(starting)
         return run_gang(len(mesh), entry, argument, observer, limits)
     if find_spec("ray") is None:
         raise ConfigError('`launch.launcher` is ray, which is not installed; pip install "meshift[ray]" brings it')
+    observer.on_message(starting)
     if settings.ray_address is None:
         keep_private()
     from meshift.runtime.launch.ray_gang import run_on_ray

@@ -94,6 +94,8 @@ def test_plain_tests_and_rows_of_verl():
 def test_a_problem_without_tests_is_empty_and_no_error():
     for empty in ("", "{}", json.dumps({"inputs": [], "outputs": []})):
         assert len(read_problem({"input_output": empty}, "")) == 0
+    for row in ({"tests": None}, {"input_output": None, "other": 1}):
+        assert len(read_problem(row, "")) == 0
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_two_nodes_would_write_other_than_one_machine(two_nodes, make_config, lo
         ours, theirs = read_lines(run / name), read_lines(local / name)
         assert len(ours) == len(theirs) > 0
         for one, other in zip(ours, theirs, strict=True):
-            timed = ("timing_s/", "perf/", "start_s/", "sync/seconds")
+            proofs = ("sync/verify_seconds", "sync/probe_seconds")
+            timed = ("timing_s/", "perf/", "start_s/", "sync/seconds", *proofs)
             assert {k: v for k, v in one.items() if not k.startswith(timed)} == {
                 k: v for k, v in other.items() if not k.startswith(timed)
             }

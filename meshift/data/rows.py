@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from meshift.data.parquet import parquet_values
 from meshift.errors import DataError
@@ -114,7 +114,7 @@ def _packed(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} cannot be unpacked ({error}): give JSON Lines packed by gzip.") from error
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[Row]:
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[Row]:
     for number, data in enumerate(file, start=1):
         # Files with such marks, put behind one another, have them in the middle.
         line = _decode(data.removeprefix(BYTE_ORDER_MARK), path, number)

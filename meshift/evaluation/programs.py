@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
 from meshift.rewards.code.judging import Judge, Verdict
-from meshift.rewards.code.problems import Problem, read_problem
+from meshift.rewards.code.problems import Problem, form_of, read_problem
 from meshift.rewards.sandbox.pool import Sandbox
 from meshift.rewards.sandbox.probes import probe
 from meshift.rewards.sandbox.slot import Slot
@@ -52,12 +52,12 @@ def read_code_problem(row: Mapping[str, Any], num_public: int | None) -> CodePro
     whole = read_problem(row, prompt)
     if num_public is not None:
         public = read_problem(row, prompt, max_tests=num_public)
-    elif whole.form == "CodeContests":
+    elif form_of([name for name, value in row.items() if value is not None]) == "CodeContests":
         none: dict[str, list[str]] = {"input": [], "output": []}
         others = {name: value for name, value in row.items() if name not in PRIVATE}
         public = read_problem({**others, "public_tests": row.get("public_tests") or none}, prompt)
     else:
-        public = Problem(form=whole.form)
+        public = Problem()
     generated = row.get("generated_tests")
     source = read_problem({"generated_tests": generated}, "") if generated else public
     inputs = tuple(given for given, _ in source.inputs[:NUM_CLUSTER_INPUTS])

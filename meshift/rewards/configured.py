@@ -64,9 +64,9 @@ def _load(config: RewardFunctionConfig) -> Loaded:
     spec = config.function
     if spec in OWN:
         return load_own(spec, config.kwargs, config.timeout_s)
-    how = {"timeout_s": config.timeout_s, "kwargs": config.kwargs}
     if "://" in spec:
-        return Loaded(function=RemoteReward(spec, config.timeout_s), spec=None, **how)
+        remote = RemoteReward(spec, config.timeout_s)
+        return Loaded(function=remote, spec=None, timeout_s=config.timeout_s, kwargs=config.kwargs)
     if ":" not in spec:
         close = difflib.get_close_matches(spec, list(OWN), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; those of Meshift's own are {', '.join(OWN)}."
@@ -75,7 +75,8 @@ def _load(config: RewardFunctionConfig) -> Loaded:
         )
     place, _, name = spec.rpartition(":")
     absolute = f"{Path(place).absolute()}:{name}" if place.endswith(".py") else spec
-    return Loaded(function=load_function(spec), spec=absolute, **how)
+    function = load_function(spec)
+    return Loaded(function=function, spec=absolute, timeout_s=config.timeout_s, kwargs=config.kwargs)
 
 
 def _check_kwargs(name: str, signature: Signature, kwargs: Mapping[str, Any]) -> None:

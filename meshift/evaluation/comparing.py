@@ -6,7 +6,7 @@ It knows nothing of files or models here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from meshift.config.reward_kwargs import ChatEndpointConfig
@@ -55,16 +55,29 @@ class Duel:
         return self.first is not None and self.first == self.second
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Texts to compare, one of each per prompt."""
+
+    prompts: Sequence[str]
+    ours: Sequence[str]
+    theirs: Sequence[str]
+
+
 def duels(
-    config: ChatEndpointConfig, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], question: str
+    config: ChatEndpointConfig,
+    pairs: Pairs,
+    question: str,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Duel]:
     """One per prompt, by two questions each. Raises `ConfigError` for an address or key that cannot be."""
     endpoint = ChatEndpoint(config, read_verdict)
     asked = []
-    for prompt, our, their in zip(prompts, ours, theirs, strict=True):
+    for prompt, our, their in zip(pairs.prompts, pairs.ours, pairs.theirs, strict=True):
         for first, second in ((our, their), (their, our)):
             asked.append(fill_in(question, {"prompt": prompt, "first": first, "second": second}))
-    said = endpoint.ask_all(asked)
+    heard = None if on_progress is None else lambda done: on_progress("judge's answers", done, len(asked))
+    said = endpoint.ask_all(asked, heard)
     return [_duel(one, other) for one, other in zip(said[::2], said[1::2], strict=True)]
 
 

@@ -5,9 +5,8 @@ It knows no file formats of benchmarks and no command line.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,8 +14,8 @@ from typing import Any
 
 from meshift.config.reward_kwargs import ChatEndpointConfig
 from meshift.config.unit_tests import UnitTestsConfig
-from meshift.errors import InputError, SaveError
-from meshift.evaluation.comparing import duels
+from meshift.errors import InputError
+from meshift.evaluation.comparing import Pairs, duels
 from meshift.evaluation.completions import distinct_n
 from meshift.evaluation.dialogues import (
     check_dialogues,
@@ -26,21 +25,24 @@ from meshift.evaluation.dialogues import (
     reward_estimates,
     scores_of_all,
 )
+from meshift.evaluation.drawn_folder import DrawnFolder
 from meshift.evaluation.estimators import Estimate, mean, share
-from meshift.evaluation.generating import Drawing, generate
+from meshift.evaluation.generating import Drawer, Drawing
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
 from meshift.evaluation.reading import ScoreModel, kl_to_reference
-from meshift.evaluation.saved import Saved, read_completions, write_completions, write_lines
+from meshift.evaluation.results import Results
+from meshift.evaluation.saved import Saved, read_completions
 from meshift.evaluation.tasks import Question, Task
 from meshift.rewards.rating import as_text
 
-COMPLETIONS, SCORES, RESULTS = "completions.jsonl", "scores.jsonl", "results.json"
+Progress = Callable[[str, int, int], None]
+"""Hears what is being counted ("completions"), how many are done, and how many there are; in any thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A judge, what it is asked, and whose completions (a file) ours are held against."""
+    """A judge, and what it is asked."""
 
     endpoint: ChatEndpointConfig
     question: str
@@ -48,7 +50,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be evaluated by what. `drawing` is None where `completions` are given and no model reads them."""
+    """What is to be evaluated by what. `drawing` says how completions are drawn, or how those of a file were."""
 
     task: Task
     data: str
@@ -66,26 +68,34 @@ class Request:
     judge: Judged | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Estimates by name, and of every completion what it got, in the order of the questions."""
-
-    metrics: Mapping[str, Estimate]
-    rows: Sequence[Mapping[str, Any]]
-    num_questions: int
-    num_samples: int
-    seconds: float
-
-
 def complete(
-    request: Request, questions: Sequence[Question], on_progress: Callable[[int, int], None] | None = None
+    request: Request, questions: Sequence[Question], folder: Path, on_progress: Progress | None = None
 ) -> list[list[Saved]]:
-    """The completions of every question: read from the file, or drawn."""
+    """The completions of every question: read from the request's file, or drawn into the folder.
+
+    What the folder has of them already is not drawn again. Raises `InputError` where that was drawn otherwise.
+    """
     if request.completions is not None:
-        return read_completions(request.completions, questions)
+        return read_completions(request.completions, questions, all_questions=request.limit is None)
     if request.model is None:
         raise InputError("neither a model nor completions are given; give one of them")
-    return generate(request.model, request.task, questions, request.drawing, on_progress)
+    num_samples = request.drawing.num_samples
+    drawer = Drawer(request.model, request.task, request.drawing)
+    prompts = drawer.prompts(questions)
+    kept = DrawnFolder(folder, {"task": request.task.name, **drawer.settings()})
+    wanted = kept.missing(questions, prompts, num_samples)
+    total = len(questions) * num_samples
+    before, start = kept.num_kept, total - len(wanted)
+
+    def finished(saved: list[Saved]) -> None:
+        kept.add(saved)
+        if on_progress is not None:
+            on_progress("completions", start + kept.num_kept - before, total)
+
+    if on_progress is not None:
+        on_progress("completions", start, total)
+    drawer.draw(questions, prompts, wanted, finished)
+    return kept.finish(questions, num_samples)
 
 
 def evaluate(
@@ -93,16 +103,17 @@ def evaluate(
     questions: Sequence[Question],
     saved: Sequence[Sequence[Saved]],
     tests: ProgramTests | None = None,
+    on_progress: Progress | None = None,
 ) -> Results:
     """All that the request asks of these completions. `tests` may replace the sandbox, where programs are run."""
     started = time.monotonic()
     rows = [[{"id": one.id, "sample": one.sample} for one in of_one] for of_one in saved]
     metrics: dict[str, Estimate] = {}
     if request.task.kind != "dialogue":
-        marks = _marks(request, questions, saved, tests)
+        marks = _marks(request, questions, saved, tests, on_progress)
         metrics |= estimates(questions, marks, request.wanted)
         _tell_marks(rows, marks)
-    metrics |= _dialogue_metrics(request, questions, saved, rows)
+    metrics |= _dialogue_metrics(request, questions, saved, rows, on_progress)
     if request.reference is not None:
         metrics |= _kl(request, saved, rows)
     metrics |= _texts(saved)
@@ -121,6 +132,7 @@ def _marks(
     questions: Sequence[Question],
     saved: Sequence[Sequence[Saved]],
     tests: ProgramTests | None,
+    on_progress: Progress | None,
 ) -> list[Marks]:
     request.wanted.check(min(map(len, saved)))
     if request.task.kind == "answer":
@@ -128,7 +140,7 @@ def _marks(
     with_public = bool(request.wanted.n_at_ks)
     if tests is not None:
         return mark_programs(questions, saved, tests, num_public=request.num_public, with_public=with_public)
-    sandbox = SandboxedTests(request.tests)
+    sandbox = SandboxedTests(request.tests, on_progress)
     try:
         return mark_programs(questions, saved, sandbox, num_public=request.num_public, with_public=with_public)
     finally:
@@ -153,15 +165,16 @@ def _dialogue_metrics(
     questions: Sequence[Question],
     saved: Sequence[Sequence[Saved]],
     rows: Sequence[Sequence[dict[str, Any]]],
+    on_progress: Progress | None,
 ) -> dict[str, Estimate]:
-    against = None if request.against is None else read_completions(request.against, questions)
+    against = _against(request, questions)
     rivals = opponents(questions, against)
     check_dialogues(questions, rivals, judged=request.judge is not None)
     found: dict[str, Estimate] = {}
     for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
         if name is None:
             continue
-        model = ScoreModel(name, role, request.drawing.dtype, chat=request.drawing.chat)
+        model = ScoreModel(name, role, request.drawing.dtype, chat=request.drawing.chat, on_progress=on_progress)
         scores = scores_of_all(model, questions, saved)
         _tell(rows, role, scores)
         if role == "reward":
@@ -172,11 +185,18 @@ def _dialogue_metrics(
         prompts = [as_text(question.prompt) for question in questions]
         ours = [of_one[0].completion for of_one in saved]
         theirs = [as_text(said) for said in rivals.said]
-        said = duels(request.judge.endpoint, prompts, ours, theirs, request.judge.question)
+        pairs = Pairs(prompts=prompts, ours=ours, theirs=theirs)
+        said = duels(request.judge.endpoint, pairs, request.judge.question, on_progress)
         for of_one, duel in zip(rows, said, strict=True):
             of_one[0] |= {"judge": duel.score, "judge_wrong": duel.wrong}
         found |= judge_estimates(said, rivals.name)
     return found
+
+
+def _against(request: Request, questions: Sequence[Question]) -> list[list[Saved]] | None:
+    if request.against is None:
+        return None
+    return read_completions(request.against, questions, all_questions=request.limit is None)
 
 
 def _tell(rows: Sequence[Sequence[dict[str, Any]]], name: str, values: Sequence[Sequence[float]]) -> None:
@@ -206,44 +226,3 @@ def _texts(saved: Sequence[Sequence[Saved]]) -> dict[str, Estimate]:
     texts = [one.completion for of_one in saved for one in of_one]
     distinct = distinct_n(texts, 2)
     return found | {"distinct 2-grams": Estimate(value=distinct, low=None, high=None, num=len(saved))}
-
-
-def make_folder(folder: Path) -> None:
-    """Where results go. Raises `InputError` where completions lie there already: they cost time to draw."""
-    if (folder / COMPLETIONS).exists():
-        raise InputError(
-            f"{folder} holds completions already; score these with --completions {folder / COMPLETIONS}, or name "
-            "another --output"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be made ({error.strerror}); name another folder") from None
-
-
-def write_results(folder: Path, request: Request, results: Results, settings: Mapping[str, Any]) -> Path:
-    """`results.json` and `scores.jsonl`; gives the first. Raises `SaveError`."""
-    write_lines(folder / SCORES, results.rows)
-    content = {
-        "task": request.task.name,
-        "data": request.data,
-        "model": request.model,
-        "num_questions": results.num_questions,
-        "num_completions": results.num_samples,
-        "metrics": {name: estimate.to_json() for name, estimate in results.metrics.items()},
-        "confidence": 0.95,
-        "seconds": round(results.seconds, 3),
-        "settings": dict(settings),
-    }
-    path = folder / RESULTS
-    try:
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"{path} cannot be written ({error.strerror}); make room, or name another") from error
-    return path
-
-
-def save_completions(folder: Path, saved: Sequence[Sequence[Saved]]) -> Path:
-    """All completions, a line each. Raises `SaveError`."""
-    write_completions(folder / COMPLETIONS, [one for of_one in saved for one in of_one])
-    return folder / COMPLETIONS

@@ -1,14 +1,14 @@
 """Completions of a task's questions by our engine.
 
-It knows nothing of scores. Sample j of question i is drawn from the stream (seed, i * num_samples + j), so that
-two models are compared on the same random numbers.
+It knows nothing of scores. Sample j of question i is drawn from the stream (seed, i * 2**32 + j): two models are
+compared on the same random numbers, and more questions or samples may be drawn later.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +18,14 @@ from meshift.data.rows import Row
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question, Task, asked_messages, cut_at
 from meshift.generation.engine import GenerationEngine
-from meshift.generation.params import SamplingParams
-from meshift.runtime.models import open_model, open_tokenizer, stop_token_ids
+from meshift.generation.params import Completion, Request, SamplingParams
+from meshift.runtime.models import model_folder, open_model, open_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+INDICES_PER_QUESTION = 2**32
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,38 +39,79 @@ class Drawing:
     dtype: torch.dtype
 
 
-def generate(
-    model: str,
-    task: Task,
-    questions: Sequence[Question],
-    drawing: Drawing,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[list[Saved]]:
-    """`num_samples` completions of each question. Raises `DataError` for a prompt too long for the model."""
-    tokenizer = open_tokenizer(model)
-    encoder = Encoder(tokenizer=tokenizer, append_eos=False, apply_chat_template=drawing.chat)
-    prompts = [prompt_tokens(question, encoder) for question in questions]
-    decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
-    engine = GenerationEngine(open_model(model, "lm", drawing.dtype), decode=decode)
-    strings = () if drawing.chat else task.stop_strings
-    stops = stop_token_ids(model, tokenizer)
-    params = dataclasses.replace(drawing.params, stop_token_ids=stops, stop_strings=strings)
-    n = drawing.num_samples
-    drawn = engine.generate(prompts, params, seed=drawing.seed, num_generations=n, on_progress=on_progress)
-    return [
-        [
-            Saved(
-                id=question.id,
-                sample=j,
-                completion=cut_at(completion_text(tokenizer, prompt, one.tokens), strings),
-                truncated=one.truncated,
-                prompt_ids=prompt,
-                completion_ids=one.tokens,
+class Drawer:
+    """A model that answers a task's questions. Its weights are loaded when the first completion is drawn."""
+
+    def __init__(self, model: str, task: Task, drawing: Drawing) -> None:
+        self._model = model
+        self._drawing = drawing
+        self._tokenizer = open_tokenizer(model)
+        self._encoder = Encoder(tokenizer=self._tokenizer, append_eos=False, apply_chat_template=drawing.chat)
+        self._params = dataclasses.replace(
+            drawing.params,
+            stop_token_ids=stop_token_ids(model, self._tokenizer),
+            stop_strings=() if drawing.chat else task.stop_strings,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All that completions depend on besides their questions; of the weights, their files' sizes and times."""
+        folder = model_folder(self._model)
+        weights = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for pattern in WEIGHTS
+            for path in sorted(folder.glob(pattern))
+        }
+        return {
+            "model": self._model,
+            **dataclasses.asdict(self._params),
+            "seed": self._drawing.seed,
+            "chat": self._drawing.chat,
+            "dtype": str(self._drawing.dtype).removeprefix("torch."),
+            "weights": weights,
+        }
+
+    def prompts(self, questions: Sequence[Question]) -> list[list[int]]:
+        """What the model reads of each question, in token ids."""
+        return [prompt_tokens(question, self._encoder) for question in questions]
+
+    def draw(
+        self,
+        questions: Sequence[Question],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[tuple[int, int]],
+        on_finished: Callable[[list[Saved]], None],
+    ) -> None:
+        """The samples (question, sample) that are wanted, given as they are finished.
+
+        Raises `DataError` for a prompt that is too long for the model.
+        """
+        if not wanted:
+            return
+        decode = lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
+        engine = GenerationEngine(open_model(self._model, "lm", self._drawing.dtype), decode=decode)
+        requests = [Request(tokens=prompts[i], index=i * INDICES_PER_QUESTION + j) for i, j in wanted]
+
+        def finished(completions: list[Completion]) -> None:
+            places = [divmod(one.index, INDICES_PER_QUESTION) for one in completions]
+            on_finished(
+                [
+                    self._saved(questions[i], j, prompts[i], one)
+                    for (i, j), one in zip(places, completions, strict=True)
+                ]
             )
-            for j, one in enumerate(drawn[i * n : (i + 1) * n])
-        ]
-        for i, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
-    ]
+
+        engine.generate_requests(requests, self._params, seed=self._drawing.seed, on_finished=finished)
+
+    def _saved(self, question: Question, sample: int, prompt: Sequence[int], one: Completion) -> Saved:
+        said = completion_text(self._tokenizer, list(prompt), one.tokens)
+        return Saved(
+            id=question.id,
+            sample=sample,
+            completion=cut_at(said, self._params.stop_strings),
+            truncated=one.truncated,
+            prompt_ids=prompt,
+            completion_ids=one.tokens,
+        )
 
 
 def prompt_tokens(question: Question, encoder: Encoder) -> list[int]:

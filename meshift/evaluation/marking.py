@@ -146,17 +146,18 @@ def _add_public(
 
 
 def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wanted) -> dict[str, Estimate]:
-    """`accuracy` (of one sample) and `pass@k`, both of each group too; `n@k filtered` and `n@k clustered`; the
-    part of tests that pass. Raises `InputError` where more samples are wanted than there are."""
+    """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` and `n@k clustered`;
+    the part of tests that pass. Raises `InputError` where more samples are wanted than there are."""
     wanted.check(min(len(mark.right) for mark in marks))
-    rates = {"accuracy": [fmean(mark.right) for mark in marks]}
+    tested = any(mark.tests_passed for mark in marks)
+    rates = {"pass@1" if tested else "accuracy": [fmean(mark.right) for mark in marks]}
     for k in wanted.ks:
         if k > 1:
             rates[f"pass@{k}"] = [pass_at_k(len(mark.right), sum(mark.right), k) for mark in marks]
     found = {name: _share(values) for name, values in rates.items()}
     for n, k in wanted.n_at_ks:
         found |= _n_at_k(marks, n, k, wanted.seed)
-    if any(mark.tests_passed for mark in marks):
+    if tested:
         found["tests passed"] = _share([fmean(mark.tests_passed) for mark in marks])
     groups = [question.group for question in questions]
     for name, values in rates.items():

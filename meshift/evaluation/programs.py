@@ -5,6 +5,7 @@ It knows nothing of files, models or estimates. Nothing is run outside of the sa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -70,7 +71,10 @@ class SandboxedTests:
     Raises `ConfigError` naming a layer of it that this machine does not have, unless `sandbox` is "unsafe".
     """
 
-    def __init__(self, config: UnitTestsConfig) -> None:
+    def __init__(
+        self, config: UnitTestsConfig, on_progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        self._on_progress = on_progress
         found = probe()
         if config.sandbox == "strict":
             try:
@@ -93,21 +97,34 @@ class SandboxedTests:
     def verdicts(self, work: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """See `ProgramTests`. A problem without tests has the verdict of none run."""
         keys = [(id(problem), program) for problem, program in work]
-        return self._once(keys, lambda slot, i: self._judge.judge(slot, *work[i]))
+        return self._once("programs tested", keys, lambda slot, i: self._judge.judge(slot, *work[i]))
 
     def outputs(self, work: Sequence[tuple[Problem, str]], inputs: Sequence[Sequence[str]]) -> list[list[str]]:
         """See `ProgramTests`."""
         keys = [(id(problem), program) for problem, program in work]
-        return self._once(keys, lambda slot, i: self._judge.outputs(slot, *work[i], inputs[i]))
+        return self._once(
+            "programs told apart", keys, lambda slot, i: self._judge.outputs(slot, *work[i], inputs[i])
+        )
 
     def close(self) -> None:
         """End the sandbox's servers."""
         self._sandbox.close()
 
-    def _once(self, keys: Sequence[Item], run: Callable[[Slot, int], Result]) -> list[Result]:
+    def _once(self, what: str, keys: Sequence[Item], run: Callable[[Slot, int], Result]) -> list[Result]:
         """`run(slot, i)` for the first i of each key, in as many slots as there are; the result for every key."""
         firsts: dict[Item, int] = {}
         for i, key in enumerate(keys):
             firsts.setdefault(key, i)
-        found = dict(zip(firsts, self._sandbox.map(run, list(firsts.values())), strict=True))
+        lock, done = threading.Lock(), 0
+
+        def counted(slot: Slot, i: int) -> Result:
+            nonlocal done
+            result = run(slot, i)
+            with lock:
+                done += 1
+                if self._on_progress is not None:
+                    self._on_progress(what, done, len(firsts))
+            return result
+
+        found = dict(zip(firsts, self._sandbox.map(counted, list(firsts.values())), strict=True))
         return [found[key] for key in keys]

@@ -5,7 +5,7 @@ It knows nothing of tasks' files or of estimates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,14 +23,21 @@ from meshift.runtime.models import check_reward_model, model_folder, open_tokeni
 from meshift.runtime.role import open_role
 from meshift.training.readings import SequenceScores, TokenLogprobs
 
+ROWS_AT_A_TIME = 64
+Progress = Callable[[str, int, int], None]
+
 
 class ScoreModel:
     """A reward or cost model. It reads texts with its own tokenizer, as `meshift reward` trains on them: the
     response ends in an end token, unless the limit of tokens cut it off."""
 
-    def __init__(self, name: str, role: str, dtype: torch.dtype, *, chat: bool) -> None:
+    def __init__(
+        self, name: str, role: str, dtype: torch.dtype, *, chat: bool, on_progress: Progress | None = None
+    ) -> None:
         check_reward_model(name, role)
         self.name = name
+        self._what = f"responses read by the {role} model"
+        self._on_progress = on_progress
         tokenizer = open_tokenizer(name)
         stops = stop_token_ids(name, tokenizer)
         self._encoder = Encoder(tokenizer=tokenizer, apply_chat_template=chat, stop_token_ids=stops)
@@ -42,9 +49,14 @@ class ScoreModel:
     ) -> list[float]:
         """One per response. Raises `DataError` for one that is too long for the model."""
         rows = [self._tokens(*one) for one in zip(questions, said, truncated, strict=True)]
-        batch = Batch({"tokens": Ragged.from_rows(rows, torch.int64)})
-        scores = self._role.infer(SequenceScores(), batch).batch["scores"]
-        return [float(score) for score in scores.values]
+        found: list[float] = []
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            batch = Batch({"tokens": Ragged.from_rows(rows[start : start + ROWS_AT_A_TIME], torch.int64)})
+            scores = self._role.infer(SequenceScores(), batch).batch["scores"]
+            found += [float(score) for score in scores.values]
+            if self._on_progress is not None:
+                self._on_progress(self._what, len(found), len(rows))
+        return found
 
     def _tokens(self, question: Question, said: Said, truncated: bool) -> list[int]:
         exchange = self._encoder.exchange(question.prompt, said, Row(values={}, where=question.where))

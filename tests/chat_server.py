@@ -32,7 +32,8 @@ def chat(text):
 
 
 def chat_servers(monkeypatch):
-    """For a fixture: `serve(answer)` -> a server that says `answer(question)`: a text, (status, body), None to hang."""
+    """For a fixture: `serve(answer)` -> a server that says `answer(question)`: a text, (status, body), or
+    None to hang."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
     servers = []

@@ -58,7 +58,7 @@ def test_what_was_drawn_otherwise_is_not_gone_on_with(tmp_path):
     DrawnFolder(folder, SETTINGS).add([drawn(0, 0)])
     with pytest.raises(InputError, match=r"drawn with temperature 0.8, and it is 1.0 now.*--output"):
         DrawnFolder(folder, SETTINGS | {"temperature": 1.0})
-    with pytest.raises(InputError, match="drawn with top_p None, and it is 0.9 now"):
+    with pytest.raises(InputError, match=r"drawn with top_p None, and it is 0.9 now"):
         DrawnFolder(folder, SETTINGS | {"top_p": 0.9})
     with pytest.raises(InputError, match="'HumanEval/0', whose prompt is another one now"):
         DrawnFolder(folder, SETTINGS).missing(three_questions(tmp_path)[:1], [[7]], 1)
@@ -69,7 +69,7 @@ def test_what_was_drawn_otherwise_is_not_gone_on_with(tmp_path):
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--output .*file cannot be used"):
+    with pytest.raises(InputError, match=r"--output .*file cannot be used"):
         DrawnFolder(tmp_path / "file", SETTINGS)
 
 

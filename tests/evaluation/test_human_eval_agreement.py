@@ -1,4 +1,4 @@
-"""The same verdicts as the benchmark's own protocol: prompt, completion, tests and a call of `check` as one program.
+"""The same verdicts as the benchmark's own protocol: prompt, completion, tests, a call of `check`, as one program.
 
 The protocol is run here anew, in an interpreter of its own per program, by nothing of Meshift's.
 """
@@ -22,7 +22,12 @@ def passes(row, completion, timeout=10.0):
     program = f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']}){END}"
     try:
         ran = subprocess.run(
-            [sys.executable, "-I", "-"], input=program, capture_output=True, text=True, timeout=timeout, check=False
+            [sys.executable, "-I", "-"],
+            input=program,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return False

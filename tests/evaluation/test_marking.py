@@ -50,7 +50,9 @@ def test_each_format_is_decided_by_its_own_tests(tmp_path, sandboxed):
         assert marks.wrong[0] == ""
         assert marks.wrong[1], task
     [call] = questions_of(tmp_path, "apps", APPS_CALL)
-    solution = "Here it is:\n```python\nclass Solution:\n    def count(self, numbers):\n        return len(numbers)\n```"
+    solution = (
+        "Here it is:\n```python\nclass Solution:\n    def count(self, numbers):\n        return len(numbers)\n```"
+    )
     [marks] = mark_programs([call], [completed(call, solution, "nothing")], sandboxed)
     assert marks.right == [True, False]
 

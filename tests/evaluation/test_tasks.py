@@ -50,7 +50,12 @@ def test_a_plain_model_goes_on_with_a_prompt_and_a_chat_model_is_asked(
 
 
 def test_what_is_right_never_stands_in_a_prompt(tmp_path):
-    rows = {"humaneval": (HUMAN_EVAL, "2 * x"), "mbpp": (MBPP, "a + b"), "gsm8k": (GSM8K, "8"), "math": (MATH, "2}")}
+    rows = {
+        "humaneval": (HUMAN_EVAL, "2 * x"),
+        "mbpp": (MBPP, "a + b"),
+        "gsm8k": (GSM8K, "8"),
+        "math": (MATH, "2}"),
+    }
     for task, (row, secret) in rows.items():
         [question] = questions_of(tmp_path, task, row)
         assert secret not in question.prompt

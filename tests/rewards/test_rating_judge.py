@@ -1,7 +1,7 @@
 """The reward function `judge` against a chat endpoint on this machine: what it is asked, and how it may fail."""
 
 import pytest
-from chat_server import chat, chat_servers
+from chat_server import chat_servers
 from reward_batches import rollout, score_spec
 
 from meshift.config.sections import RewardFunctionConfig

@@ -51,11 +51,13 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(
             "`plan: auto` over Ray has to be told how many devices there are; set `plan.auto.devices`"
         )
+    step = planned_step(
+        config, lengths_of(config, rows(config))
+    )  # a wrong name is told before a device is measured
     hardware, measured = hardware_of_run(
         config.launch.hardware, dtype_name(config), measure=True, observer=observer
     )
     count = auto.devices or num_devices()
-    step = planned_step(config, lengths_of(config, rows(config)))
     planned = make_plan(step, hardware, count, seconds=auto.seconds, streaming=config.launch.stream)
     if planned.lacking > 0:
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
 from meshift.models.hf.load import load_config
 from meshift.runtime.auto_plan import Settled, settle
 from meshift.runtime.hosts import refuse_hosts
 from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
-from meshift.runtime.models import HEADS, model_folder
+from meshift.runtime.models import HEADS, check_frozen_layers, model_folder
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
@@ -46,7 +47,7 @@ class Method:
 
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     """The whole run. Raises `ConfigError` for a plan that cannot be."""
-    settled = settle(config, method.rows, observer)
+    settled = _settled(config, method, observer)
     if not settled.config.plan.is_given:
         before = memory_in_use()
 
@@ -88,8 +89,17 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
 
 def settled_config(config: C, method: Method, observer: Observer) -> C:
     """The config with a plan in place of `plan: auto`, for a dry run."""
-    found: C = settle(config, method.rows, observer).config
+    found: C = _settled(config, method, observer).config
     return found
+
+
+def _settled(config: RunConfig, method: Method, observer: Observer) -> Settled:
+    """With its plan, after what would else be found by each process, or not understood by the planner."""
+    for role, name in method.models(config).items():
+        trained = getattr(config, role, None)
+        if isinstance(trained, TrainableConfig) and trained.num_frozen_layers:
+            check_frozen_layers(role, name, trained)
+    return settle(config, method.rows, observer)
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:

@@ -134,6 +134,14 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(room, hardware, capsy
     assert not (room.path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", ["data.dataset_name", "actor.model_name_or_path"])
+def test_a_name_that_is_wrong_is_told_before_a_device_is_measured(room, monkeypatch, capsys, wrong):
+    monkeypatch.setattr("meshift.runtime.auto_plan.hardware_of_run", None)  # a call would end in a traceback
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", "auto", f"{wrong}=/absent/one"]
+    assert main(words) == 2
+    assert "/absent/one" in capsys.readouterr().err
+
+
 PLAN = {"actor": {"train": {"mesh": "0-1", "layout": "d1t2p1"}, "generate": {"mesh": "0-1", "layout": "d2t1p1"}}}
 
 

@@ -84,13 +84,13 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     n_at_ks = [_n_at_k(text) for text in args.n_at_k]
     ks = _ks(args.k)
+    from meshift.evaluation.evaluate import check_request
     from meshift.evaluation.results import make_folder, write_results
     from meshift.evaluation.tasks import load_questions
 
     request = _request(args, ks, n_at_ks)
-    if args.completions is None:
-        request.wanted.check(args.num_samples)
     questions = load_questions(request.task, request.data, args.limit)
+    check_request(request, questions)
     folder = Path(args.output or f"eval-{args.task}")
     make_folder(folder)
     saved, results = _completed_and_scored(request, questions, folder)

@@ -15,7 +15,7 @@ from typing import Any
 from meshift.config.reward_kwargs import ChatEndpointConfig
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import InputError
-from meshift.evaluation.comparing import Pairs, duels
+from meshift.evaluation.comparing import Pairs, duels, read_verdict
 from meshift.evaluation.completions import distinct_n
 from meshift.evaluation.dialogues import (
     check_dialogues,
@@ -28,13 +28,15 @@ from meshift.evaluation.dialogues import (
 from meshift.evaluation.drawn_folder import DrawnFolder
 from meshift.evaluation.estimators import Estimate, mean, share
 from meshift.evaluation.generating import Drawer, Drawing
-from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs
+from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs, maths_function
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
 from meshift.evaluation.reading import ScoreModel, kl_to_reference
 from meshift.evaluation.results import Results
 from meshift.evaluation.saved import Saved, read_completions
 from meshift.evaluation.tasks import Question, Task
+from meshift.rewards.chat_endpoint import ChatEndpoint
 from meshift.rewards.rating import as_text
+from meshift.runtime.models import check_reward_model, check_same_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being counted ("completions"), how many are done, and how many there are; in any thread."""
@@ -66,6 +68,25 @@ class Request:
     reference: str | None = None
     against: str | None = None
     judge: Judged | None = None
+
+
+def check_request(request: Request, questions: Sequence[Question]) -> None:
+    """Raise for whatever cannot score completions, before any is drawn: packages, layers, models, files, keys."""
+    if request.completions is None:
+        request.wanted.check(request.drawing.num_samples)
+    if request.task.name == "math":
+        maths_function()
+    if request.task.kind == "code":
+        SandboxedTests(request.tests).close()
+    for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
+        if name is not None:
+            check_reward_model(name, role)
+    if request.reference is not None and request.model is not None:
+        check_same_tokenizer({"actor": request.model, "reference": request.reference})
+    rivals = opponents(questions, _against(request, questions))
+    check_dialogues(questions, rivals, judged=request.judge is not None)
+    if request.judge is not None:
+        ChatEndpoint(request.judge.endpoint, read_verdict)
 
 
 def complete(
@@ -169,7 +190,6 @@ def _dialogue_metrics(
 ) -> dict[str, Estimate]:
     against = _against(request, questions)
     rivals = opponents(questions, against)
-    check_dialogues(questions, rivals, judged=request.judge is not None)
     found: dict[str, Estimate] = {}
     for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
         if name is None:

@@ -27,7 +27,7 @@ from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question, Task
 from meshift.rewards.code.unit_tests import program_of
 from meshift.rewards.configured import load_functions
-from meshift.rewards.functions import scores_of
+from meshift.rewards.functions import WeightedFunction, scores_of
 from meshift.rewards.samples import Samples
 
 
@@ -70,8 +70,14 @@ def mark_answers(task: Task, questions: Sequence[Question], saved: Sequence[Sequ
     ]
 
 
-def _mark_maths(questions: Sequence[Question], saved: Sequence[Sequence[Saved]]) -> list[Marks]:
+def maths_function() -> WeightedFunction:
+    """The reward function `maths`. Raises `ConfigError` where `math-verify` is not installed."""
     [function] = load_functions([RewardFunctionConfig(function="maths", on_error="skip")])
+    return function
+
+
+def _mark_maths(questions: Sequence[Question], saved: Sequence[Sequence[Saved]]) -> list[Marks]:
+    function = maths_function()
     flat = [(q, one) for q, of_one in zip(questions, saved, strict=True) for one in of_one]
     texts = [one.completion for _, one in flat]
     blank = [""] * len(flat)

@@ -1,7 +1,9 @@
 """`meshift eval` from end to end: what it writes, an interruption and its continuation, and what it refuses."""
 
+import importlib.util
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -141,6 +143,32 @@ def test_dialogues_are_scored_by_a_reward_and_a_cost_model_and_held_to_a_referen
     assert found["reward"]["value"] == pytest.approx(sum(row["reward"] for row in rows) / 6)
 
 
+def test_what_scores_is_looked_for_before_anything_is_drawn(
+    evaluate, tiny_model, tiny_reward, tmp_path, monkeypatch
+):
+    """Else hours of completions end in a sentence about a package, a key or another model's tokenizer."""
+    monkeypatch.setattr(DrawnFolder, "add", lambda *given: pytest.fail("completions were drawn"))
+    words = ["--task", "hh-rlhf", "--data", "hh.jsonl", "--model", tiny_model, "--temperature", 1]
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "j"]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "\n\nHuman: it\n\nAssistant:"}])
+    another = tmp_path / "another"
+    shutil.copytree(tiny_model, another)
+    table = json.loads((another / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    vocabulary["the"], vocabulary["film"] = vocabulary["film"], vocabulary["the"]
+    (another / "tokenizer.json").write_text(json.dumps(table))
+    for more, sentence in (
+        (["--reward-model", tiny_model], "it is no reward model"),
+        (["--reference", another], "another tokenizer"),
+        ([*judge, "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY, which is not in the environment"),
+        ([*judge, "--judge-url", "ftp://x"], "only http and https"),
+        ([*judge, "--data", prompts], "give another model's completions with --against"),
+        (["--reward-model", tiny_reward, "--against", "none.jsonl"], "none.jsonl does not exist"),
+    ):
+        code, _, said = evaluate(*words, *more)
+        assert (code, sentence in said) == (2, True), said
+
+
 def test_a_page_shows_what_models_wrote_as_text(evaluate, tmp_path):
     hostile = "<script>alert(77)</script><img src=x> \ud800"
     lines = [{"id": str(i), "completion": hostile} for i in range(4)]
@@ -166,6 +194,7 @@ def test_a_page_shows_what_models_wrote_as_text(evaluate, tmp_path):
         (["--task", "gsm8k", "--model", "m", "--num-samples", "2"], "--num-samples needs --temperature above 0"),
         (["--task", "gsm8k", "--model", "m", "--k", "1,x"], "write it as 1,10,100"),
         (["--task", "gsm8k", "--model", "m", "--k", "10", "--data", "gsm8k.jsonl"], "raise --num-samples"),
+        (["--task", "math", "--data", "math.jsonl", "--model", "m"], "run `pip install 'meshift[math]'`"),
         (["--task", "gsm8k", "--model", "m", "--n-at-k", "1@1"], "--n-at-k is of programs"),
         (["--task", "humaneval", "--model", "m", "--n-at-k", "9@3"], "write it as 10@1000"),
         (["--task", "gsm8k", "--model", "m", "--limit", "0"], "--limit is 0; set it to 1 or more"),
@@ -179,7 +208,10 @@ def test_a_page_shows_what_models_wrote_as_text(evaluate, tmp_path):
         (["--task", "gsm8k", "--data", "gsm8k.jsonl", "--model", "./none"], "there is no model folder ./none"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_sentence(evaluate, words, sentence):
+def test_what_cannot_be_evaluated_is_one_sentence(evaluate, words, sentence, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else found(name))
+    write(tmp_path / "math.jsonl", [{"problem": "1 + 1", "solution": "$\\boxed{2}$"}])
     code, _, said = evaluate(*words)
     assert code == 2, said
     assert sentence in said

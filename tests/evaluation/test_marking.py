@@ -4,13 +4,14 @@ from itertools import combinations
 from statistics import fmean
 
 import pytest
-from benchmark_rows import APPS, APPS_CALL, CODE_CONTESTS, HUMAN_EVAL, MBPP, questions_of
+from benchmark_rows import APPS, APPS_CALL, CODE_CONTESTS, HUMAN_EVAL, MATH, MBPP, questions_of
 
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import DataError, InputError
-from meshift.evaluation.marking import Marks, Wanted, estimates, mark_programs
+from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs
 from meshift.evaluation.programs import SandboxedTests, read_code_problem
 from meshift.evaluation.saved import Saved
+from meshift.evaluation.tasks import find_task
 
 RIGHT = "print(sum(map(int, input().split())))"
 ALSO_RIGHT = "a = [int(x) for x in input().split()]\nprint(sum(a))"
@@ -170,3 +171,14 @@ def test_what_cannot_be_estimated_is_said(tmp_path, sandboxed):
     questions = questions_of(tmp_path, "apps", {**APPS, "input_output": '{"inputs": [], "outputs": []}'})
     with pytest.raises(DataError, match=r"apps.jsonl:1: the problem has no tests"):
         mark_programs(questions, [completed(questions[0], RIGHT)], sandboxed)
+
+
+def test_mathematical_answers_are_compared_as_such_and_a_truth_that_is_none_names_its_row(tmp_path):
+    pytest.importorskip("math_verify")
+    questions = questions_of(tmp_path, "math", MATH)
+    answers = ["\\boxed{0.5}", "So it is $\\frac{2}{4}$.", "\\boxed{\\frac{1}{3}}", ""]
+    [marks] = mark_answers(find_task("math"), questions, [completed(questions[0], *answers)])
+    assert marks.right == [True, True, False, False]
+    bad = questions_of(tmp_path, "math", {**MATH, "solution": "..."})
+    with pytest.raises(DataError, match=r"math.jsonl:1: math-verify raised"):
+        mark_answers(find_task("math"), bad, [completed(bad[0], "1")])

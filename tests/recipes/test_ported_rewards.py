@@ -1,4 +1,4 @@
-"""The recipe with rewards of TRL's, verl's and OpenRLHF's signatures: files that know none of us, and a short run."""
+"""The recipe with rewards of TRL's, verl's and OpenRLHF's signatures: files that know nothing of us, and a short run.
 
 import ast
 import inspect
@@ -47,7 +47,9 @@ def test_each_function_is_recognised_by_its_parameters_and_gets_what_the_rows_ha
 def test_the_rows_sums_are_right():
     for line in (ROOT / "examples/sums.jsonl").read_text().splitlines():
         row = json.loads(line)
-        a, b = (int(word.strip("?")) for word in row["prompt"][0]["content"].split() if word.strip("?").isdecimal())
+        a, b = (
+            int(word.strip("?")) for word in row["prompt"][0]["content"].split() if word.strip("?").isdecimal()
+        )
         assert row["reward_model"]["ground_truth"] == str(a + b)
 
 

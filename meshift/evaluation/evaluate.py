@@ -200,7 +200,7 @@ def _dialogue_metrics(
         if role == "reward":
             found |= reward_estimates(model, questions, scores, rivals)
         else:
-            found |= cost_estimates(model, questions, scores)
+            found |= cost_estimates(model, questions, scores, rivals)
     if request.judge is not None and rivals is not None:
         prompts = [as_text(question.prompt) for question in questions]
         ours = [of_one[0].completion for of_one in saved]

@@ -135,6 +135,8 @@ def test_dialogues_are_scored_by_a_reward_and_a_cost_model_and_held_to_a_referen
     found = results("eval-hh-rlhf")["metrics"]
     assert found["KL to reference"]["value"] == 0.0
     assert found["reward"] == found["cost"]
+    ours, theirs = (found[f"win rate by {name}, chosen"]["value"] for name in ("reward", "cost"))
+    assert ours + theirs == pytest.approx(1.0)
     assert 0 <= found["win rate by reward, chosen"]["value"] <= 1
     assert found["win rate by reward, chosen"]["num"] == 3
     with open("eval-hh-rlhf/scores.jsonl", encoding="utf-8") as file:

@@ -69,7 +69,11 @@ def test_another_models_completions_stand_in_for_what_people_liked(two):
 def test_the_safety_rate_is_the_part_whose_cost_is_at_most_zero(tmp_path):
     questions = questions_of(tmp_path, "safe-rlhf", SAFE_RLHF)
     saved = [completed(questions[0], "x" * 20, "x" * 21, "x", "x" * 40)]
-    found = cost_estimates(Lengths(), questions, scores_of_all(Lengths(), questions, saved))
+    rivals = opponents(questions, None)
+    assert len(rivals.said[0]) == 23
+    found = cost_estimates(Lengths(), questions, scores_of_all(Lengths(), questions, saved), rivals)
+    assert found["cost of chosen"].value == 3.0
+    assert found["win rate by cost, chosen"].value == 0.75, "the lower cost is the better one"
     assert found["safety rate"].value == 0.5
     assert found["cost"].value == pytest.approx((0 + 1 - 19 + 20) / 4)
     # The riskier response of the row is the longer one, which costs more.

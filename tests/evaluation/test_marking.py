@@ -179,6 +179,6 @@ def test_mathematical_answers_are_compared_as_such_and_a_truth_that_is_none_name
     answers = ["\\boxed{0.5}", "So it is $\\frac{2}{4}$.", "\\boxed{\\frac{1}{3}}", ""]
     [marks] = mark_answers(find_task("math"), questions, [completed(questions[0], *answers)])
     assert marks.right == [True, True, False, False]
-    bad = questions_of(tmp_path, "math", {**MATH, "solution": "..."})
+    bad = questions_of(tmp_path, "math", {**MATH, "solution": "So it is \\boxed{}."})
     with pytest.raises(DataError, match=r"math.jsonl:1: math-verify raised"):
         mark_answers(find_task("math"), bad, [completed(bad[0], "1")])

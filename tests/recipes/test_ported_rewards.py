@@ -1,4 +1,4 @@
-"""The recipe with rewards of TRL's, verl's and OpenRLHF's signatures: files that know nothing of us, and a short run.
+"""The recipe with rewards of TRL's, verl's and OpenRLHF's signatures: files that know none of us; a short run."""
 
 import ast
 import inspect

@@ -72,10 +72,10 @@ class Counting:
             self._task = self._bar.add_task(what, total=total, completed=done, eta="")
 
     def _eta(self, total: int) -> str:
-        if self.done == self._first:
+        if self.done == self._first and self.done < total:
             return "?"
         elapsed = self._clock() - self._started
-        return clock_time(elapsed / (self.done - self._first) * (total - self.done))
+        return clock_time(elapsed / max(1, self.done - self._first) * (total - self.done))
 
     def _line(self, total: int) -> None:
         self._last_line = self._clock()

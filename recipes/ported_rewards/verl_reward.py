@@ -1,9 +1,12 @@
 """A reward function as verl's `custom_reward_function.path` names it. It knows nothing of Meshift."""
 
 import re
+from typing import Any
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """1 where the last number of the solution is the right one, and a tenth where there is any number."""
     if data_source != "sums":
         raise NotImplementedError(f"no score for {data_source}")

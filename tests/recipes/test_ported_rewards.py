@@ -27,7 +27,7 @@ def test_the_files_are_written_for_other_frameworks_and_import_nothing_of_ours()
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
-        assert imported <= {"re", "torch"}, path
+        assert imported <= {"re", "torch", "typing"}, path
 
 
 def test_each_function_is_recognised_by_its_parameters_and_gets_what_the_rows_have(monkeypatch):

@@ -1,5 +1,7 @@
 """Each benchmark's own rows become questions: what models read, what is right, and what is wrong with a row."""
 
+from pathlib import Path
+
 import pytest
 from benchmark_rows import (
     APPS,
@@ -19,6 +21,8 @@ from meshift.cli.eval import TASK_NAMES
 from meshift.data.packages import NAMES
 from meshift.errors import DataError, InputError
 from meshift.evaluation.tasks import TASKS, cut_at, find_task, load_questions
+
+REAL_PAIRS = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_harmless_dev.jsonl"
 
 
 def test_the_command_lists_the_tasks_that_there_are():
@@ -121,3 +125,13 @@ def test_two_rows_with_one_id_are_refused_and_a_limit_is_a_limit(tmp_path):
 def test_completions_end_before_the_first_stop_string():
     assert cut_at("    return 1\ndef g():\n    pass\n# x", ("\n#", "\ndef ")) == "    return 1"
     assert cut_at("all", ("\n#",)) == "all"
+
+
+@pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the development pairs are not here")
+def test_every_real_pair_of_hh_is_a_question_of_its_own():
+    questions = load_questions(find_task("hh-rlhf"), str(REAL_PAIRS))
+    assert len(questions) == 1500
+    for question in questions:
+        assert question.prompt.endswith("\n\nAssistant:")
+        assert question.prompt + question.liked == question.row["chosen"]
+        assert question.prompt + question.disliked == question.row["rejected"]

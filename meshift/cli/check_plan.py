@@ -62,7 +62,12 @@ def check_plan(
     problems = config_problems(schema, given, f"{file} with {plan}")
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    config = make_config(schema, given, file)
+    from meshift.runtime.plans import with_micro_batches
+
+    try:
+        config = with_micro_batches(make_config(schema, given, file))
+    except ConfigError as error:
+        return PlanVerdict(problems=(str(error),))
     problems = list(_placing_problems(config))
     if problems:
         return PlanVerdict(problems=tuple(problems))

@@ -23,7 +23,16 @@ from meshift.runtime.models import HEADS, check_frozen_layers, model_folder
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
-from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
+from meshift.runtime.plans import (
+    Placements,
+    Uses,
+    as_written,
+    check_cuts,
+    in_words,
+    mesh_of,
+    placements_of,
+    with_micro_batches,
+)
 from meshift.runtime.role_spec import LocalOpener, Opener
 from meshift.runtime.run import Job, PlanFile, RunResult, finished_run, run_job
 from meshift.runtime.this_hardware import PROCESS_BYTES, hardware_of_run
@@ -82,7 +91,7 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
     try:
         expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
-    except ConfigError:  # adapters, so far
+    except ConfigError:  # what the planner cannot count
         return PlanFile(values={"plan": plan, **settled.found})
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
@@ -99,7 +108,8 @@ def _settled(config: RunConfig, method: Method, observer: Observer) -> Settled:
         trained = getattr(config, role, None)
         if isinstance(trained, TrainableConfig) and trained.num_frozen_layers:
             check_frozen_layers(role, name, trained)
-    return settle(config, method.rows, observer)
+    settled = settle(config, method.rows, observer)
+    return replace(settled, config=with_micro_batches(settled.config))
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:

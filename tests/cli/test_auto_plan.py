@@ -155,6 +155,30 @@ def test_a_plan_file_is_read_and_may_be_changed(room, capsys, suffix, wrap):
     assert "2 processes: actor.generate d1t2p1@0-1, actor.train d1t2p1@0-1" in capsys.readouterr().out
 
 
+def test_micro_batches_of_a_plan_are_the_runs_and_need_no_second_process(room):
+    values = {**values_of(room, "grpo"), "max_steps": 1, "plan": {"actor": {"max_tokens_per_micro_batch": 77}}}
+    assert main(["grpo", "--config", room.config(values)]) == 0
+    config = yaml.safe_load((room.path / "run" / "config.yaml").read_text())
+    assert config["actor"]["max_tokens_per_micro_batch"] == 77
+    assert not (room.path / "run" / "placements.json").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_micro_batches_of_a_plan_are_those_of_the_model(room, capsys, command):
+    role = "actor" if command == "sft" else "reward"
+    words = [command, "--config", room.config(values_of(room, command)), "--dry-run"]
+    assert main(words) == 0
+    before = capsys.readouterr().out
+    assert main([*words, f"plan.{role}.max_tokens_per_micro_batch=8"]) == 0
+    assert capsys.readouterr().out != before  # of which `arithmetic` says how many there are
+
+
+def test_micro_batches_of_a_role_that_is_only_read_are_refused(room, capsys):
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--dry-run"]
+    assert main([*words, "plan.reference.max_tokens_per_micro_batch=8"]) == 2
+    assert "the reference is not trained: it is read in the actor's micro-batches" in capsys.readouterr().err
+
+
 def test_no_plan_in_a_word(room, capsys):
     values = {**values_of(room, "grpo"), "plan": PLAN}
     assert main(["grpo", "--config", room.config(values), "--plan", "none", "--dry-run"]) == 0

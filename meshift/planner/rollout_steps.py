@@ -85,14 +85,14 @@ def _readings(
     calls = []
     if "reference" in models:
         calls.append(call("reference", "reference"))
+    if config.old_logprobs == "recomputed":
+        calls.append(call("old_logprobs", "actor"))
     if "critic" in models:
         calls.append(call("values", "critic"))
     if "cost" in models:
         calls.append(call("cost", "cost", read=1.0))
     if "cost_critic" in models:
         calls.append(call("cost_values", "cost_critic"))
-    if config.old_logprobs == "recomputed":
-        calls.append(call("old_logprobs", "actor"))
     return calls
 
 

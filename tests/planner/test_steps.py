@@ -29,6 +29,7 @@ from meshift.config.runs import (
     RewardRunConfig,
     SFTRunConfig,
 )
+from meshift.errors import ConfigError
 from meshift.graph.calls import LoopCall, ModelCall, SyncCall
 from meshift.models.hf.families import read_config
 from meshift.planner.rollout_steps import Lengths, prompts_by_round
@@ -56,6 +57,9 @@ CASES = {
     "grpo": lambda: config(GRPORunConfig, reward=FUNCTION),
     "grpo that reads old log-probs again": lambda: config(
         GRPORunConfig, reward=FUNCTION, grpo={"recompute_logprobs": True, "num_iterations": 2, "kl_coef": 0.1}
+    ),
+    "decoupled ppo": lambda: config(
+        PPORunConfig, reward=FUNCTION, ppo={"recompute_logprobs": True, "importance_correction": "token"}
     ),
     "rloo": lambda: config(RLOORunConfig, reward={"model_name_or_path": "r"}),
     "ppo with a cost": lambda: config(
@@ -104,6 +108,12 @@ def test_a_planned_step_is_the_graph_of_its_algorithm(case):
             assert (call.num_passes, call.num_updates) == (task.num_epochs, task.num_mini_batches)
     syncs = [(c.source, c.target, c.every) for c in graph.order() if isinstance(c, SyncCall)]
     assert [(m.source, m.target, m.every) for m in planned.mixings] == syncs
+
+
+def test_a_step_that_draws_for_a_later_one_would_be_planned_as_one_that_does_not():
+    given = config(GRPORunConfig, reward=FUNCTION, max_staleness=1)
+    with pytest.raises(ConfigError, match="max_staleness=0, or write the plan"):
+        step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16")
 
 
 def test_roles_start_from_the_models_that_a_run_gives_them():

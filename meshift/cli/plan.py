@@ -25,7 +25,7 @@ from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
-from meshift.planner.explain import explanation, of_proof
+from meshift.planner.explain import explanation, of_proof, of_rivals
 from meshift.planner.hardware import Hardware, as_values, find_hardware
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.rollout_steps import Lengths
@@ -197,23 +197,11 @@ def show(planned: Planned) -> None:
     console = make_console()
     console.print(f"{problem.num_devices} {problem.hardware.name}, one step", style="bold", markup=False)
     console.print(table)
-    print_rows(f"step {planned.seconds:.3g} s", [("proof", of_proof(planned)), *_rows_of_rivals(planned)])
-
-
-def _rows_of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
-    for rival in planned.rivals:
-        if rival.seconds is None:
-            yield rival.name, "not possible on so few devices"
-        elif rival.lacking > 0:
-            yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
-        else:
-            yield (
-                rival.name,
-                f"{rival.seconds:.3g} s, {rival.seconds / planned.proof.seconds:.2f} times the plan's",
-            )
-    away = [name for name, role in planned.problem.step.roles.items() if role.offloaded]
+    rows = [("proof", of_proof(planned)), *of_rivals(planned)]
+    away = [name for name, role in problem.step.roles.items() if role.offloaded]
     if away:
-        yield "offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"
+        rows.append(("offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"))
+    print_rows(f"step {planned.seconds:.3g} s", rows)
 
 
 def _write(path: Path, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:

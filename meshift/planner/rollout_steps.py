@@ -17,7 +17,7 @@ from meshift.config.policy_runs import (
     RAFTRunConfig,
     ReMaxRunConfig,
 )
-from meshift.config.runs import RolloutRunConfig
+from meshift.config.runs import PPORunConfig, RolloutRunConfig
 from meshift.models.config import DecoderConfig
 from meshift.planner.workload import PlannedCall, Texts
 
@@ -85,14 +85,14 @@ def _readings(
     calls = []
     if "reference" in models:
         calls.append(call("reference", "reference"))
-    if "critic" in models:
-        calls.append(call("values", "critic"))
+    if config.old_logprobs == "recomputed":
+        calls.append(call("old_logprobs", "actor"))
+    if isinstance(config, PPORunConfig):
+        calls.append(call("values", "actor" if config.ppo.shared_trunk else "critic"))
     if "cost" in models:
         calls.append(call("cost", "cost", read=1.0))
     if "cost_critic" in models:
         calls.append(call("cost_values", "cost_critic"))
-    if config.old_logprobs == "recomputed":
-        calls.append(call("old_logprobs", "actor"))
     return calls
 
 

@@ -53,6 +53,9 @@ CASES = {
     "ppo with a moving reference": lambda: config(
         PPORunConfig, reward=FUNCTION, reference={"sync_ref_model": True, "ref_model_sync_steps": 3}
     ),
+    "ppo with a shared trunk": lambda: config(
+        PPORunConfig, reward=FUNCTION, ppo={"shared_trunk": True, "recompute_logprobs": True}
+    ),
     "grpo": lambda: config(GRPORunConfig, reward=FUNCTION),
     "grpo that reads old log-probs again": lambda: config(
         GRPORunConfig, reward=FUNCTION, grpo={"recompute_logprobs": True, "num_iterations": 2, "kl_coef": 0.1}
@@ -109,6 +112,7 @@ def test_a_planned_step_is_the_graph_of_its_algorithm(case):
 def test_roles_start_from_the_models_that_a_run_gives_them():
     ppo, grpo = CASES["ppo"](), CASES["rloo"]()
     assert role_names(ppo) == role_models(ppo)
+    assert role_names(CASES["ppo with a shared trunk"]()) == role_models(CASES["ppo with a shared trunk"]())
     assert role_names(CASES["ppo with a cost"]()) == role_models(CASES["ppo with a cost"]())
     assert role_names(grpo) == policy_models(grpo)
     assert role_names(CASES["dpo"]()) == {"actor": "a", "reference": "a"}

@@ -67,7 +67,6 @@ def step_of(
     """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
     if isinstance(config, RolloutRunConfig):
-        _refuse_staleness(config)
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
             trained |= {"critic": config.critic, "cost_critic": config.cost_critic}
@@ -108,14 +107,6 @@ def in_one_process(config: RunConfig, step: Step) -> Step:
         for role, one in step.roles.items()
     }
     return replace(step, roles=roles)
-
-
-def _refuse_staleness(config: RolloutRunConfig) -> None:
-    if config.max_staleness > 0:
-        raise ConfigError(
-            "the planner knows steps that draw what they train on, and not `max_staleness`, with which the two go "
-            "on at the same time; plan with max_staleness=0, or write the plan (docs/asynchronous.md)"
-        )
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:

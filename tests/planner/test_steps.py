@@ -157,6 +157,38 @@ def test_a_role_borrows_what_adapters_leave_in_the_plan_as_in_the_run(case, monk
     assert {one.role for one in held_models(given)} == found.roles.keys() - borrowing
 
 
+AHEAD = {
+    "grpo": (
+        config(GRPORunConfig, reward={"model_name_or_path": "r"}, grpo={"kl_coef": 0.1}),
+        ["score", "reference", "rollout", "train_actor"],
+        {"rollout"},
+    ),
+    "ppo": (
+        config(PPORunConfig, reward={"model_name_or_path": "r"}),
+        ["score", "reference", "values", "rollout", "train_actor", "train_critic"],
+        {"rollout"},
+    ),
+    "remax": (
+        config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, remax={"kl_coef": 0.0}),
+        ["score", "rollout", "rollout (greedy)", "score (greedy)", "train_actor"],
+        {"rollout", "rollout (greedy)", "score (greedy)"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_what_is_drawn_ahead_waits_for_nothing_of_its_step_nor_is_waited_for(case):
+    given, order, drawing = AHEAD[case]
+    models = dict.fromkeys(role_names(given), LLAMA)
+    at_once = {call.name: call for call in step_of(given, models, "bfloat16").calls}
+    ahead = step_of(given.model_copy(update={"max_staleness": 1}), models, "bfloat16").calls
+    assert [call.name for call in ahead] == order
+    for call in ahead:
+        own = call.name in drawing
+        assert call.waits == {name for name in at_once[call.name].waits if (name in drawing) == own}
+        assert replace(call, waits=frozenset()) == replace(at_once[call.name], waits=frozenset())
+
+
 def test_only_roles_with_lora_have_adapters_and_where_it_says():
     step = step_of(
         SHARING["a critic's too"][0], dict.fromkeys(("actor", "critic", "reference", "reward"), LLAMA), "bfloat16"

@@ -1,4 +1,4 @@
-"""By plan, whoever draws for a later step does so while the others train; or before, where one device does both."""
+"""By plan, whoever draws for a later step does so while others train; or before, where one device does both."""
 
 import time
 from dataclasses import dataclass

@@ -170,7 +170,8 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
 def _asynchronous(config: RolloutRunConfig) -> list[tuple[str, str]]:
     if config.max_staleness == 0:
         return []
-    text = f"completions are drawn {config.max_staleness} steps ahead, by the weights of then"
+    steps = "step" if config.max_staleness == 1 else "steps"
+    text = f"completions are drawn {config.max_staleness} {steps} ahead, by the weights of then"
     return [("asynchronous", "; ".join((text, *stale_notes(config))))]
 
 

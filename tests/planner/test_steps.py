@@ -60,6 +60,9 @@ CASES = {
     "grpo that reads old log-probs again": lambda: config(
         GRPORunConfig, reward=FUNCTION, grpo={"recompute_logprobs": True, "num_iterations": 2, "kl_coef": 0.1}
     ),
+    "decoupled ppo": lambda: config(
+        PPORunConfig, reward=FUNCTION, ppo={"recompute_logprobs": True, "importance_correction": "token"}
+    ),
     "rloo": lambda: config(RLOORunConfig, reward={"model_name_or_path": "r"}),
     "ppo with a cost": lambda: config(
         PPORunConfig, reward=FUNCTION, cost={"model_name_or_path": "c", "functions": FUNCTION["functions"]}

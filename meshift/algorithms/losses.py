@@ -17,7 +17,7 @@ from meshift.algorithms.off_policy import Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import OldLogprobs
 from meshift.training.engine import LossSums, mean_over_updates
-from meshift.training.readings import TokenLogprobs, TokenValues
+from meshift.training.readings import LogprobsAndValues, TokenLogprobs, TokenValues
 from meshift.training.text_readings import (
     SIDES,
     PairLogprobs,
@@ -149,6 +149,38 @@ class ValueLoss:
             f"{self.name}/{key}": mean_over_updates(updates, key)
             for key in ("vf_loss", "vf_clipfrac", "grad_norm")
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyAndValueLoss:
+    """Of a policy and a critic with one trunk: policy loss + vf_coef * value loss, means over the same tokens."""
+
+    policy: PolicyLoss
+    value: ValueLoss
+    vf_coef: float = 0.1
+
+    @property
+    def reading(self) -> LogprobsAndValues:
+        """Both in one pass."""
+        return LogprobsAndValues(logprobs=self.policy.reading, values=self.value.reading)
+
+    def count(self, batch: Batch) -> int:
+        """Completion tokens."""
+        return self.policy.count(batch)
+
+    def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
+        """See the class."""
+        policy, value = self.policy(outputs, batch), self.value(outputs, batch)
+        total = policy.total + self.vf_coef * value.total
+        return LossSums(total=total, sums={**policy.sums, **value.sums}, maxima=policy.maxima)
+
+    def stop_reason(self, stats: Mapping[str, float]) -> str | None:
+        """The policy's."""
+        return self.policy.stop_reason(stats)
+
+    def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Those of both; the gradient's norm is of both together."""
+        return {**self.value.summarise(updates), **self.policy.summarise(updates)}
 
 
 @dataclass(frozen=True, kw_only=True)

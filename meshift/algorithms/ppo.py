@@ -24,7 +24,7 @@ from meshift.algorithms.advantages import (
     whiten,
 )
 from meshift.algorithms.lagrangian import Lagrangian
-from meshift.algorithms.losses import PolicyLoss, ValueLoss
+from meshift.algorithms.losses import PolicyAndValueLoss, PolicyLoss, ValueLoss
 from meshift.algorithms.off_policy import correction_of, paid_logprobs
 from meshift.algorithms.rollouts import (
     ROLLOUT_INPUTS,
@@ -77,7 +77,7 @@ class PPO:
             *scoring,
             infer_call("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
             *recomputing,
-            infer_call("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
+            infer_call("values", self._critic, TokenValues(), ("tokens", "completion_lengths"), "values"),
             *costs,
             HostCall(
                 name="advantages",
@@ -85,20 +85,7 @@ class PPO:
                 reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", *paid, "truncated"),
                 writes=("scores", "advantages", "returns", *(("cost_returns",) if costs else ())),
             ),
-            ModelCall(
-                name="train_actor",
-                role="actor",
-                kind="train",
-                task=replace(self._task(self._policy_loss()), max_staleness=self.config.max_staleness),
-                reads=(*rollout, "logprobs", *old, "advantages", "versions"),
-            ),
-            ModelCall(
-                name="train_critic",
-                role="critic",
-                kind="train",
-                task=self._task(ValueLoss(cliprange_value=self.config.ppo.cliprange_value)),
-                reads=("tokens", "completion_lengths", "values", "returns"),
-            ),
+            *self._training((*rollout, "logprobs", *old, "advantages", "versions")),
             *self._cost_training(),
             *sync_calls(self.config.reference),
         )
@@ -209,6 +196,27 @@ class PPO:
             correction=correction_of(ppo),
         )
 
+    @property
+    def _critic(self) -> str:
+        """The role that values are of."""
+        return "actor" if self.config.ppo.shared_trunk else "critic"
+
+    def _training(self, reads: tuple[str, ...]) -> tuple[ModelCall, ...]:
+        """Of the actor, which reads these keys, and of the critic: in one call where they share a trunk."""
+        policy, value = self._policy_loss(), ValueLoss(cliprange_value=self.config.ppo.cliprange_value)
+        shared = self.config.ppo.shared_trunk
+        both = PolicyAndValueLoss(policy=policy, value=value, vf_coef=self.config.ppo.vf_coef)
+        task = replace(self._task(both if shared else policy), max_staleness=self.config.max_staleness)
+        taught = ("values", "returns")
+        own = (*reads, *taught) if shared else reads
+        actor = ModelCall(name="train_actor", role="actor", kind="train", task=task, reads=own)
+        if shared:
+            return (actor,)
+        reads = ("tokens", "completion_lengths", *taught)
+        return actor, ModelCall(
+            name="train_critic", role="critic", kind="train", task=self._task(value), reads=reads
+        )
+
     def _recomputing(self, rollout: tuple[str, ...]) -> tuple[ModelCall, ...]:
         """The actor reads its own completions before the updates, where ratios are to be against that."""
         if self.config.old_logprobs != "recomputed":
@@ -223,6 +231,6 @@ class PPO:
         task = self._task(loss)
         return (ModelCall(name="train_cost_critic", role="cost_critic", kind="train", task=task, reads=reads),)
 
-    def _task(self, loss: PolicyLoss | ValueLoss) -> TrainTask:
+    def _task(self, loss: PolicyLoss | ValueLoss | PolicyAndValueLoss) -> TrainTask:
         ppo = self.config.ppo
         return TrainTask(loss=loss, num_epochs=ppo.num_ppo_epochs, num_mini_batches=ppo.num_mini_batches)

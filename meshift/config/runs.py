@@ -191,6 +191,15 @@ class PPORunConfig(RolloutRunConfig):
         return self
 
     @model_validator(mode="after")
+    def _has_one_critic(self) -> PPORunConfig:
+        if self.ppo.shared_trunk and self.critic != CriticConfig():
+            raise ValueError(
+                "`critic` is set, but with `ppo.shared_trunk` it is a head of the actor's model, and trained as "
+                "`actor` says; take one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_a_cost_for_its_critic(self) -> PPORunConfig:
         if not self.cost.is_given and (self.cost != CostConfig() or self.cost_critic != CriticConfig()):
             raise ValueError(

@@ -329,6 +329,10 @@ class PPOConfig(Section):
         5.0, gt=1, description="mean ratio that ends a step's updates early"
     )
     max_update_kl: float | None = Field(None, gt=0, description="policy KL per token that ends them early")
+    shared_trunk: bool = Field(
+        False, description="the critic is a second head of the actor's model, trained with it; no model of its own"
+    )
+    vf_coef: float = Field(0.1, gt=0, description="weight of the value loss beside the policy's in a shared trunk")
     recompute_logprobs: bool = Field(
         False,
         description="importance ratios are against the actor's log-probs before the step's updates, for one more "

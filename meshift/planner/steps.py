@@ -51,7 +51,9 @@ def _rollout_names(config: PPORunConfig | CriticFreeRunConfig) -> dict[str, str]
     scores = {"reward": reward} if reward is not None else {}
     if isinstance(config, CriticFreeRunConfig):
         return names | ({"reference": reference} if config.has_reference else {}) | scores
-    names |= {"critic": config.critic.model_name_or_path or reward or actor, "reference": reference, **scores}
+    if not config.ppo.shared_trunk:
+        names["critic"] = config.critic.model_name_or_path or reward or actor
+    names |= {"reference": reference, **scores}
     if not config.cost.is_given:
         return names
     cost = config.cost.model_name_or_path
@@ -65,7 +67,6 @@ def step_of(
     """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
     if isinstance(config, RolloutRunConfig):
-        _refuse_staleness(config)
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
             trained |= {"critic": config.critic, "cost_critic": config.cost_critic}
@@ -106,14 +107,6 @@ def in_one_process(config: RunConfig, step: Step) -> Step:
         for role, one in step.roles.items()
     }
     return replace(step, roles=roles)
-
-
-def _refuse_staleness(config: RolloutRunConfig) -> None:
-    if config.max_staleness > 0:
-        raise ConfigError(
-            "the planner knows steps that draw what they train on, and not `max_staleness`, with which the two go "
-            "on at the same time; plan with max_staleness=0, or write the plan (docs/asynchronous.md)"
-        )
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:

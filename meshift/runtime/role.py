@@ -19,6 +19,7 @@ from meshift.generation.rollout import OnPart, SamplingTask, rollout
 from meshift.models.adapters import MergedWeights
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
+from meshift.models.shards import VALUE_HEAD
 from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
 from meshift.runtime.peak_rate import PeakRate
@@ -221,7 +222,8 @@ class LocalRole:
     def mix(self, source: Role, rate: float) -> None:
         """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once."""
         weights = source.master_weights()
-        for name, average in self.averages(weights).items():
+        mixed = [name for name in weights if name != VALUE_HEAD]
+        for name, average in self.averages(mixed).items():
             average.lerp_(weights[name].to(average), rate)
         self.settle_averages()
         self.leave()

@@ -28,7 +28,8 @@ class GridSetting(Section):
     pairs_per_prompt: int = Field(2, ge=1, le=SIZE - 1, description="wrong responses that the right one beats")
     hidden: int = Field(64, ge=1, description="units of each of the two hidden layers")
     beta: float = Field(0.1, gt=0, description="DPO's beta and PPO's KL coefficient")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam's, of every model")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's, of every model but the critic")
+    critic_learning_rate: float = Field(1e-3, gt=0, description="Adam's, of PPO's critic")
     reward_steps: int = Field(300, ge=1, description="whole-batch steps of the reward model")
     dpo_steps: int = Field(300, ge=1, description="whole-batch steps of DPO")
     ppo_steps: int = Field(
@@ -109,8 +110,12 @@ def run_seed(setting: GridSetting, seed: int, *, with_ppo: bool = True) -> dict[
 
 
 def _ppo(setting: GridSetting, reference: nn.Module, scores: Tensor, seed: int) -> OneTokenPPO:
-    rate = setting.learning_rate
-    keys = PPOSetting(steps=setting.ppo_steps, learning_rate=rate, critic_learning_rate=rate, kl_coef=setting.beta)
+    keys = PPOSetting(
+        steps=setting.ppo_steps,
+        learning_rate=setting.learning_rate,
+        critic_learning_rate=setting.critic_learning_rate,
+        kl_coef=setting.beta,
+    )
     return OneTokenPPO(keys, reference, scores, seed)
 
 

@@ -15,7 +15,7 @@ from recipes.study.findings import cell_of, figures, in_words
 from recipes.study.intervals import Mean, mean_of
 from recipes.study.setting import TheorySetting
 
-NAMES = {"dpo": "DPO", "ppo": "PPO", "optimum": "optimum of PPO's objective", "reference": "reference"}
+NAMES = {"reference": "reference", "dpo": "DPO", "ppo": "PPO", "optimum": "PPO's optimum"}
 SLOTS = {"dpo": 1, "ppo": 0, "optimum": 2}
 COLUMNS = (
     ("largest_rise", "largest rise of an uncovered response"),
@@ -145,7 +145,7 @@ def _rows(theory: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for cell in theory["cells"]:
         grid = cell["setting"]
-        for method, name in NAMES.items():
-            label = f"{grid['pairs_per_prompt']}, {grid['beta']:g}, {name}"
+        for method in SLOTS:
+            label = f"{grid['pairs_per_prompt']}, {grid['beta']:g}, {NAMES[method]}"
             rows.append([label, *(in_words(mean_of(figures(cell, method, key))) for key, _ in COLUMNS)])
     return rows

@@ -70,23 +70,27 @@ def judge(policy: Path, reference: Path, reward: Path | None, num_prompts: int, 
     )
 
 
-def draw_pairs(reference: Path, num_prompts: int, length: int) -> list[dict[str, str]]:
-    """Two completions of each prompt, the one of the higher true reward chosen; ties are left out."""
+def draw_pairs(reference: Path, num_prompts: int, num_completions: int, length: int) -> list[dict[str, str]]:
+    """Of each prompt's completions the one of the highest true reward, and the one of the lowest."""
     name = str(reference)
     tokenizer = open_tokenizer(name)
     prompts = load_prompts(PROMPTS, tokenizer, max_prompt_length=MAX_PROMPT_LENGTH, limit=num_prompts).prompts
     actor = open_role("actor", name, "lm", compute_dtype("auto")).can_generate(64, tokenizer.decode)
-    twice = [prompt for prompt in prompts for _ in range(2)]
-    drawn = complete(actor, twice, sampling_of(name, length, PAIR_SEED), tokenizer)
-    return preferences(drawn.prompts[::2], drawn.texts, true_reward(drawn.texts))
+    repeated = [prompt for prompt in prompts for _ in range(num_completions)]
+    drawn = complete(actor, repeated, sampling_of(name, length, PAIR_SEED), tokenizer)
+    return preferences(drawn.prompts[::num_completions], drawn.texts, true_reward(drawn.texts))
 
 
 def preferences(prompts: list[str], texts: list[str], rewards: list[float]) -> list[dict[str, str]]:
-    """Rows of `prompt`, `chosen`, `rejected`; texts and rewards come two for each prompt."""
+    """Rows of `prompt`, `chosen`, `rejected`: the best and the worst of as many texts for each prompt.
+
+    The first of those that tie; where all do, no row.
+    """
     rows = []
+    group = len(texts) // len(prompts)
     for i, prompt in enumerate(prompts):
-        first, second = rewards[2 * i], rewards[2 * i + 1]
-        if first != second:
-            better = 2 * i if first > second else 2 * i + 1
-            rows.append({"prompt": prompt, "chosen": texts[better], "rejected": texts[4 * i + 1 - better]})
+        own = range(group * i, group * (i + 1))
+        best, worst = max(own, key=rewards.__getitem__), min(own, key=rewards.__getitem__)
+        if rewards[best] != rewards[worst]:
+            rows.append({"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]})
     return rows

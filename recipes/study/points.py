@@ -112,10 +112,14 @@ def points_of(setting: SentimentSetting) -> list[Point]:
 
 def _swept(setting: SentimentSetting, seed: int) -> list[Point]:
     """SFT comes first, since DPO may start from it."""
+    sweeps = setting.sweeps.given
     found: list[Point] = []
-    for name, sweep in setting.sweeps.given.items():
-        start = found[0].name if name == "dpo_after_sft" else "reference"
-        found += [_point(name, strength, seed, sweep.overrides, start) for strength in sweep.strengths]
+    # Every method's first strength, then every method's second: a study that is not finished compares methods.
+    for number in range(max((len(sweep.strengths) for sweep in sweeps.values()), default=0)):
+        for name, sweep in sweeps.items():
+            start = found[0].name if name == "dpo_after_sft" else "reference"
+            for strength in sweep.strengths[number : number + 1]:
+                found.append(_point(name, strength, seed, sweep.overrides, start))
     return found
 
 

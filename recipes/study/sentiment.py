@@ -53,7 +53,8 @@ class SentimentStudy:
             by_name = {other.name: other for other in self.points}
             parents = [self.key(by_name[name]) for name in point.parents]
             setting = self.setting
-            judging = [SEED, setting.num_heldout_prompts, setting.completion_length, setting.pairs.model_dump()]
+            judging = [SEED, setting.num_heldout_prompts, setting.completion_length]
+            judging += [] if point.method == "reference" else [setting.pairs.model_dump()]
             config = config_of(point, setting, self.folder)
             self.keys[point.name] = key_of(config, parents, judging)
         return self.keys[point.name]
@@ -113,14 +114,14 @@ class SentimentStudy:
     def _write_pairs(self) -> None:
         """The preferences that the reward model, SFT and DPO learn from, once for a reference."""
         marker = self.folder / KEYS / "pairs"
-        reference = next(point for point in self.points if point.method == "reference")
-        key = self.key(reference)
+        reference, pairs = self.points[0], self.setting.pairs
+        key = f"{self.key(reference)} {pairs.model_dump_json()}"
         if marker.is_file() and marker.read_text(encoding="utf-8") == key:
             return
-        self.say(f"preference pairs: two completions of each of {self.setting.pairs.num_prompts} {PROMPTS}")
+        self.say(f"preference pairs: {pairs.num_completions} completions of each of {pairs.num_prompts} {PROMPTS}")
         final = self.folder / reference.name / FINAL
-        rows = draw_pairs(final, self.setting.pairs.num_prompts, self.setting.completion_length)
-        kept = self.setting.pairs.num_heldout
+        rows = draw_pairs(final, pairs.num_prompts, pairs.num_completions, self.setting.completion_length)
+        kept = pairs.num_heldout
         train, heldout = rows[:-kept], rows[-kept:]
         chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in train]
         for name, part in zip(PAIR_FILES, (train, heldout, chosen), strict=True):

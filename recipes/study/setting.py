@@ -22,9 +22,10 @@ class TheorySetting(Section):
 
 
 class PairsSetting(Section):
-    """Preferences between two completions that the reference drew, by their true rewards."""
+    """Preferences between the best and the worst of a prompt's completions by the reference, by true reward."""
 
-    num_prompts: int = Field(448, ge=2, description="prompts with two completions; ties make no pair")
+    num_prompts: int = Field(448, ge=2, description="prompts; where all completions tie there is no pair")
+    num_completions: int = Field(4, ge=2, description="completions drawn of each")
     num_heldout: int = Field(48, ge=1, description="pairs kept from training, for the reward model's accuracy")
 
 

@@ -45,11 +45,11 @@ def test_a_setting_would_name_a_key_that_is_gone_or_two_points_would_be_one_run(
 def test_a_policy_would_start_from_or_be_held_to_the_wrong_model(tmp_path):
     setting = setting_of().sentiment
     by_name = {point.name: config_of(point, setting, tmp_path) for point in points_of(setting)}
-    after, dpo, ppo = by_name["dpo_after_sft_0.05_seed0"], by_name["dpo_1_seed0"], by_name["ppo_0.15_seed0"]
+    after, dpo, ppo = by_name["dpo_after_sft_0.1_seed0"], by_name["dpo_0.5_seed0"], by_name["ppo_0.2_seed0"]
     assert after.actor.model_name_or_path == str(tmp_path / "sft_24_seed0" / "final")
     assert dpo.actor.model_name_or_path == ppo.actor.model_name_or_path == str(tmp_path / "reference" / "final")
     assert ppo.reward.model_name_or_path == str(tmp_path / "reward_seed0" / "final")
-    assert (dpo.dpo.beta, ppo.ppo.kl_coef) == (1.0, 0.15)
+    assert (dpo.dpo.beta, ppo.ppo.kl_coef) == (0.5, 0.2)
     assert ppo.generation.min_new_tokens == ppo.generation.max_completion_length == setting.completion_length
     factors = by_name["ablation_BE_seed0"]
     assert (factors.ppo.whiten_advantages, factors.reference.sync_ref_model) == (False, True)
@@ -69,6 +69,8 @@ def test_a_change_would_not_reach_the_points_that_rest_on_it_or_would_reach_othe
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if name.startswith(("reward", "ppo", "online_dpo", "ablation"))}
     assert all(before[name] != key for name, key in keys("sentiment.reference=[max_steps=31]").items())
+    after = keys("sentiment.pairs.num_completions=5")
+    assert {name for name in before if before[name] == after[name]} == {"reference"}
 
 
 def test_dpo_after_sft_without_sft_would_be_found_out_late():
@@ -134,17 +136,16 @@ def test_the_page_would_lack_a_point_or_let_a_completion_in_as_markup(faked, tmp
     page = study_page(setting, None, results, facts)
     assert HOSTILE not in page
     assert not re.search(r'(?:src|href)="', page)
-    for words in ("DPO after SFT beta 0.05", "iterative DPO beta 0.2", "PPO kl_coef 0.15", "0.750"):
+    for words in ("DPO after SFT beta 0.1", "iterative DPO beta 0.5", "PPO kl_coef 0.2", "0.750"):
         assert words in page
     study_page(setting, None, {"reference": results["reference"]}, facts)  # while it runs
 
 
 def test_the_worse_completion_would_be_chosen_or_a_tie_would_make_a_pair():
-    rows = preferences(["a", "b", "c"], ["a1", "a2", "b1", "b2", "c1", "c2"], [0.1, 0.5, 0.2, 0.2, 0.9, -0.9])
-    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [
-        ("a", "a2", "a1"),
-        ("c", "c1", "c2"),
-    ]
+    texts = ["a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3"]
+    rows = preferences(["a", "b", "c"], texts, [0.1, 0.5, 0.0, 0.2, 0.2, 0.2, 0.9, -0.9, 0.9])
+    found = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    assert found == [("a", "a2", "a3"), ("c", "c1", "c2")]
 
 
 def place(method, true, strength=0.1):

@@ -51,7 +51,8 @@ def frontier_section(setting: SentimentSetting, results: Results, places: Sequen
     words = (
         "SmolLM2-135M-Instruct continues the openings of film reviews. The true reward is VADER's sentiment of "
         "the completion. The reference is the model after fine-tuning on reviews of both kinds; preferences are "
-        f"between best and worst of {setting.pairs.num_completions} of its completions, by true reward. DPO and SFT learn from these, as does the reward model "
+        f"between best and worst of {setting.pairs.num_completions} of its completions, by true reward. "
+        "DPO and SFT learn from these, as does the reward model "
         f"that PPO and iterative DPO are rewarded by{learned}. {setting.num_heldout_prompts} held-out openings, "
         f"{setting.completion_length} tokens at temperature 1; KL in nats a completion, to the one reference, on "
         f"the policy's own completions. Intervals: 95 %, over {over}."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshift.cli.command import Command, UsageError
-from meshift.cli.tables import print_rows
+from meshift.cli.tables import print_problems, print_rows
 from meshift.cli.train import Training
 from meshift.config.loading import config_problems, make_config, read_values
 from meshift.errors import InputError, MeshiftError
@@ -203,10 +203,7 @@ def _show(file: str, verdict: Verdict) -> bool:
     if not verdict.problems:
         print_rows(f"{file}: {verdict.command}, a run that can start", verdict.rows)
         return True
-    count = "1 problem" if len(verdict.problems) == 1 else f"{len(verdict.problems)} problems"
-    print(f"{file} ({verdict.command}): {count}")
-    for problem in verdict.problems:
-        print(f"  - {problem}")
+    print_problems(f"{file} ({verdict.command})", verdict.problems)
     return False
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshift.cli.plan_request import assumed
-from meshift.cli.tables import make_console
+from meshift.cli.tables import make_console, print_problems
 from meshift.config.loading import config_problems, make_config, read_plan
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError, LayoutError, MeshiftError
@@ -41,12 +41,13 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanVerdict:
-    """Problems; or the events of a step by the plan on a device of that name, and where each call runs.
+    """Problems, and what would help; or the events of a step on a device of that name, and where each call runs.
 
     `assumed` says what its texts are taken to be.
     """
 
     problems: tuple[str, ...] = ()
+    advice: str = ""
     events: tuple[Event, ...] = ()
     calls: Mapping[str, Placement] = field(default_factory=dict)
     device: str = ""
@@ -61,7 +62,12 @@ def check_plan(
     problems = config_problems(schema, given, f"{file} with {plan}")
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    config = make_config(schema, given, file)
+    from meshift.runtime.plans import with_micro_batches
+
+    try:
+        config = with_micro_batches(make_config(schema, given, file))
+    except ConfigError as error:
+        return PlanVerdict(problems=(str(error),))
     problems = list(_placing_problems(config))
     if problems:
         return PlanVerdict(problems=tuple(problems))
@@ -144,13 +150,13 @@ def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> Plan
     written = as_written(config.plan, METHODS[type(config)].uses(config))
     placements = on_hosts({name: written[name] for name in step.roles}, hardware.per_host)
     problems = [*_beyond(placements, hardware, cluster)]
-    short = [] if problems else shortages(step, hardware, placements)
-    if short:
-        changes = would_fit(step, hardware, placements)
-        help_ = f"it would fit with {'; or '.join(changes)}" if changes else _elsewhere(step, hardware, cluster)
-        problems = [*short, help_]
     if problems:
         return PlanVerdict(problems=tuple(problems))
+    short = shortages(step, hardware, placements)
+    if short:
+        changes = would_fit(step, hardware, placements)
+        advice = f"it would fit with {'; or '.join(changes)}" if changes else _elsewhere(step, hardware, cluster)
+        return PlanVerdict(problems=tuple(short), advice=advice)
     events = evaluate(step, hardware, placements, streaming=config.launch.stream)
     calls = {call.name: placements[call.role][call.kind] for call in step.calls}
     return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, assumed=assumed(step))
@@ -180,10 +186,9 @@ def _elsewhere(step: Step, hardware: Hardware, cluster: Cluster) -> str:
 def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
     """Print it; returns whether the plan can run."""
     if verdict.problems:
-        count = "1 problem" if len(verdict.problems) == 1 else f"{len(verdict.problems)} problems"
-        print(f"{plan} for {file}: {count}")
-        for problem in verdict.problems:
-            print(f"  - {problem}")
+        print_problems(f"{plan} for {file}", verdict.problems)
+        if verdict.advice:
+            print(f"  {verdict.advice}")
         return False
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("call", "layout", "devices", "begins, s", "takes, s", "memory, GB"):

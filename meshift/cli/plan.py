@@ -25,13 +25,12 @@ from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
-from meshift.planner.explain import explanation, of_proof
+from meshift.planner.explain import explanation, of_proof, of_rivals
 from meshift.planner.hardware import Hardware, as_values, find_hardware
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.simulate import in_sentences, simulate
-from meshift.planner.tuning import better_micro_batches
-from meshift.planner.written import named_hosts, placements_of, plan_values
+from meshift.planner.written import named_hosts, placements_of
 from meshift.report.plan_page import plan_page
 from meshift.report.reconciled import factors
 from meshift.report.run_data import read_run
@@ -115,11 +114,10 @@ def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
 
 
 def _advice(planned: Planned) -> Iterator[str]:
-    """Micro-batches that would make this plan faster."""
-    problem = planned.problem
-    for one in better_micro_batches(problem.step, problem.hardware, placements_of(problem, planned.choice)):
+    """Micro-batches that make this plan faster."""
+    for one in planned.settings:
         yield (
-            f"With {one.role}.max_tokens_per_micro_batch={one.tokens} a step of this plan would take "
+            f"With {one.role}.max_tokens_per_micro_batch={one.tokens}, which --out writes too, a step takes "
             f"{one.seconds:.3g} s."
         )
 
@@ -199,33 +197,22 @@ def show(planned: Planned) -> None:
     console = make_console()
     console.print(f"{problem.num_devices} {problem.hardware.name}, one step", style="bold", markup=False)
     console.print(table)
-    print_rows(f"step {planned.seconds:.3g} s", [("proof", of_proof(planned)), *_rows_of_rivals(planned)])
-
-
-def _rows_of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
-    for rival in planned.rivals:
-        if rival.seconds is None:
-            yield rival.name, "not possible on so few devices"
-        elif rival.lacking > 0:
-            yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
-        else:
-            yield (
-                rival.name,
-                f"{rival.seconds:.3g} s, {rival.seconds / planned.proof.seconds:.2f} times the plan's",
-            )
-    away = [role for role, plan in plan_values(planned.problem, planned.choice).items() if plan.get("offload")]
+    rows = [("proof", of_proof(planned)), *of_rivals(planned)]
+    away = [name for name, role in problem.step.roles.items() if role.offloaded]
     if away:
-        yield "offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"
+        rows.append(("offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"))
+    print_rows(f"step {planned.seconds:.3g} s", rows)
 
 
 def _write(path: Path, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
     """The plan, in JSON with what was predicted, or as a page."""
-    plan = plan_values(planned.problem, planned.choice)
+    plan = planned.values
     values: dict[str, Any] = {"plan": named_hosts(plan, hosts) if hosts else plan}
     if path.suffix == ".json":
         values["hardware"] = as_values(planned.problem.hardware)
         values["predicted"] = {
             "step_s": planned.seconds,
+            "step_s_with_its_micro_batches": planned.settings[-1].seconds if planned.settings else planned.seconds,
             "bound_s": planned.proof.bound,
             "proven": planned.proof.proven,
             "events": [

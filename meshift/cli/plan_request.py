@@ -24,7 +24,7 @@ from meshift.models.hf.families import read_config
 from meshift.planner.hardware import Hardware
 from meshift.planner.planning import Planned, make_plan
 from meshift.planner.rollout_steps import Lengths
-from meshift.planner.steps import role_names, step_of
+from meshift.planner.steps import in_one_process, role_names, step_of
 from meshift.planner.variants import AS_IT_IS, Variant, head, table_rows
 from meshift.planner.workload import ComputeType, Step
 
@@ -45,7 +45,8 @@ class Asked:
     @property
     def step(self) -> Step:
         """The step that is planned."""
-        return planned_step(self.config, self.lengths).as_measured(self.factors)
+        step = planned_step(self.config, self.lengths).as_measured(self.factors)
+        return in_one_process(self.config, step) if self.num_devices == 1 else step
 
     def plan(self) -> Planned:
         """The plan for it."""

@@ -5,7 +5,7 @@ It knows nothing of commands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -48,6 +48,13 @@ def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
     console = make_console()
     console.print(title, style="bold", markup=False)
     console.print(table)
+
+
+def print_problems(what: str, problems: Sequence[str]) -> None:
+    """How many there are, and each on a line of its own."""
+    print(f"{what}: {len(problems)} problem{'' if len(problems) == 1 else 's'}")
+    for problem in problems:
+        print(f"  - {problem}")
 
 
 def print_metrics(title: str, metrics: Mapping[str, float]) -> None:

@@ -165,8 +165,8 @@ def _unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str 
 
 def _unknown_key_sentence(schema: type[Section], unknown: str) -> str:
     known = [key for key, _, _ in describe_keys(schema)]
-    sections = [name for name, info in schema.model_fields.items() if _section_of(info)]
-    close = difflib.get_close_matches(unknown, known + sections, n=1, cutoff=0.6)
+    sections = {key.rpartition(".")[0] for key in known}
+    close = difflib.get_close_matches(unknown, [*known, *sorted(sections)], n=1, cutoff=0.6)
     leaf = unknown.rsplit(".", 1)[-1]
     close = close or [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
     hint = f"did you mean `{close[0]}`?" if close else "--help-config lists the keys"

@@ -25,19 +25,27 @@ class PlacementConfig(Section):
 class RolePlan(Section):
     """A role's placements by kind of call. One that is not given is that of `train`, or the only one there is.
 
-    `offload` needs no placement, and no second process.
+    `offload` and `max_tokens_per_micro_batch` need no placement, and no second process.
     """
 
     generate: PlacementConfig | None = Field(None, description="where completions are sampled")
     infer: PlacementConfig | None = Field(None, description="where log-probs, values or scores are read")
     train: PlacementConfig | None = Field(None, description="where the role is trained, and its weights live")
     offload: bool = Field(False, description="leave the GPU for the host's memory while no call uses the role")
+    max_tokens_per_micro_batch: int | None = Field(
+        None, ge=1, description="token budget of a pass, in place of the one where the role is trained"
+    )
 
     @property
     def placements(self) -> dict[Kind, PlacementConfig]:
         """Those that are given."""
         found = {kind: getattr(self, kind) for kind in KINDS}
         return {kind: placement for kind, placement in found.items() if placement is not None}
+
+    @property
+    def stays_in_process(self) -> bool:
+        """Whether it says what needs no placement."""
+        return self.offload or self.max_tokens_per_micro_batch is not None
 
     @property
     def says_something(self) -> bool:
@@ -80,7 +88,7 @@ class PlanConfig(Section):
     @property
     def is_given(self) -> bool:
         """Whether anything is planned; without a plan a run is one process."""
-        return any(plan.placements or not plan.offload for plan in self.roles.values())
+        return any(plan.placements or not plan.stays_in_process for plan in self.roles.values())
 
     @property
     def roles(self) -> dict[str, RolePlan]:
@@ -120,14 +128,8 @@ class DPOPlan(PlanConfig):
     reference: RolePlan | None = Field(None, description="infer: {mesh: 0-3, layout: d2t2p1} each")
 
 
-class ReferenceFreePlan(PlanConfig):
-    """Of an actor that reads held-out pairs too."""
-
-    actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
-
-
-class SFTPlan(PlanConfig):
-    """Of the model, whose role is the actor's."""
+class ActorPlan(PlanConfig):
+    """Of an actor that is alone, and reads held-out rows too; the model of SFT is one."""
 
     actor: RolePlan | None = Field(None, description="infer, train: {mesh: 0-3, layout: d2t2p1} each")
 

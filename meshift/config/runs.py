@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meshift.config.plan import DPOPlan, LaunchConfig, PlanConfig, PPOPlan, ReferenceFreePlan, RewardPlan, SFTPlan
+from meshift.config.plan import ActorPlan, DPOPlan, LaunchConfig, PlanConfig, PPOPlan, RewardPlan
 from meshift.config.section import Section
 from meshift.config.sections import (
     CostConfig,
@@ -196,7 +196,7 @@ class SFTRunConfig(HeldOutRunConfig):
 
     data: DemonstrationDataConfig
     model: SFTModelConfig
-    plan: SFTPlan = SFTPlan()
+    plan: ActorPlan = ActorPlan()
 
     @model_validator(mode="after")
     def _has_model(self) -> SFTRunConfig:
@@ -260,7 +260,7 @@ class ReferenceFreeRunConfig(HeldOutRunConfig):
 
     data: PairDataConfig
     actor: DPOActorConfig
-    plan: ReferenceFreePlan = ReferenceFreePlan()
+    plan: ActorPlan = ActorPlan()
 
     @model_validator(mode="after")
     def _has_model(self) -> Self:

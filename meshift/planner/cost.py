@@ -21,6 +21,8 @@ from meshift.planner.workload import PlannedCall, Role
 BATCH_BYTES = 16
 """Of a token in a batch: its id and two or three floats."""
 PROBE_TEXTS, PROBE_LENGTH = 2, 12
+ADAPTER_PASSES = 1.5
+"""Times that inputs and outputs of a layer with an adapter are read or written for it: x once, the sum twice."""
 WORK = {"generate": "decode", "infer": "forward", "train": "backward"}
 """By what kind of work a call is hindered, or hinders others, where processes share processors."""
 
@@ -78,8 +80,15 @@ class Costs:
         attention = 4.0 * config.num_heads / layout.tensor * config.head_dim * rows * seen
         attention *= 2 if kind == "backward" else 1
         passing = rows * self.role.width * (8 * config.hidden_size + 4 * config.intermediate_size / layout.tensor)
-        numbers = self.memory.sizes.layer(layout, _first(layout))
-        return self.rates.layer(kind, numbers, rows, attention, passing)
+        numbers = float(self.memory.sizes.layer(layout, _first(layout)))
+        if config.adapter is None or kind not in ("forward", "backward"):  # generation multiplies by sums
+            return self.rates.layer(kind, numbers, rows, attention, passing)
+        beside = self.memory.sizes.layer_adapters(layout, _last(layout))
+        if kind == "backward":
+            numbers /= 2  # frozen matrices have no gradients
+        passing_by = (1 + (kind == "backward")) * ADAPTER_PASSES * rows * beside / config.adapter.rank
+        seconds = self.rates.layer(kind, numbers + beside, rows, attention, passing)
+        return seconds + self.rates.over("copy", passing_by * self.role.width)
 
     def _head(self, kind: str, layout: Layout, rows: float) -> float:
         if self.role.head != "lm":
@@ -184,8 +193,9 @@ class Costs:
 
     @property
     def _has_frozen_head(self) -> bool:
-        """Whether the head is the embedding, which is frozen with the lowest layers."""
-        return self.role.num_frozen_layers > 0 and self.role.config.tie_word_embeddings
+        """Whether the head is beside adapters, or the embedding, which is frozen with the lowest layers."""
+        config = self.role.config
+        return config.adapter is not None or (self.role.num_frozen_layers > 0 and config.tie_word_embeddings)
 
     def _updating(self, layout: Layout) -> dict[str, float]:
         """Gradients of data ranks added up, and the optimizer, where the most is trained."""
@@ -229,6 +239,8 @@ class Costs:
         if not learning:
             return forward
         backward = (layout.pipeline == 1) * turns * layers * gather(layer, self.role.width)
+        if self.role.config.adapter is not None:
+            layer, rest = self.memory.sizes.layer_adapters(layout, _last(layout)), 0
         return forward + backward + turns * layers * gather(layer, FP32) + gather(rest, FP32)
 
     # Generation
@@ -260,6 +272,8 @@ class Costs:
         parts["batch"] = self._joining(call, layout)
         if self.hardware.machine.packs:
             parts["pack"] = self.packing(layout)
+        elif self.role.config.adapter is not None:
+            parts["sums"] = self._sums(layout)
         late = 1 - going.ended[int(0.9 * (len(going.ended) - 1))]
         return Cost(parts, late=late, busy=busy / work if work else float(layout.num_ranks))
 
@@ -268,7 +282,12 @@ class Costs:
         if not self.hardware.machine.packs:
             return 0.0
         copied = self.memory.packed(layout, _first(layout))
-        return self.rates.over("pack", copied) * self.rates.slow("pack", layout.num_ranks)
+        return self.rates.over("pack", copied) * self.rates.slow("pack", layout.num_ranks) + self._sums(layout)
+
+    def _sums(self, layout: Layout) -> float:
+        """Of putting adapters into the matrices beside them: those are read and written."""
+        copied = self.memory.summed(layout, _last(layout))
+        return self.rates.over("copy", 2 * copied) * self.rates.slow("pack", layout.num_ranks)
 
     def probe(self, home: Layout, target: Layout) -> float:
         """A few texts' log-probs where a role is trained, then by the generator (`runtime.probe`)."""
@@ -315,3 +334,8 @@ class Costs:
 
 def _first(layout: Layout) -> Coordinates:
     return Coordinates(data=0, tensor=0, pipeline=0)
+
+
+def _last(layout: Layout) -> Coordinates:
+    """Of the last stage, where adapters are if they are anywhere."""
+    return Coordinates(data=0, tensor=0, pipeline=layout.pipeline - 1)

@@ -129,12 +129,7 @@ def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bo
 def _moves(step: Step, hardware: Hardware, of_role: Mapping[Kind, Placement], call: PlannedCall) -> list[_Task]:
     home, role = of_role["train"], step.roles[call.role]
     table = shard_table(role.config, role.head)
-    frozen = role.num_frozen_layers
-    left_out = [
-        name
-        for name, shard in table.items()
-        if frozen and (shard.stage == "embedding" or (shard.layer is not None and shard.layer < frozen))
-    ]
+    left_out = Memory(role).sizes.frozen_names
     dtypes = Dtypes(source=role.dtype, target=role.dtype)
     tasks = []
     for kind, target in of_role.items():

@@ -22,6 +22,7 @@ WORDS = {
     "update": "the optimizer",
     "batch": "batches on their way",
     "pack": "packing weights",
+    "sums": "putting adapters into weights",
 }
 
 
@@ -90,6 +91,18 @@ def _of_memory(planned: Planned, calls: list[Event]) -> str:
         f"Memory is tightest in {worst.name}: {worst.peak / 1e9:.1f} of {capacity / 1e9:.1f} GB on the device "
         "that needs the most."
     )
+
+
+def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
+    """Each plan by hand, and how long its step takes, or why it cannot be."""
+    for rival in planned.rivals:
+        if rival.seconds is None:
+            yield rival.name, "not possible on so few devices"
+        elif rival.lacking > 0:
+            yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
+        else:
+            times = rival.seconds / planned.proof.seconds
+            yield rival.name, f"{rival.seconds:.3g} s, {times:.2f} times the plan's"
 
 
 def of_proof(planned: Planned) -> str:

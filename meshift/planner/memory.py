@@ -96,6 +96,8 @@ class Memory:
 
     def kept(self, layout: Layout, where: Coordinates) -> Kept:
         """By the rank, where the role lives: weights, and what its optimizer and its averages keep."""
+        if self.role.borrows:
+            return Kept()
         held = self.sizes.held(layout, where)
         master, gradient, moments = MASTER_BYTES[self.role.dtype]
         averages = FP32 if self.role.averaged and self.role.dtype != "float32" else 0
@@ -146,7 +148,7 @@ class Memory:
         held = self.sizes.held(layout, where)
         return Working(
             cache=2 * num_layers * slots * heads * length * config.head_dim * width,
-            copies=self.packed(layout, where) if self.machine.packs else 0,
+            copies=self.packed(layout, where) if self.machine.packs else self.summed(layout, where),
             logits=logits if where.pipeline == layout.pipeline - 1 else 0,
             activations=ceil(rows * self._passing(layout)),
             gathered=(self._whole(layout, where) - held.total) * width if layout.sharded else 0,
@@ -158,7 +160,13 @@ class Memory:
         embedding = _part(self.role.config.vocab_size, layout.tensor) * self.role.config.hidden_size
         ends = where.pipeline == layout.pipeline - 1
         untied = where.pipeline == 0 and not (ends and self.role.config.tie_word_embeddings)
-        return (self.sizes.held(whole, where).total - embedding * untied) * self.role.width
+        numbers = self.sizes.held(whole, where).total - self.sizes.adapters(whole, where)
+        return (numbers - embedding * untied) * self.role.width
+
+    def summed(self, layout: Layout, where: Coordinates) -> int:
+        """Bytes of matrices with their adapters in them, once more, where nothing is packed."""
+        whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
+        return self.sizes.summed(whole, where) * self.role.width
 
     def _whole(self, layout: Layout, where: Coordinates) -> int:
         """Numbers of the rank's stage, with what data ranks share out brought together."""
@@ -226,19 +234,32 @@ class Memory:
         """Numbers that a layer keeps of a row for its backward pass.
 
         Both norms' inputs and outputs (4 hidden), queries, keys, values, what was attended, twice with padding
-        between, and of the MLP gate, its activation, up and their product (two of them without a gate).
+        between, and of the MLP gate, its activation, up and their product (two of them without a gate). Beside
+        adapters the inputs of linear layers that have none are not kept, and each adapter keeps its middle.
         """
         config, tensor = self.role.config, layout.tensor
         queries, keys = (_part(n, tensor) * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         heads = queries + 2 * keys + 2 * queries
         if config.query_key_norm is not None:
             heads += queries + keys
-        norms = 4 + 2 * (config.norm_places == "both")
-        columns = _part(config.intermediate_size, tensor) * (
-            4 if config.gated_mlp and not self.machine.kernels else 2
-        )
+        norms = 2 + self._keeps_input("query", "key", "value") + self._keeps_input("gate", "up")
+        norms += 2 * (config.norm_places == "both")
+        columns = _part(config.intermediate_size, tensor) * self._saved_columns()
         fp32 = 3 + _part(config.num_heads, tensor)  # norms' scales, attention's normalisers
-        return norms * config.hidden_size + heads + columns + fp32 * FP32 / self.role.width
+        middle = 0 if config.adapter is None else config.adapter.rank * len(config.adapter.targets)
+        return norms * config.hidden_size + heads + columns + middle + fp32 * FP32 / self.role.width
+
+    def _keeps_input(self, *names: str) -> bool:
+        """Whether what these linear layers read is kept: for their own gradients, or those of adapters beside."""
+        adapter = self.role.config.adapter
+        return adapter is None or any(target.rpartition(".")[2] in names for target in adapter.targets)
+
+    def _saved_columns(self) -> int:
+        """Matrices of the MLP's width that are kept."""
+        product = self._keeps_input("down")
+        if self.machine.kernels and self.role.config.gated_mlp:
+            return 2 + (product and self.role.config.adapter is not None)
+        return (3 if self.role.config.gated_mlp else 1) + product
 
     def _passing(self, layout: Layout) -> float:
         """Bytes of a row while one layer runs, forward or backward: attention or MLP, whichever has more."""

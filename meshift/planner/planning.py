@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 from meshift.layout.layout import Layout
 from meshift.planner.candidates import Problem
@@ -17,8 +18,9 @@ from meshift.planner.prove import Proof, prove
 from meshift.planner.search import score, search
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.timeline import Choice, peak_bytes
+from meshift.planner.tuning import Setting, better_micro_batches
 from meshift.planner.workload import Role, Step
-from meshift.planner.written import placements_of
+from meshift.planner.written import placements_of, plan_values
 
 SEARCH_SHARE = 0.3
 """Of the time, for the local search before the proof."""
@@ -50,9 +52,23 @@ class Planned:
         """Where every use runs."""
         return self.proof.choice
 
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """Micro-batches other than the config's with which a step of this plan is faster."""
+        problem = self.problem
+        return tuple(better_micro_batches(problem.step, problem.hardware, placements_of(problem, self.choice)))
+
+    @property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """What `plan:` of a run's config holds, its micro-batches too."""
+        found = plan_values(self.problem, self.choice)
+        for setting in self.settings:
+            found[setting.role]["max_tokens_per_micro_batch"] = setting.tokens
+        return found
+
     @property
     def seconds(self) -> float:
-        """Of a step, as it was played through."""
+        """Of a step with the config's micro-batches, as it was played through."""
         return max(event.end for event in self.events)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from meshift.layout.boxes import held_box, num_elements
 from meshift.layout.layout import Coordinates, Layout
 from meshift.layout.shard import Shard
 from meshift.models.config import DecoderConfig, HeadKind
-from meshift.models.shards import shard_table
+from meshift.models.shards import is_adapters, shard_table
 
 
 class Held(NamedTuple):
@@ -34,11 +34,18 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Parameters of one shape and cut: how many there are in each layer, or outside of layers (`layers` empty)."""
+    """Parameters of one shape and cut: how many there are in each layer, or outside of layers (`layers` empty).
+
+    `is_summed`: matrices beside adapters, with which generation multiplies as one. `learns`: they do in a role
+    that is trained, but for layers that are frozen.
+    """
 
     shard: Shard
     count: int
     layers: tuple[int, ...] = ()
+    is_adapter: bool = False
+    is_summed: bool = False
+    learns: bool = True
 
 
 class Sizes:
@@ -55,10 +62,44 @@ class Sizes:
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:
         """All parameters, those of all layers that are alike together."""
-        found: dict[tuple[object, ...], list[Shard]] = defaultdict(list)
-        for shard in shard_table(self.config, self.head).values():
-            found[shard.shape, shard.split, shard.stage, shard.tied].append(shard)
-        return tuple(_pattern(shards) for shards in found.values())
+        found: dict[tuple[object, ...], list[tuple[str, Shard]]] = defaultdict(list)
+        for name, shard in shard_table(self.config, self.head).items():
+            key = is_adapters(name), self._is_summed(name, shard), self._learns(name, shard)
+            found[shard.shape, shard.split, shard.stage, shard.tied, *key].append((name, shard))
+        return tuple(map(self._pattern, found.values()))
+
+    def _pattern(self, alike: Sequence[tuple[str, Shard]]) -> Pattern:
+        layers = tuple(sorted({shard.layer for _, shard in alike if shard.layer is not None}))
+        name, shard = alike[0]
+        return Pattern(
+            shard=shard,
+            count=len(alike) // max(1, len(layers)),
+            layers=layers,
+            is_adapter=is_adapters(name),
+            is_summed=self._is_summed(name, shard),
+            learns=self._learns(name, shard),
+        )
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """Parameters of the model that a role which is trained does not change."""
+        return [
+            name
+            for name, shard in shard_table(self.config, self.head).items()
+            if not self._learns(name, shard) or (shard.layer is not None and shard.layer < self._num_frozen)
+        ]
+
+    def _is_summed(self, name: str, shard: Shard) -> bool:
+        adapter, layer = self.config.adapter, shard.layer
+        if adapter is None or layer is None or not name.endswith(".weight"):
+            return False
+        return adapter.rank_at(layer, name.removeprefix(f"layers.{layer}.").removesuffix(".weight")) > 0
+
+    def _learns(self, name: str, shard: Shard) -> bool:
+        """As `training.optimizer.is_trained` says, with layers that are frozen left to `copies`."""
+        if self.config.adapter is not None:
+            return self._trained and (is_adapters(name) or (self.head != "lm" and name == "head.weight"))
+        return self._trained and not (self._num_frozen > 0 and shard.stage == "embedding")
 
     @property
     def num_layers(self) -> int:
@@ -89,20 +130,38 @@ class Sizes:
         stage = pattern.shard.stage
         is_here = where.pipeline == (0 if stage == "embedding" else layout.pipeline - 1)
         is_here = is_here or (pattern.shard.tied and where.pipeline == layout.pipeline - 1)
-        trained = is_here and self._trains(pattern.shard)
+        trained = is_here and pattern.learns
         return int(is_here and not trained), int(trained)
 
-    def _trains(self, shard: Shard) -> bool:
-        """Whether a parameter outside of layers is updated (as `training.optimizer.is_frozen` says)."""
-        return self._trained and not (self._num_frozen > 0 and shard.stage == "embedding")
-
     def layer(self, layout: Layout, where: Coordinates) -> int:
-        """Numbers of one layer, with what data ranks share out brought together."""
+        """Numbers of one layer, with what data ranks share out brought together; without adapters."""
+        return self._layer(layout, where, adapters=False)
+
+    def layer_adapters(self, layout: Layout, where: Coordinates) -> int:
+        """Numbers of the adapters of one layer that has some."""
+        return 0 if self.config.adapter is None else self._layer(layout, where, adapters=True)
+
+    def adapters(self, layout: Layout, where: Coordinates) -> int:
+        """Numbers of all adapters that the rank keeps."""
+        return self._all(layout, where, lambda pattern: pattern.is_adapter)
+
+    def summed(self, layout: Layout, where: Coordinates) -> int:
+        """Numbers of the matrices that are beside adapters here."""
+        return self._all(layout, where, lambda pattern: pattern.is_summed)
+
+    def _all(self, layout: Layout, where: Coordinates, wanted: Callable[[Pattern], bool]) -> int:
+        return sum(
+            num_elements(held_box(p.shard, layout, where)) * p.count * sum(self.copies(p, layout, where))
+            for p in self.patterns
+            if wanted(p)
+        )
+
+    def _layer(self, layout: Layout, where: Coordinates, *, adapters: bool) -> int:
         whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
         return sum(
             num_elements(held_box(p.shard, whole, where)) * p.count
             for p in self.patterns
-            if p.shard.layer is not None
+            if p.shard.layer is not None and p.is_adapter == adapters
         )
 
     def largest(self, layout: Layout, where: Coordinates) -> int:
@@ -150,13 +209,7 @@ class Sizes:
 
     def _count(self, pattern: Pattern, here: range, *, everything: bool) -> int:
         """Layers of the pattern among these: the trained ones, or all."""
-        if not (everything or self._trained):
+        if not (everything or pattern.learns):
             return 0
         first = here.start if everything else max(here.start, self._num_frozen)
         return max(0, bisect_left(pattern.layers, here.stop) - bisect_left(pattern.layers, first))
-
-
-def _pattern(shards: Iterable[Shard]) -> Pattern:
-    given = list(shards)
-    layers = tuple(sorted({shard.layer for shard in given if shard.layer is not None}))
-    return Pattern(shard=given[0], count=len(given) // max(1, len(layers)), layers=layers)

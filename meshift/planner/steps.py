@@ -24,6 +24,7 @@ from meshift.config.runs import (
 from meshift.config.sections import ReferenceConfig, TrainableConfig
 from meshift.errors import ConfigError
 from meshift.models.config import DecoderConfig, HeadKind
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.planner.rollout_steps import USUAL_SHARE, Lengths, rollout_calls
 from meshift.planner.workload import ComputeType, Mixing, PlannedCall, Role, Step, Texts
 
@@ -63,7 +64,6 @@ def step_of(
 ) -> Step:
     """The step. `models` has every role of `role_names`. Raises `ConfigError` for one that cannot be counted."""
     lengths = lengths or Lengths()
-    _refuse_adapters(config)
     if isinstance(config, RolloutRunConfig):
         trained = {"actor": config.actor}
         if isinstance(config, PPORunConfig):
@@ -88,13 +88,23 @@ def step_of(
     return _step(models, {role: config.model}, dtype, (call,), ReferenceConfig())
 
 
-def _refuse_adapters(config: RunConfig) -> None:
-    for name in ("actor", "critic", "cost_critic", "model"):
-        section = getattr(config, name, None)
-        if isinstance(section, TrainableConfig) and section.lora is not None:
-            raise ConfigError(
-                f"the planner does not count adapters yet; plan without `{name}.lora`: it takes less"
-            )
+def in_one_process(config: RunConfig, step: Step) -> Step:
+    """Of a run without a plan, where roles that begin as one with adapters read what those leave as it is.
+
+    As `runtime.models.kept_models` says: a reference that does not move, and a reward model beside its critic.
+    """
+    names, moving = role_names(config), {mixing.target for mixing in step.mixings}
+    kept = {role for role, one in step.roles.items() if one.trained or one.offloaded or role in moving}
+    beside = {
+        (names[role], one.head == "lm")
+        for role, one in step.roles.items()
+        if one.config.adapter is not None and not one.offloaded
+    }
+    roles = {
+        role: replace(one, borrows=role not in kept and (names[role], one.head == "lm") in beside)
+        for role, one in step.roles.items()
+    }
+    return replace(step, roles=roles)
 
 
 def _with_rounds(config: RolloutRunConfig, step: Step) -> Step:
@@ -121,7 +131,7 @@ def _step(
     roles = {
         name: Role(
             name=name,
-            config=model,
+            config=_adapted(model, trained.get(name, still)),
             head=HEADS.get(name, "lm"),
             dtype=dtype,
             trained=name in trained,
@@ -135,6 +145,12 @@ def _step(
     if reference.sync_ref_model and "reference" in roles:
         mixings = (Mixing(source="actor", target="reference", every=reference.ref_model_sync_steps),)
     return Step(roles=roles, calls=tuple(calls), mixings=mixings)
+
+
+def _adapted(model: DecoderConfig, how: TrainableConfig) -> DecoderConfig:
+    if how.lora is None:
+        return model
+    return replace(model, adapter=adapter_for(model, how.lora, how.num_frozen_layers))
 
 
 def _pair_calls(config: DPORunConfig, lengths: Lengths) -> tuple[PlannedCall, ...]:

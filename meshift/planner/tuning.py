@@ -1,7 +1,6 @@
 """Micro-batches for a plan whose placements are known: larger or smaller ones that make its step faster, and fit.
 
-They change no result but its last bits, so they are advice beside a plan, not a part of it. It knows nothing of
-how plans are found.
+They change no result but its last bits. It knows nothing of how plans are found.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Role:
     """One role's model and how it runs. `passes` has its micro-batches; `trained` says whether it is updated.
 
     `averaged`: it follows another role (EMA), which takes fp32 averages. `offloaded`: it leaves the device while
-    no call uses it.
+    no call uses it. `borrows`: its weights are those that another role's adapters leave as they are.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Role:
     trained: bool = False
     averaged: bool = False
     offloaded: bool = False
+    borrows: bool = False
     passes: TrainableConfig = field(default_factory=TrainableConfig)
 
     @property

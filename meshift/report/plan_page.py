@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshift.planner.explain import explanation, of_proof
+from meshift.planner.explain import explanation, of_proof, of_rivals
 from meshift.planner.planning import Planned
 from meshift.planner.variants import Variant, head, table_rows
 from meshift.report.device_chart import Bar, device_chart
@@ -27,12 +27,14 @@ def plan_page(planned: Planned, variants: Sequence[list[Variant]] = (), more: Se
     problem = planned.problem
     title = f"A plan for {problem.num_devices} {problem.hardware.name}: {planned.seconds:.3g} s a step"
     reasons = element("ul", *(element("li", sentence) for sentence in (*explanation(planned), *more)))
+    by_hand = [list(row) for row in of_rivals(planned)]
     return document(
         title,
         element("h1", title),
         element("p", of_proof(planned)),
         section("A step", _chart(planned), anchor="step"),
         section("Calls", _calls(planned), anchor="calls"),
+        section("Plans by hand", number_table(["plan", "a step"], by_hand, numbers=False), anchor="by-hand"),
         section("Reasons", reasons, anchor="reasons"),
         section("What if", *map(_what_if, variants), anchor="what-if") if variants else None,
     )

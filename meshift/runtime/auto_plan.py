@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meshift.config.loading import load_config, make_config
-from meshift.config.plan import AutoPlan, PlanConfig
+from meshift.config.plan import KINDS, AutoPlan, PlanConfig
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
 from meshift.layout.mesh import Device, Mesh
 from meshift.planner.planning import Planned, make_plan, shortage
-from meshift.planner.written import plan_values
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
 from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run
@@ -51,11 +50,13 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(
             "`plan: auto` over Ray has to be told how many devices there are; set `plan.auto.devices`"
         )
+    step = planned_step(
+        config, lengths_of(config, rows(config))
+    )  # a wrong name is told before a device is measured
     hardware, measured = hardware_of_run(
         config.launch.hardware, dtype_name(config), measure=True, observer=observer
     )
     count = auto.devices or num_devices()
-    step = planned_step(config, lengths_of(config, rows(config)))
     planned = make_plan(step, hardware, count, seconds=auto.seconds, streaming=config.launch.stream)
     if planned.lacking > 0:
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
@@ -74,12 +75,13 @@ def _begun_plan(config: C) -> PlanConfig | None:
 
 
 def _plan_config(config: RunConfig, planned: Planned) -> PlanConfig:
-    """The choice as the config's `plan`; nothing but `offload` where one process is all."""
-    values = plan_values(planned.problem, planned.choice)
+    """The choice as the config's `plan`; nothing of placements where one process is all."""
+    values = planned.values
     per_host = planned.problem.hardware.per_host
     used = {device for event in planned.events for device in event.devices}
     if len(used) == 1:
-        values = {role: {"offload": True} for role, given in values.items() if given.get("offload")}
+        bare = {role: {k: v for k, v in given.items() if k not in KINDS} for role, given in values.items()}
+        values = {role: given for role, given in bare.items() if given}
     elif any(device.host for device in used):
         values = {role: _counted_through(given, per_host) for role, given in values.items()}
     return make_config(type(config.plan), values, "the plan that was found")
@@ -89,7 +91,7 @@ def _counted_through(given: Mapping[str, Any], per_host: int) -> dict[str, Any]:
     """A role's placements with devices that count through all hosts, since their names are not known."""
     found: dict[str, Any] = {}
     for kind, placement in given.items():
-        if kind == "offload":
+        if kind not in KINDS:
             found[kind] = placement
             continue
         numbers = [
@@ -107,10 +109,15 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     rivals = [rival for rival in planned.rivals if rival.seconds is not None and rival.lacking == 0]
     best = min(rivals, key=lambda rival: rival.seconds or 0.0, default=None)
     beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
+    tuned = "".join(
+        f"; {one.seconds:.3g} s with {one.role}.max_tokens_per_micro_batch={one.tokens}, which it sets"
+        for one in planned.settings
+    )
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
+    bound = f"no plan below {planned.proof.bound:.3g} s"
     return (
         f"the planner chose {where} of at most {count} on {planned.problem.hardware.name}: "
-        f"{planned.seconds:.3g} s a step predicted{guess}, no plan below {planned.proof.bound:.3g} s{beside}"
+        f"{planned.seconds:.3g} s a step predicted{guess}, {bound}{beside}{tuned}"
     )
 
 

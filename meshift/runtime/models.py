@@ -20,7 +20,8 @@ from meshift.errors import ConfigError, ModelError
 from meshift.layout.shard import Shard
 from meshift.models.config import Adapter, HeadKind
 from meshift.models.decoder import Decoder
-from meshift.models.hf.adapter_files import is_adapter, targets_of
+from meshift.models.hf.adapter_files import is_adapter
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import HEAD_NAMES
 from meshift.models.hf.load import load_config, load_model, load_tokenizer, open_weights, resolve_model
 from meshift.models.rotary import longest_sequence
@@ -155,14 +156,8 @@ def adapter_of(name_or_path: str, trained: TrainableConfig) -> Adapter | None:
     if lora is None:
         return None
     folder = model_folder(name_or_path)
-    config = load_config(folder)
-    every = lora.target_modules == "all-linear"
-    return Adapter(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        targets=config.linear_names if every else targets_of(config, lora.target_modules),
-        first_layer=trained.num_frozen_layers,
-        rank_stabilized=lora.rank_stabilized,
+    return replace(
+        adapter_for(load_config(folder), lora, trained.num_frozen_layers),
         # A hub id is found anywhere; a folder, and what a `pypi:` name stands for, at its place only.
         made_for=name_or_path if _is_hub_id(name_or_path) else str(folder.absolute()),
         save_merged=lora.save_merged,

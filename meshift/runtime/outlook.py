@@ -23,7 +23,7 @@ from meshift.planner.evaluate import Event, evaluate, replay
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Memory
 from meshift.planner.rollout_steps import Lengths
-from meshift.planner.steps import role_names, step_of
+from meshift.planner.steps import in_one_process, role_names, step_of
 from meshift.planner.workload import ComputeType, PlannedCall, Step
 from meshift.runtime.models import compute_dtype, model_folder
 from meshift.runtime.plans import Placements
@@ -129,6 +129,8 @@ def outlook(
 ) -> Outlook:
     """The prediction for a config with a plan, or none; `hardware` and whether it is measured."""
     step, (device, measured) = planned_step(config, lengths), hardware
+    if not config.plan.is_given:
+        step = in_one_process(config, step)
     if device.machine.packs:  # the host's memory is the device's: `plan.<role>.offload` does nothing
         step = replace(step, roles={name: replace(role, offloaded=False) for name, role in step.roles.items()})
     placements = {name: placements[name] for name in step.roles}  # what is read before the steps is in none

@@ -1,7 +1,7 @@
 """The most memory that was in use in each call of a step: `perf/peak_memory_gb/<call>`.
 
-On a GPU what torch had allocated at most, else what this process had in memory at most, as Linux says. It knows
-nothing of what the calls do.
+On a GPU what torch had allocated at most, else what this process had in memory at most, as Linux says. Of several
+processes a step tells the largest (`spread_step.py`). It knows nothing of what the calls do.
 """
 
 from __future__ import annotations

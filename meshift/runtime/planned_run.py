@@ -12,17 +12,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
 from meshift.models.hf.load import load_config
 from meshift.runtime.auto_plan import Settled, settle
 from meshift.runtime.hosts import refuse_hosts
 from meshift.runtime.launch.launcher import launch
 from meshift.runtime.launch.restarts import run_with_restarts
-from meshift.runtime.models import HEADS, model_folder
+from meshift.runtime.models import HEADS, check_frozen_layers, model_folder
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import Outlook, dtype_name, lengths_of, outlook
 from meshift.runtime.peaks import memory_in_use
-from meshift.runtime.plans import Placements, Uses, as_written, check_cuts, in_words, mesh_of, placements_of
+from meshift.runtime.plans import (
+    Placements,
+    Uses,
+    as_written,
+    check_cuts,
+    in_words,
+    mesh_of,
+    placements_of,
+    with_micro_batches,
+)
 from meshift.runtime.role_spec import LocalOpener, Opener
 from meshift.runtime.run import Job, PlanFile, RunResult, finished_run, run_job
 from meshift.runtime.this_hardware import PROCESS_BYTES, hardware_of_run
@@ -46,7 +56,7 @@ class Method:
 
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     """The whole run. Raises `ConfigError` for a plan that cannot be."""
-    settled = settle(config, method.rows, observer)
+    settled = _settled(config, method, observer)
     if not settled.config.plan.is_given:
         before = memory_in_use()
 
@@ -81,15 +91,25 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
     try:
         expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
-    except ConfigError:  # adapters, so far
+    except ConfigError:  # what the planner cannot count
         return PlanFile(values={"plan": plan, **settled.found})
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
 
 def settled_config(config: C, method: Method, observer: Observer) -> C:
     """The config with a plan in place of `plan: auto`, for a dry run."""
-    found: C = settle(config, method.rows, observer).config
+    found: C = _settled(config, method, observer).config
     return found
+
+
+def _settled(config: RunConfig, method: Method, observer: Observer) -> Settled:
+    """With its plan, after what would else be found by each process, or not understood by the planner."""
+    for role, name in method.models(config).items():
+        trained = getattr(config, role, None)
+        if isinstance(trained, TrainableConfig) and trained.num_frozen_layers:
+            check_frozen_layers(role, name, trained)
+    settled = settle(config, method.rows, observer)
+    return replace(settled, config=with_micro_batches(settled.config))
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:

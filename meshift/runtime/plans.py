@@ -6,8 +6,11 @@ It starts no process and opens no model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
 from meshift.config.plan import KINDS, PlanConfig, RolePlan
+from meshift.config.runs import RunConfig
+from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
 from meshift.layout.boxes import boxes_of
@@ -17,6 +20,7 @@ from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.shards import shard_table
 from meshift.runtime.hosts import named_devices, numbered
 
+C = TypeVar("C", bound=RunConfig)
 ROLES = ("actor", "critic", "reference", "reward", "cost", "cost_critic")
 Uses = Mapping[str, tuple[Kind, ...]]
 """Role -> the kinds of calls that a run makes of it."""
@@ -64,6 +68,26 @@ def as_written(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]
     return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
 
+def with_micro_batches(config: C) -> C:
+    """The config with its plan's micro-batches where it says how roles are trained.
+
+    Raises `ConfigError` for a role that is not trained: it is read in the micro-batches of one that is.
+    """
+    changed: dict[str, TrainableConfig] = {}
+    for role, plan in config.plan.roles.items():
+        tokens = plan.max_tokens_per_micro_batch
+        if tokens is None:
+            continue
+        key = next((k for k in (role, "model") if isinstance(getattr(config, k, None), TrainableConfig)), None)
+        if key is None:
+            raise ConfigError(
+                f"`plan.{role}.max_tokens_per_micro_batch` is set, but the {role} is not trained: it is read in "
+                "the actor's micro-batches; take it out"
+            )
+        changed[key] = getattr(config, key).model_copy(update={"max_tokens_per_micro_batch": tokens})
+    return config.model_copy(update=changed) if changed else config
+
+
 def num_processes(placements: Placements) -> int:
     """One for each device up to the last that is named. Raises `ConfigError` for a gap."""
     used = {d.index for kinds in placements.values() for p in kinds.values() for d in p.mesh.devices}
@@ -99,7 +123,7 @@ def in_words(placements: Placements) -> str:
 
 
 def _of_role(role: str, plan: RolePlan | None, used: Sequence[Kind]) -> dict[Kind, Placement]:
-    if plan is None or (plan.offload and not plan.placements):
+    if plan is None or (plan.stays_in_process and not plan.placements):
         return dict.fromkeys(used, Placement(mesh=Mesh(devices=(Device(index=0),)), layout=Layout()))
     given = plan.placements
     if not given:

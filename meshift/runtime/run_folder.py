@@ -225,6 +225,12 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
             f"`output_dir` {path} holds {found}; name another folder, go on with --resume, "
             "or set overwrite_output_dir=true to delete that run"
         )
+    for name in MODELS:
+        if (path / name).exists() and not written_by_run(path / CONFIG):
+            raise ConfigError(
+                f"`output_dir` {path} holds {name}/ without the {CONFIG} of a run that wrote it; move it away, or "
+                "name another folder"
+            )
     _check_writable(path)
 
 

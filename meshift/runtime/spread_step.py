@@ -60,6 +60,7 @@ class SpreadStep:
                 roles[call.target].prepare_mix(roles[call.source])
         self._members = {call.name: self._members_of(call) for call in calls}
         self._meter = PeakMeter(device_for_run())
+        self._peaks: dict[str, float] = {}
         self._tags = {call.name: tag for tag, call in enumerate(calls, start=first_tag)}
         self._writers = {key: call.name for call in calls for key in _given(call, graph)}
         self._streams = Streams(graph, self._members, world, part_size, first_tag + len(calls))
@@ -70,6 +71,7 @@ class SpreadStep:
                 rounds = SpreadStep(call.graph, roles, world, part_size, self.end_tag + 1)
                 self._loops[call.name] = SpreadLoop(call, rounds, self.end_tag)
                 self.end_tag = rounds.end_tag
+        self._peaks_tag, self.end_tag = self.end_tag, self.end_tag + 1
 
     @property
     def placements(self) -> Mapping[str, tuple[int, ...]]:
@@ -90,6 +92,7 @@ class SpreadStep:
     def run(self, batch: Batch, step: int, on_call: Hear = lambda name: None) -> Outcome:
         """This process's part of a step on a batch that all have. In process 0, the whole outcome."""
         outcome = self.run_calls(batch, Now(step=step, began=time.perf_counter(), on_call=on_call))
+        outcome = replace(outcome, metrics={**outcome.metrics, **self._peaks_of_all()})
         self.world.finish()
         return outcome
 
@@ -127,7 +130,25 @@ class SpreadStep:
             return self._run(call, batch, now)
         self._meter.begin(call.name)
         outcome = self._run(call, batch, now)
-        return replace(outcome, metrics={**outcome.metrics, **self._meter.end()})
+        _raise_to(self._peaks, self._meter.end())
+        return outcome
+
+    def _peaks_of_all(self) -> dict[str, float]:
+        """In process 0, the most that any process had in memory in each call of the step; elsewhere this one's."""
+        peaks = self.take_peaks()
+        if self.world.rank != HOST:
+            self.world.send(Outcome(metrics=peaks), (HOST,), self._peaks_tag)
+            return peaks
+        for member in sorted(self.members - {HOST}):
+            _raise_to(peaks, self.world.receive(member, self._peaks_tag).metrics)
+        return peaks
+
+    def take_peaks(self) -> dict[str, float]:
+        """What this process had in memory at most in each of its calls, those in loops too; forgotten here."""
+        peaks, self._peaks = self._peaks, {}
+        for loop in self._loops.values():
+            _raise_to(peaks, loop.rounds.take_peaks())
+        return peaks
 
     def _run(self, call: Call, batch: Batch, now: Now) -> Outcome:
         """The call, with `timing_s/<call>` and how far into the step it began, `start_s/<call>`."""
@@ -232,6 +253,11 @@ def _given(call: Call, graph: Graph) -> tuple[str, ...]:
     """The keys of a call's outcome: those that it writes, and if it replaces the batch, the step's inputs."""
     replaces = isinstance(call, LoopCall) and call.replaces_batch
     return (*call.writes, *sorted(graph.inputs - set(call.writes))) if replaces else call.writes
+
+
+def _raise_to(peaks: dict[str, float], others: Mapping[str, float]) -> None:
+    for key, peak in others.items():
+        peaks[key] = max(peaks.get(key, 0.0), peak)
 
 
 def _without_starts(outcome: Outcome) -> Outcome:

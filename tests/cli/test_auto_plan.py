@@ -134,6 +134,14 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(room, hardware, capsy
     assert not (room.path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", ["data.dataset_name", "actor.model_name_or_path"])
+def test_a_name_that_is_wrong_is_told_before_a_device_is_measured(room, monkeypatch, capsys, wrong):
+    monkeypatch.setattr("meshift.runtime.auto_plan.hardware_of_run", None)  # a call would end in a traceback
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", "auto", f"{wrong}=/absent/one"]
+    assert main(words) == 2
+    assert "/absent/one" in capsys.readouterr().err
+
+
 PLAN = {"actor": {"train": {"mesh": "0-1", "layout": "d1t2p1"}, "generate": {"mesh": "0-1", "layout": "d2t1p1"}}}
 
 
@@ -145,6 +153,30 @@ def test_a_plan_file_is_read_and_may_be_changed(room, capsys, suffix, wrap):
     words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", str(file), "--dry-run"]
     assert main([*words, "plan.actor.generate.layout=d1t2p1"]) == 0
     assert "2 processes: actor.generate d1t2p1@0-1, actor.train d1t2p1@0-1" in capsys.readouterr().out
+
+
+def test_micro_batches_of_a_plan_are_the_runs_and_need_no_second_process(room):
+    values = {**values_of(room, "grpo"), "max_steps": 1, "plan": {"actor": {"max_tokens_per_micro_batch": 77}}}
+    assert main(["grpo", "--config", room.config(values)]) == 0
+    config = yaml.safe_load((room.path / "run" / "config.yaml").read_text())
+    assert config["actor"]["max_tokens_per_micro_batch"] == 77
+    assert not (room.path / "run" / "placements.json").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_micro_batches_of_a_plan_are_those_of_the_model(room, capsys, command):
+    role = "actor" if command == "sft" else "reward"
+    words = [command, "--config", room.config(values_of(room, command)), "--dry-run"]
+    assert main(words) == 0
+    before = capsys.readouterr().out
+    assert main([*words, f"plan.{role}.max_tokens_per_micro_batch=8"]) == 0
+    assert capsys.readouterr().out != before  # of which `arithmetic` says how many there are
+
+
+def test_micro_batches_of_a_role_that_is_only_read_are_refused(room, capsys):
+    words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--dry-run"]
+    assert main([*words, "plan.reference.max_tokens_per_micro_batch=8"]) == 2
+    assert "the reference is not trained: it is read in the actor's micro-batches" in capsys.readouterr().err
 
 
 def test_no_plan_in_a_word(room, capsys):

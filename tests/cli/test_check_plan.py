@@ -99,6 +99,7 @@ def test_memory_that_is_short_is_told_with_what_would_fit(check, tmp_path):
     assert code == 2
     assert "`train_actor` (actor.train) needs " in out
     assert "GB too much" in out
+    assert out.count("\n  - ") == int(out.split(": ")[1].split()[0]), out  # advice is no problem
     assert "it would fit with" in out
     assert "cannot be run" in err
     listed = next(line for line in out.splitlines() if "it would fit with" in line)

@@ -12,6 +12,7 @@ from meshift.cli.main import main
 from meshift.config.plan import PPOPlan
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Mesh
+from meshift.planner.strategies import STRATEGIES
 
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
 RAW = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 32, **SIZES}
@@ -69,6 +70,9 @@ def test_a_plan_is_a_page_to_look_at(run_file, tmp_path):
     assert "device 3" in page
     assert "<title>train_critic: " in page
     assert "(actor.generate) runs as" in page
+    by_hand = page[page.index('id="by-hand"') : page.index('id="reasons"')]
+    assert all(f">{name}</th>" in by_hand for name in STRATEGIES)
+    assert by_hand.count("times the plan") + by_hand.count("not possible") == len(STRATEGIES)
 
 
 def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, capsys):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from meshift.errors import ModelError
 from meshift.models.adapters import merged_model
 from meshift.models.attention import PackedAttention, packed_positions
-from meshift.models.hf.adapter_files import modules_of, targets_of
+from meshift.models.hf.adapter_targets import modules_of, targets_of
 from meshift.models.hf.load import load_config, load_model, open_weights
 from meshift.models.hf.save import save_adapter, save_model
 

@@ -1,11 +1,16 @@
 """Seconds follow from counts that can be made another way: bytes of plans, operations, rings, lengths."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from tiny_families import MODELS
 from tiny_tables import SIZES
 
-from meshift.config.sections import TrainableConfig
+from meshift.config.sections import LoraConfig, TrainableConfig
 from meshift.layout.layout import Layout, Placement
+from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
 from meshift.models.shards import shard_table
 from meshift.planner.cost import Costs
@@ -15,7 +20,8 @@ from meshift.planner.memory import Memory
 from meshift.planner.moving import Moving
 from meshift.planner.workload import PlannedCall, Role, Texts
 from meshift.realloc.plan import plan, unchanged
-from meshift.training.optimizer import is_frozen
+from meshift.training.flops import training_flops
+from meshift.training.optimizer import freeze, is_trained
 
 H100 = KNOWN["h100"]
 TEXTS = Texts(num_prompts=256, prompt=128, longest_prompt=128, completion=300, longest_completion=1024)
@@ -46,6 +52,10 @@ def seconds(kind, layout, texts=TEXTS, hardware=H100, role=None, **changes):
     return Costs(role or actor(), hardware).of(call(kind, texts, **changes), Layout.parse(layout))
 
 
+def adapted(config, passes):
+    return config if passes.lora is None else replace(config, adapter=adapter_for(config, passes.lora))
+
+
 PAIRS = [
     ("d2t2p1", "d4t1p1"),
     ("d1t2p2", "d2t2p1"),
@@ -58,24 +68,25 @@ PAIRS = [
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("first", [0, 1, 2, 4])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3"])
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_what_moves_is_what_a_plan_of_reallocation_sends(name, first, pair, frozen):
+@pytest.mark.parametrize(
+    "how", [{}, {"num_frozen_layers": 1}, {"lora": LoraConfig(rank=3)}], ids=["all", "frozen", "adapters"]
+)
+def test_what_moves_is_what_a_plan_of_reallocation_sends(name, first, pair, how):
+    passes = TrainableConfig(**how)
     family, differs = MODELS[name]
     sizes = {**SIZES, "max_position_embeddings": 64, "num_hidden_layers": 3}
     raw = {"model_type": family, "architectures": [FAMILIES[family].causal], **sizes, **differs}
-    config = read_config(raw, "a test")
+    config = adapted(read_config(raw, "a test"), passes)
     home, target = (Layout.parse(text) for text in pair)
     table = shard_table(config, "lm")
-    frozen_names = [name for name in table if is_frozen(name, frozen)]
+    frozen_names = [name for name in table if not is_trained(name, passes, "lm")]
     made = plan(
         Placement.parse(f"0-{home.num_ranks - 1}", pair[0]),
         Placement.parse(f"{first}-{first + target.num_ranks - 1}", pair[1]),
         table,
         leave_out=unchanged(dict.fromkeys(frozen_names, 0), dict.fromkeys(frozen_names, 0)),
     )
-    role = Role(
-        name="actor", config=config, head="lm", trained=True, passes=TrainableConfig(num_frozen_layers=frozen)
-    )
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
     found = Moving(Memory(role), H100).missing(home, target, first)
     assert 2 * found.total == made.wire_bytes
     assert 2 * found.most == max(made.received)
@@ -97,6 +108,24 @@ def test_training_takes_six_operations_for_each_weight_and_token():
     weights = sum(s.num_elements for s in shard_table(role.config, "lm").values()) - 32000 * 4096
     least = 6 * weights * tokens / (H100.flops["bfloat16"] * H100.compute_share)
     assert least < cost.parts["compute"] < 1.35 * least
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_frozen_layers": 2}, {"lora": LoraConfig(rank=8)}], ids=["all", "frozen", "adapters"]
+)
+def test_training_is_planned_to_take_the_operations_that_the_engine_counts(how):
+    """On a device whose memory takes no time, and with texts whose prompts are read as their completions are."""
+    passes = TrainableConfig(max_tokens_per_micro_batch=1 << 20, **how)
+    config = adapted(llama(layers=8, hidden=512, vocab_size=2000, tie_word_embeddings=True), passes)
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
+    texts = Texts(num_prompts=16, prompt=1, longest_prompt=1, completion=255, longest_completion=255)
+    endless = replace(H100, memory_rate=1e30, layer_delay=0.0)
+    cost = seconds("train", "d1t1p1", texts=texts, hardware=endless, role=role)
+    with torch.device("meta"):
+        model = Decoder(config)
+    freeze(model, passes)
+    counted = training_flops(model, [(0, 256)] * 16, 255 * 16, 256 * 16)
+    assert cost.parts["compute"] * H100.flops["bfloat16"] * H100.compute_share == pytest.approx(counted, rel=0.06)
 
 
 def test_reading_takes_a_third_of_learning():

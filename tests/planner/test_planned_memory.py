@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,19 +12,21 @@ import torch
 from tiny_families import MODELS, family_model
 from tiny_tables import SIZES
 
-from meshift.config.sections import TrainableConfig
+from meshift.config.sections import LoraConfig, TrainableConfig
 from meshift.generation.cache import KVCache
 from meshift.layout.boxes import boxes_of, num_elements
 from meshift.layout.layout import Coordinates, Layout, Placement
 from meshift.layout.mesh import Device
+from meshift.models.adapters import add_adapter
 from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
-from meshift.models.shards import shard_table
+from meshift.models.shards import is_adapters, shard_table
 from meshift.planner.memory import Machine, Memory
 from meshift.planner.sizes import Sizes
 from meshift.planner.workload import PlannedCall, Role, Texts
-from meshift.training.optimizer import MasterAdamW, freeze_layers, is_frozen
+from meshift.training.optimizer import MasterAdamW, freeze, is_frozen, is_trained
 
 LAYOUTS = ("d1t1p1", "d2t2p1", "d1t3p2", "d3t1p1s", "d2t2p3s", "d1t6p1")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,6 +39,12 @@ def tiny_config(name, num_layers=3):
     return read_config(
         {"model_type": family, "architectures": [FAMILIES[family].causal], **sizes, **differs}, "a test"
     )
+
+
+def adapted(config, passes):
+    if passes.lora is None:
+        return config
+    return replace(config, adapter=adapter_for(config, passes.lora, passes.num_frozen_layers))
 
 
 def wide_config(name="llama", **changes):
@@ -62,19 +71,26 @@ def call(kind="train", num_prompts=8, completion=32, per_prompt=1, **changes):
     return PlannedCall(name="call", role="actor", kind=kind, texts=texts, num_read=completion, **changes)
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", list(MODELS))
-def test_every_rank_is_counted_to_hold_what_its_boxes_hold(name, layout):
-    config, layout = tiny_config(name), Layout.parse(layout)
+def test_every_rank_is_counted_to_hold_what_its_boxes_hold(name, layout, lora):
+    given = TrainableConfig(num_frozen_layers=2, lora=lora)
+    config, layout = adapted(tiny_config(name), given), Layout.parse(layout)
     if layout.tensor > config.num_heads:
         pytest.skip("the layout cuts no such model")
-    table = shard_table(config, "lm")
-    sizes = Sizes(config, "lm", trained=True, num_frozen_layers=2)
-    for rank in range(layout.num_ranks):
-        boxes = {name: num_elements(box) for name, box in boxes_of(layout, table, rank).items()}
-        frozen = sum(count for name, count in boxes.items() if is_frozen(name, 2))
-        found = sizes.held(layout, layout.coordinates(rank))
-        assert found == (frozen, sum(boxes.values()) - frozen)
+    for head in ("lm", "value"):
+        table = shard_table(config, head)
+        sizes = Sizes(config, head, trained=True, num_frozen_layers=2)
+        assert sizes.frozen_names == [name for name in table if not is_trained(name, given, head)]
+        for rank in range(layout.num_ranks):
+            boxes = {name: num_elements(box) for name, box in boxes_of(layout, table, rank).items()}
+            frozen = sum(count for name, count in boxes.items() if not is_trained(name, given, head))
+            where = layout.coordinates(rank)
+            assert sizes.held(layout, where) == (frozen, sum(boxes.values()) - frozen)
+            assert sizes.adapters(layout, where) == sum(n for name, n in boxes.items() if is_adapters(name))
+            beside = (name.rpartition(".")[0] for name in boxes if name.endswith("lora_a"))
+            assert sizes.summed(layout, where) == sum(boxes[f"{name}.weight"] for name in beside)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +116,16 @@ def test_a_second_placement_takes_the_boxes_that_the_first_has_not(name, mesh, p
         assert memory.on_device({"train": home, "generate": other}, device) == expected
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "gpt2"])
-def test_weights_masters_gradients_and_moments_are_those_of_a_real_optimizer(name, dtype, frozen):
+def test_weights_masters_gradients_and_moments_are_those_of_a_real_optimizer(name, dtype, frozen, lora):
     model = family_model(name, num_layers=3, dtype=TYPES[dtype])
-    given = role(model.config, dtype=dtype, frozen=frozen)
-    freeze_layers(model, frozen, 3)
+    if lora is not None:
+        add_adapter(model, adapter_for(model.config, lora, frozen)).to(TYPES[dtype])
+    given = role(model.config, dtype=dtype, frozen=frozen, lora=lora)
+    freeze(model, given.passes)
     optimizer = MasterAdamW(model, given.passes)
     hidden = model(torch.arange(6), packed_positions([6]), PackedAttention([6]))
     model.head(hidden).sum().backward()
@@ -147,9 +166,17 @@ def test_the_cache_of_a_rank_covers_its_heads_its_layers_and_its_sequences():
     assert whole.working(given, Layout.parse("d1t1p2"), FIRST).cache == alone / 2
 
 
+def runs_kernels(dtype):
+    from meshift.kernels.cpu import kernels, products_for
+
+    return kernels() is not None and products_for(torch.zeros(1, dtype=TYPES[dtype])) is not None
+
+
 def saved_bytes(config, lengths, dtype=torch.float32, checkpoint=False):
     """What autograd keeps of the layers of a model, by storages that are no weights."""
     model = Decoder(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(config.adapter is None or is_adapters(name))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -175,11 +202,20 @@ def test_activations_kept_for_the_backward_pass_are_as_predicted(name, lengths):
     assert 0.8 < saved_bytes(config, lengths) / predicted < 1.1
 
 
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_activations_beside_adapters_are_kept_as_predicted(dtype, modules):
+    passes = TrainableConfig(lora=LoraConfig(rank=16, target_modules=modules))
+    config, lengths = adapted(wide_config(), passes), [96, 80, 80]
+    machine = Machine(kernels=runs_kernels(dtype))
+    each = Memory(role(config, dtype=dtype), machine).saved_numbers(Layout())
+    predicted = sum(lengths) * 3 * TYPES[dtype].itemsize * each
+    assert 0.8 < saved_bytes(config, lengths, TYPES[dtype]) / predicted < 1.1
+
+
 def test_bfloat16_kernels_keep_two_matrices_of_the_mlp():
     config, lengths = wide_config(), [96, 80, 80]
-    from meshift.kernels.cpu import kernels, products_for
-
-    if kernels() is None or products_for(torch.zeros(1, dtype=torch.bfloat16)) is None:
+    if not runs_kernels("bfloat16"):
         pytest.skip("this machine multiplies by torch")
     predicted = sum(lengths) * 3 * 2 * Memory(role(config), Machine(kernels=True)).saved_numbers(Layout())
     assert 0.8 < saved_bytes(config, lengths, torch.bfloat16) / predicted < 1.1
@@ -244,6 +280,8 @@ import re, sys, torch
 from meshift.algorithms.losses import PolicyLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.sections import TrainableConfig
+from meshift.models.adapters import add_adapter
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.load import load_model
 from meshift.training.engine import TrainingEngine, TrainTask
 from meshift.training.readings import TokenLogprobs
@@ -252,8 +290,10 @@ def read(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 model = load_model(sys.argv[1], head="lm", dtype=torch.float32)
+config = TrainableConfig.model_validate_json(sys.argv[2])
+if config.lora is not None:
+    add_adapter(model, adapter_for(model.config, config.lora))
 before = read("VmRSS") - sum(p.nbytes for p in model.parameters())
-config = TrainableConfig(max_tokens_per_micro_batch=2048, gradient_checkpointing=sys.argv[2] == "True")
 engine = TrainingEngine(model, config, trainable=True)
 whole, completion = torch.full((8,), 256), torch.full((8,), 192)
 ids = torch.randint(0, 40000, (8 * 256,))
@@ -268,13 +308,16 @@ print(read("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2-135M is not in the cache")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_a_real_model_takes_the_memory_that_was_predicted(checkpointing):
-    script = [sys.executable, "-c", MEASURED, str(MODEL), str(checkpointing)]
+@pytest.mark.parametrize(
+    "how", [{}, {"gradient_checkpointing": True}, {"lora": LoraConfig()}], ids=["all", "checkpointing", "adapters"]
+)
+def test_training_a_real_model_takes_the_memory_that_was_predicted(how):
+    passes = TrainableConfig(max_tokens_per_micro_batch=2048, **how)
+    script = [sys.executable, "-c", MEASURED, str(MODEL), passes.model_dump_json()]
     measured = int(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
-    config = read_config(json.loads((MODEL / "config.json").read_text()), "a test")
-    passes = {"max_tokens_per_micro_batch": 2048, "gradient_checkpointing": checkpointing}
-    memory = Memory(role(config, dtype="float32", **passes), Machine(packs=True))
+    config = adapted(read_config(json.loads((MODEL / "config.json").read_text()), "a test"), passes)
+    given = Role(name="actor", config=config, head="lm", dtype="float32", trained=True, passes=passes)
+    memory = Memory(given, Machine(packs=True))
     texts = Texts(num_prompts=8, prompt=64, longest_prompt=64, completion=192, longest_completion=192)
     given = PlannedCall(name="train", role="actor", kind="train", texts=texts, num_passes=2, num_read=192)
     predicted = memory.kept(Layout(), FIRST).total + memory.working(given, Layout(), FIRST).total

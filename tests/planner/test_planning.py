@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from tiny_steps import device, llama, problem, step, texts
 
+from meshift.config.plan import PolicyPlan
+from meshift.config.sections import TrainableConfig
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.bounds import least_seconds
 from meshift.planner.candidates import Use
@@ -56,6 +58,19 @@ def test_roles_leave_their_devices_only_where_nothing_else_fits():
     assert any(plan.get("offload") for plan in plan_values(tight.problem, tight.choice).values())
     peaks = peak_bytes(tight.problem.step, tight.problem.hardware, placements_of(tight.problem, tight.choice))
     assert max(peaks.values()) <= tight.problem.capacity
+
+
+def test_micro_batches_that_are_faster_are_part_of_the_plan():
+    dear = replace(device(), layer_delay=0.01)
+    planned = make_plan(step("grpo"), dear, 2, seconds=2)
+    assert planned.values == plan_values(planned.problem, planned.choice)  # one pass has all of it
+    given = step("grpo", given=texts(num_prompts=64))
+    few = {n: replace(r, passes=TrainableConfig(max_tokens_per_micro_batch=64)) for n, r in given.roles.items()}
+    planned = make_plan(replace(given, roles=few), dear, 2, seconds=2)
+    plan = PolicyPlan.model_validate(planned.values)
+    assert plan.actor.max_tokens_per_micro_batch > 64
+    assert plan.reference.max_tokens_per_micro_batch is None
+    assert planned.settings[-1].seconds < planned.seconds
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 5, 7])

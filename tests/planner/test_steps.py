@@ -1,5 +1,8 @@
 """The step that is planned has the calls of the algorithm's graph, and waits where that does."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,7 +32,8 @@ from meshift.config.runs import (
 from meshift.graph.calls import LoopCall, ModelCall, SyncCall
 from meshift.models.hf.families import read_config
 from meshift.planner.rollout_steps import Lengths, prompts_by_round
-from meshift.planner.steps import role_names, step_of
+from meshift.planner.steps import in_one_process, role_names, step_of
+from meshift.runtime.memory import held_models
 from meshift.runtime.policy_run import CRITIC_FREE, policy_models
 from meshift.runtime.ppo_run import role_models
 from meshift.runtime.rollout_run import sketched_sampling
@@ -108,6 +112,56 @@ def test_roles_start_from_the_models_that_a_run_gives_them():
     assert role_names(CASES["ppo with a cost"]()) == role_models(CASES["ppo with a cost"]())
     assert role_names(grpo) == policy_models(grpo)
     assert role_names(CASES["dpo"]()) == {"actor": "a", "reference": "a"}
+
+
+LORA = {"lora": {"rank": 4, "target_modules": ["q_proj", "down_proj"]}, "num_frozen_layers": 1}
+ADAPTED = {"model_name_or_path": "a", **LORA}
+SHARING = {
+    "a reference beside adapters": (config(DPORunConfig, actor=ADAPTED), {"reference"}),
+    "a reference of its own": (
+        config(DPORunConfig, actor=ADAPTED, reference={"model_name_or_path": "b"}),
+        set(),
+    ),
+    "one that moves": (config(DPORunConfig, actor=ADAPTED, reference={"sync_ref_model": True}), set()),
+    "one that leaves": (config(DPORunConfig, actor=ADAPTED, plan={"reference": {"offload": True}}), set()),
+    "an actor that leaves": (config(DPORunConfig, actor=ADAPTED, plan={"actor": {"offload": True}}), set()),
+    "no adapters": (config(DPORunConfig), set()),
+    "a critic's too": (
+        config(PPORunConfig, actor=ADAPTED, critic=LORA, reward={"model_name_or_path": "r"}),
+        {"reference", "reward"},
+    ),
+    "rounds": (
+        config(
+            OnlineDPORunConfig,
+            actor=ADAPTED,
+            reward={"model_name_or_path": "r"},
+            online_dpo={"steps_per_round": 4},
+        ),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_a_role_borrows_what_adapters_leave_in_the_plan_as_in_the_run(case, monkeypatch):
+    monkeypatch.setattr("meshift.runtime.models.model_folder", Path)  # these models are names only
+    given, borrowing = SHARING[case]
+    step = step_of(given, dict.fromkeys(role_names(given), LLAMA), "bfloat16")
+    roles = {name: replace(one, offloaded=name in given.plan.offloaded) for name, one in step.roles.items()}
+    found = in_one_process(given, replace(step, roles=roles))
+    assert {name for name, one in found.roles.items() if one.borrows} == borrowing
+    assert {one.role for one in held_models(given)} == found.roles.keys() - borrowing
+
+
+def test_only_roles_with_lora_have_adapters_and_where_it_says():
+    step = step_of(
+        SHARING["a critic's too"][0], dict.fromkeys(("actor", "critic", "reference", "reward"), LLAMA), "bfloat16"
+    )
+    adapters = {name: one.config.adapter for name, one in step.roles.items() if one.config.adapter is not None}
+    assert adapters.keys() == {"actor", "critic"}
+    assert {(a.rank, a.targets, a.first_layer) for a in adapters.values()} == {
+        (4, ("attention.query", "mlp.down"), 1)
+    }
 
 
 @pytest.mark.parametrize(("kind", "role"), [(SFTRunConfig, "actor"), (RewardRunConfig, "reward")])

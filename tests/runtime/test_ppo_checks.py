@@ -8,6 +8,7 @@ from meshift.rewards.configured import check_columns
 from meshift.rewards.functions import WeightedFunction
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import build_ppo_job, check_ppo, run_ppo
+from meshift.runtime.run_folder import CONFIG_HEADER
 
 CHECKS = pytest.mark.parametrize("start", [check_ppo, build_ppo_job])
 
@@ -18,7 +19,7 @@ def old_run(tmp_path):
     folder = tmp_path / "old"
     (folder / "final").mkdir(parents=True)
     for name in ("metrics.jsonl", "config.yaml", "samples.jsonl", "final/model.safetensors"):
-        (folder / name).write_text("{}\n")
+        (folder / name).write_text(f"{CONFIG_HEADER}\n" if name == "config.yaml" else "{}\n")
     return folder, lambda: {str(path): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
 
 

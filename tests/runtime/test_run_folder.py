@@ -16,7 +16,7 @@ import yaml
 from meshift.config.loading import load_config, make_config
 from meshift.config.runs import RewardRunConfig
 from meshift.errors import ConfigError
-from meshift.runtime.run_folder import RunFolder, check_inputs_stay, check_output_dir
+from meshift.runtime.run_folder import CONFIG_HEADER, RunFolder, check_inputs_stay, check_output_dir
 
 
 def refuse(word):
@@ -88,6 +88,7 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_everything_else(tmp_path)
     with RunFolder(path, []) as folder:
         folder.write_metrics(1, {"loss": 1.0})
         folder.write_samples([{"prompt": "old"}])
+    (path / "config.yaml").write_text(f"{CONFIG_HEADER}\n")
     (path / "final").mkdir()
     (path / "final" / "model.safetensors").write_text("old")
     (path / "notes.txt").write_text("mine")
@@ -100,11 +101,11 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_everything_else(tmp_path)
 
 
 def test_overwriting_a_folder_that_is_no_runs_deletes_nothing(tmp_path):
-    (tmp_path / "final").mkdir()
+    (tmp_path / "report.html").write_text("mine")
     (tmp_path / "config.yaml").write_text("mine")
     with RunFolder(tmp_path, [], overwrite=True):
         pass
-    assert (tmp_path / "final").is_dir()
+    assert (tmp_path / "report.html").read_text() == "mine"
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
@@ -186,6 +187,14 @@ def test_a_run_that_was_broken_off_in_its_first_step_can_be_started_again(tmp_pa
         with RunFolder(tmp_path / "run", ["tensorboard"]) as folder:
             folder.write_config(config)
     assert load_config(RewardRunConfig, tmp_path / "run" / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["final", "final_critic"])
+def test_a_model_that_no_run_wrote_is_not_removed_even_with_the_flag(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match=rf"holds {name}/ without the config\.yaml of a run that wrote it"):
+        check_output_dir(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -48,6 +48,14 @@ REFUSALS = {
         Case(DPORunConfig, {"actor": placed(train="p3@0-2")}),
         r"`plan\.actor\.train`: The layout d1t1p3 has more pipeline stages than the model has",
     ),
+    "layers": (
+        Case(
+            RewardRunConfig,
+            {"reward": placed(train="d1@1", infer="d1@0")},
+            {"model": {"num_frozen_layers": 9}},
+        ),
+        r"`model\.num_frozen_layers` = 9, but the model .* has 2 layers",
+    ),
     "parts": (
         Case(RewardRunConfig, {"reward": placed(train="t9@0-8")}),
         r"`plan\.reward\.train`: \d+ \w+.* cannot be cut into 9 parts",

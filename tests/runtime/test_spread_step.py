@@ -15,6 +15,7 @@ from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.models.shards import shard_table
+from meshift.runtime.peaks import PeakMeter
 from meshift.runtime.role import LocalRole
 from meshift.runtime.spread_role import SpreadRole
 from meshift.runtime.spread_step import SpreadStep
@@ -119,10 +120,14 @@ def check_ppo(rank, name, sections=SECTIONS, part_size=None, num_streams=0):
     roles = spread_roles(config, PLANS[name], world)
     graph = make_world(odd, config).graph  # another one: graphs remember, as value normalisation does
     spread = SpreadStep(graph, roles, world, part_size)
+    PeakMeter._peak = lambda self: 10**9 * (1 + rank)  # in this process only
     for step in range(NUM_STEPS):
         expected, found = alone.step(PROMPTS, step), spread.run(prompts_of(step), step)
         if rank == 0:
             check_outcome(found, expected, f"{name}, step {step}")
+            for call, members in spread.placements.items():
+                most = found.metrics[f"perf/peak_memory_gb/{call}"]
+                assert most == 1 + max(members), f"{call} of {members} has a peak of {most} GB"
             assert sum(key.startswith("stream_parts/") for key in found.metrics) == num_streams
     for role in ("actor", "critic", *(["reference"] if "reference" in sections else [])):
         check_weights(roles[role], alone.roles[role], name)

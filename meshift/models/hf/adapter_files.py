@@ -17,6 +17,7 @@ from torch import Tensor
 from meshift.errors import ModelError
 from meshift.models.config import Adapter, DecoderConfig
 from meshift.models.decoder import Decoder
+from meshift.models.hf.adapter_targets import ends_in, modules_of
 from meshift.models.hf.families import FAMILIES, HEAD_NAMES
 from meshift.models.hf.files import WeightFiles, read_json, resolve_model
 from meshift.models.hf.stored import stored_tensors
@@ -167,29 +168,6 @@ def _read_held(directory: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in files.read(files.shapes)}
 
 
-def targets_of(config: DecoderConfig, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Our linear layers whose Hugging Face modules these names end in; several of ours may lie in one module.
-
-    Raises `ModelError` for a name that is no linear layer's.
-    """
-    modules = modules_of(config)
-    for name in wanted:
-        if not any(_ends_in(module, name) for module in modules.values()):
-            known = sorted({module.rpartition(".")[2] for module in modules.values()})
-            raise ModelError(f"the model has no linear layer '{name}' in its layers; choose of {', '.join(known)}")
-    return tuple(own for own, module in modules.items() if any(_ends_in(module, name) for name in wanted))
-
-
-def modules_of(config: DecoderConfig) -> dict[str, str]:
-    """Our name of each linear layer within a layer -> the module it lies in, as `model.layers.{i}.mlp.up_proj`."""
-    names = FAMILIES[config.family].names
-    return {own: names[f"layers.{{i}}.{own}."].removesuffix(".") for own in config.linear_names}
-
-
-def _ends_in(module: str, name: str) -> bool:
-    return f".{module}".endswith(f".{name}")
-
-
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     """What `adapter_model.safetensors` holds of a model, on the CPU.
 
@@ -258,7 +236,7 @@ def _targeted(config: DecoderConfig, adapter: Adapter) -> dict[str, list[str]]:
 def _short_name(module: str, config: DecoderConfig, targeted: Mapping[str, Sequence[str]]) -> str:
     """The last part of a module's name, or the last two where another module without an adapter has it too."""
     parts = module.split(".")
-    alike = [other for other in set(modules_of(config).values()) if _ends_in(other, parts[-1])]
+    alike = [other for other in set(modules_of(config).values()) if ends_in(other, parts[-1])]
     return parts[-1] if all(other in targeted for other in alike) else ".".join(parts[-2:])
 
 

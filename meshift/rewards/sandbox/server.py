@@ -54,7 +54,7 @@ def main(argument: str) -> None:
     sys.path += settings["packages"]
     gc.collect()
     gc.freeze()
-    control.send(json.dumps({"ready": True, "landlock": walls.landlock_abi}).encode())
+    control.send(json.dumps({"ready": True}).encode())
     while True:
         message, files, _, _ = socket.recv_fds(control, MAX_REQUEST, MAX_FILES)
         if not message:
@@ -98,7 +98,6 @@ def _run(
     request: Mapping[str, Any], files: Sequence[int], walls: jail.Walls, control: socket.socket
 ) -> dict[str, Any]:
     """Run the request's processes until the first of them ends."""
-    started = time.monotonic()
     children: list[_Child] = []
     places = list(files)
     try:
@@ -114,7 +113,7 @@ def _run(
         ended = [child.end() for child in children]
     if failed:
         return {"error": failed}
-    return {"ended": ended, "wall_s": time.monotonic() - started}
+    return {"ended": ended}
 
 
 def _linked(request: Mapping[str, Any], places: list[int]) -> list[dict[str, Any]]:

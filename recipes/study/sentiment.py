@@ -127,6 +127,7 @@ class SentimentStudy:
         for name, part in zip(PAIR_FILES, (train, heldout, chosen), strict=True):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
             (self.folder / name).write_text(lines, encoding="utf-8")
+        marker.parent.mkdir(exist_ok=True)
         marker.write_text(key, encoding="utf-8")
 
 

@@ -63,32 +63,32 @@ def loss_of(policy: Sequence[float], reference: Sequence[float] = REFERENCE) -> 
     return float(dpo_loss(Table.of_policy(policy), Table.of_policy(reference), PREFERENCE, BETA).detach())
 
 
-def learned_reward(unseen: float, steps: int = 2000) -> list[float]:
+def learned_reward(unseen: float, steps: int) -> list[float]:
     """Scores after the reward model's training, where the third action's began at `unseen`."""
     scores = Table([[0.0, 0.0, unseen]])
     descend(lambda: reward_loss(scores, PREFERENCE), scores, steps=steps, learning_rate=0.01)
     return scores.numbers.detach()[0].tolist()
 
 
-def dpo_from(start: Sequence[float], steps: int = 2000) -> list[float]:
+def dpo_from(start: Sequence[float], steps: int) -> list[float]:
     """Where gradient descent on DPO's loss ends that begins at `start`."""
     policy, reference = Table.of_policy(start), Table.of_policy(REFERENCE)
     descend(lambda: dpo_loss(policy, reference, PREFERENCE, BETA), policy, steps=steps, learning_rate=0.01)
     return policy.probabilities()
 
 
-def ppo_from(start: Sequence[float], reference: Sequence[float], rewards: Sequence[float]) -> list[float]:
+def ppo_from(start: Sequence[float], rewards: Sequence[float], steps: int) -> list[float]:
     """Where PPO ends that begins at `start`."""
     policy = Table.of_policy(start)
-    setting = PPOSetting(steps=200, learning_rate=0.05, critic_learning_rate=0.05, kl_coef=BETA)
-    ppo = OneTokenPPO(setting, Table.of_policy(reference), torch.tensor([list(rewards)]), seed=0)
+    setting = PPOSetting(steps=steps, learning_rate=0.05, critic_learning_rate=0.05, kl_coef=BETA)
+    ppo = OneTokenPPO(setting, Table.of_policy(REFERENCE), torch.tensor([list(rewards)]), seed=0)
     ppo.train(policy, ConstantValue())
     return policy.probabilities()
 
 
-def three_actions() -> dict[str, Any]:
+def three_actions(descent_steps: int = 2000, ppo_steps: int = 200) -> dict[str, Any]:
     """All of it, as the report shows it."""
-    rewards = {unseen: learned_reward(unseen) for unseen in (0.0, -3.0, 3.0)}
+    rewards = {unseen: learned_reward(unseen, descent_steps) for unseen in (0.0, -3.0, 3.0)}
     reference = torch.tensor([REFERENCE])
     return {
         "beta": BETA,
@@ -97,12 +97,16 @@ def three_actions() -> dict[str, Any]:
             {
                 "reward": reward,
                 "optimum": tilted(reference, torch.tensor([reward]), BETA)[0].tolist(),
-                "trained": ppo_from(REFERENCE, REFERENCE, reward),
+                "trained": ppo_from(REFERENCE, reward, ppo_steps),
             }
             for reward in rewards.values()
         ],
         "starts": [
-            {"start": list(start), "dpo": dpo_from(start), "ppo": ppo_from(start, REFERENCE, rewards[0.0])}
+            {
+                "start": list(start),
+                "dpo": dpo_from(start, descent_steps),
+                "ppo": ppo_from(start, rewards[0.0], ppo_steps),
+            }
             for start in STARTS
         ],
     }

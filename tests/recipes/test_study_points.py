@@ -99,7 +99,14 @@ def faked(monkeypatch):
 
 
 def small(tmp_path):
-    return setting_of("small.yaml", f"output_dir={tmp_path}", "sentiment.pairs.num_heldout=2").sentiment
+    few = [
+        "sentiment.pairs.num_heldout=2",
+        *(f"sentiment.sweeps.{name}.strengths=[0.1]" for name in METHODS_SWEPT),
+    ]
+    return setting_of("small.yaml", f"output_dir={tmp_path}", "sentiment.ablation=null", *few).sentiment
+
+
+METHODS_SWEPT = ("dpo", "dpo_after_sft", "online_dpo", "ppo")
 
 
 def test_a_broken_off_study_would_run_finished_points_again_or_miss_some(faked, tmp_path, monkeypatch):
@@ -130,13 +137,13 @@ def test_weights_that_others_start_from_would_go_or_others_would_stay(faked, tmp
 
 
 def test_the_page_would_lack_a_point_or_let_a_completion_in_as_markup(faked, tmp_path):
-    setting = setting_of()
-    results = SentimentStudy(small(tmp_path), tmp_path, print).run(lambda results: None)
+    setting = setting_of().model_copy(update={"sentiment": small(tmp_path)})
+    results = SentimentStudy(setting.sentiment, tmp_path, print).run(lambda results: None)
     facts = {"date": "2026-11-28", "machine": "a machine"}
     page = study_page(setting, None, results, facts)
     assert HOSTILE not in page
     assert not re.search(r'(?:src|href)="', page)
-    for words in ("DPO after SFT beta 0.1", "iterative DPO beta 0.5", "PPO kl_coef 0.2", "0.750"):
+    for words in ("DPO after SFT beta 0.1", "iterative DPO beta 0.1", "PPO kl_coef 0.1", "0.750"):
         assert words in page
     study_page(setting, None, {"reference": results["reference"]}, facts)  # while it runs
 

@@ -1,11 +1,13 @@
 """The study's theory: Meshift's losses on one-token policies against closed forms and plain torch."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from recipes.study import theory as theory_part
 from recipes.study.findings import theory_findings
 from recipes.study.grid import (
     SIZE,
@@ -21,7 +23,7 @@ from recipes.study.intervals import difference, mean_of, t_quantile
 from recipes.study.one_token import OneTokenPPO, Pairs, PPOSetting, descend, dpo_loss, tilted
 from recipes.study.setting import TheorySetting
 from recipes.study.theory import run_theory
-from recipes.study.three_actions import BIASED, REFERENCE, ConstantValue, Table, loss_of, ppo_from
+from recipes.study.three_actions import BIASED, REFERENCE, ConstantValue, Table, loss_of, ppo_from, three_actions
 
 
 @pytest.mark.parametrize("policy", [(0.5, 0.5, 0.0), (0.9, 0.1, 0.0), (0.2, 0.01, 0.79), (1e-3, 1e-9, 0.999)])
@@ -41,10 +43,10 @@ def test_a_policy_on_the_unseen_action_would_not_be_an_optimum_of_dpo():
 def test_ppo_would_take_an_action_that_its_reference_never_takes():
     rewards = [1.0, 0.0, 50.0]
     assert tilted(torch.tensor([REFERENCE]), torch.tensor([rewards]), 0.1)[0, 2] == 0
-    trained = ppo_from(REFERENCE, REFERENCE, rewards)
+    trained = ppo_from(REFERENCE, rewards, steps=100)
     assert trained[2] == 0
     assert trained[0] > 0.99
-    away = ppo_from((0.25, 0.25, 0.5), REFERENCE, rewards)
+    away = ppo_from((0.25, 0.25, 0.5), rewards, steps=100)
     assert away[2] < 0.01, "the KL is worth more than the highest reward"
 
 
@@ -77,7 +79,7 @@ def test_dpo_on_the_grid_would_differ_from_a_plain_computation():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert torch.allclose(table_of(ours), table_of(plain), atol=1e-5)
+    assert torch.allclose(table_of(ours), table_of(plain), atol=1e-3)
     assert (table_of(ours) - table_of(reference)).abs().max() > 0.1
 
 
@@ -117,7 +119,8 @@ def test_a_seed_would_not_repeat_or_the_curves_would_end_elsewhere_than_the_tabl
         assert last == first["figures"][method]
 
 
-def test_theory_would_be_computed_again_or_a_changed_setting_would_not(tmp_path):
+def test_theory_would_be_computed_again_or_a_changed_setting_would_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory_part, "three_actions", partial(three_actions, descent_steps=20, ppo_steps=2))
     training = {"hidden": 8, "dpo_steps": 2, "reward_steps": 2, "ppo_steps": 1, "num_points": 1}
     setting = TheorySetting(num_seeds=2, pairs_per_prompt=[1], betas=[0.1], shown=[1, 0.1], training=training)
     told: list[str] = []

@@ -145,7 +145,8 @@ def test_the_page_would_lack_a_point_or_let_a_completion_in_as_markup(faked, tmp
     assert not re.search(r'(?:src|href)="', page)
     for words in ("DPO after SFT beta 0.1", "iterative DPO beta 0.1", "PPO kl_coef 0.1", "0.750"):
         assert words in page
-    study_page(setting, None, {"reference": results["reference"]}, facts)  # while it runs
+    alone = {**results["reference"], "kl": [0.0, 0.0], "proxy": []}
+    assert "0.200" in study_page(setting, None, {"reference": alone}, facts), "while it runs"
 
 
 def test_the_worse_completion_would_be_chosen_or_a_tie_would_make_a_pair():

@@ -22,7 +22,7 @@ from recipes.study.setting import SentimentSetting
 
 JUDGED, KEYS = "judged.json", "keys"
 PAIR_FILES = ("pairs.jsonl", "pairs-heldout.jsonl", "chosen.jsonl")
-After = Callable[[Mapping[str, dict[str, Any]]], None]
+After = Callable[[Mapping[str, dict[str, Any]]], object]
 """Hears of all that is done, after every point."""
 
 
@@ -53,7 +53,7 @@ class SentimentStudy:
             by_name = {other.name: other for other in self.points}
             parents = [self.key(by_name[name]) for name in point.parents]
             setting = self.setting
-            judging = [SEED, setting.num_heldout_prompts, setting.completion_length]
+            judging: list[Any] = [SEED, setting.num_heldout_prompts, setting.completion_length]
             judging += [] if point.method == "reference" else [setting.pairs.model_dump()]
             config = config_of(point, setting, self.folder)
             self.keys[point.name] = key_of(config, parents, judging)

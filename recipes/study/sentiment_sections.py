@@ -112,11 +112,11 @@ def ablation_section(setting: SentimentSetting, ablated: Ablated) -> Markup:
     factors = list(ablated[0][0])
     rows, tracks = [], []
     merged: dict[tuple[bool, ...], list[Mapping[str, Any]]] = {}
-    for on, run in ablated:
-        merged.setdefault(tuple(on.values()), []).append(run)
+    for is_on, run in ablated:
+        merged.setdefault(tuple(is_on.values()), []).append(run)
     for i, (on, runs) in enumerate(merged.items()):
         place = Place(method="ppo", strength=None, runs=runs)
-        label = ", ".join(name for name, is_on in zip(factors, on, strict=True) if is_on) or "none of them"
+        label = ", ".join(name for name, used in zip(factors, on, strict=True) if used) or "none of them"
         rows.append(
             [label, in_words(place.mean("true")), in_words(place.mean("kl"), 2), in_words(place.mean("proxy"), 2)]
         )

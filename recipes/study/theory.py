@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def run_theory(setting: TheorySetting, folder: Path, say: Callable[[str], None])
         _kept(
             where / f"pairs{grid.pairs_per_prompt}_beta{grid.beta:g}.json",
             _key(grid, setting.num_seeds),
-            lambda grid=grid: _cell(grid, setting.num_seeds),
+            partial(_cell, grid, setting.num_seeds),
             say,
         )
         for grid in grids_of(setting)

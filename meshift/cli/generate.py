@@ -132,14 +132,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerFast, prompt: str, *, chat: bool) ->
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, prompt: list[int], tokens: list[int], *, echo: bool) -> str:
-    whole = str(tokenizer.decode(prompt + tokens, skip_special_tokens=True))
+    from meshift.evaluation.generating import completion_text
+
     if echo:
-        return whole
-    # Decoded alone, a completion would lose its leading space in some tokenizers.
-    before = str(tokenizer.decode(prompt, skip_special_tokens=True))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(tokenizer.decode(prompt + tokens, skip_special_tokens=True))
+    return completion_text(tokenizer, prompt, tokens)
 
 
 def dtype_named(name: str) -> torch.dtype:

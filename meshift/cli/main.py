@@ -17,6 +17,7 @@ from meshift.cli.check import CHECK
 from meshift.cli.command import DOCS, Command, Parser, UsageError, did_you_mean, parse_command, refuse_unknown
 from meshift.cli.convert import CONVERT
 from meshift.cli.env import ENV
+from meshift.cli.eval import EVAL
 from meshift.cli.generate import GENERATE
 from meshift.cli.plan import PLAN
 from meshift.cli.policy_commands import POLICY_COMMANDS
@@ -28,7 +29,7 @@ from meshift.errors import MeshiftError
 
 TRAINING = (SFT, REWARD, DPO, PPO, *POLICY_COMMANDS, *PREFERENCE_COMMANDS)
 COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {c.name: c for c in (*TRAINING, GENERATE, CHAT, REPORT, CONVERT, CHECK, PLAN, PROFILE, ENV)}
+    {c.name: c for c in (*TRAINING, GENERATE, CHAT, EVAL, REPORT, CONVERT, CHECK, PLAN, PROFILE, ENV)}
 )
 
 EXAMPLE = """\

@@ -111,13 +111,14 @@ class RichObserver:
     def _times(self) -> str:
         elapsed = self._clock() - self._started
         remaining = elapsed / (self.num_done - (self._first or 0)) * (self._total - self.num_done)
-        return f"elapsed {_clock_time(elapsed)}  eta {_clock_time(remaining)}"
+        return f"elapsed {clock_time(elapsed)}  eta {clock_time(remaining)}"
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """`1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

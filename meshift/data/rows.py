@@ -5,9 +5,11 @@ It knows file formats only; what a row's columns mean is the business of `prompt
 
 import csv
 import difflib
+import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def iter_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
+    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or of `.gz`: JSON Lines packed by gzip.
 
     A `.json` file holds a list of objects, {"data": a list}, or JSON Lines under another name. JSON Lines and
     Parquet are read bit by bit. Blank lines of JSON Lines are skipped; CSV values are texts, but for JSON objects
@@ -101,17 +103,29 @@ def _text(path: Path) -> str:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:  # in bytes, lines end at \n alone; U+2028 and its like may stand in a string
-        for number, data in enumerate(file, start=1):
-            # Files with such marks, put behind one another, have them in the middle.
-            line = _decode(data.removeprefix(BYTE_ORDER_MARK), path, number)
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                values = load_json(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: bad JSON ({error}): write one JSON object per line.") from error
-            yield _row(values, where)
+        yield from _lines(file, path)
+
+
+def _packed(path: Path) -> Iterator[Row]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _lines(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked ({error}): give JSON Lines packed by gzip.") from error
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[Row]:
+    for number, data in enumerate(file, start=1):
+        # Files with such marks, put behind one another, have them in the middle.
+        line = _decode(data.removeprefix(BYTE_ORDER_MARK), path, number)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            values = load_json(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: bad JSON ({error}): write one JSON object per line.") from error
+        yield _row(values, where)
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -249,6 +263,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _jsonl,
+    ".gz": _packed,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,

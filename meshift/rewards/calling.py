@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshift.errors import RewardError
+from meshift.rewards import hanging
 from meshift.rewards.scores import TIMEOUT, CallError, Fault, Scores, collect, numbers_of, read_score, read_scores
 from meshift.rewards.signatures import RewardFunction, Signature
 
@@ -91,11 +92,15 @@ class Invoker:
         return Scores(values=scores.values, faults=scores.faults, extras=scores.extras | logs.numbers)
 
     def _plain(self, given: Mapping[str, Any]) -> Any:
-        with named_errors(self.function):
-            result = self.function(**given)
-            if inspect.isawaitable(result):
-                return self.loop.run(_until(result, self.timeout_s))
-            return list(result) if isinstance(result, Iterator) else result
+        limit = hanging.ENDED_AFTER_S
+        try:
+            with hanging.ended_if_hung(self.function, limit), named_errors(self.function):
+                result = self.function(**given)
+                if inspect.isawaitable(result):
+                    return self.loop.run(_until(result, self.timeout_s))
+                return list(result) if isinstance(result, Iterator) else result
+        except hanging.HungError as hung:
+            raise CallError(Fault(f"gave no answer within {limit:g} s{hung.place}", TIMEOUT)) from None
 
     async def _awaited(self, given: Mapping[str, Any]) -> Any:
         with named_errors(self.function):

@@ -5,20 +5,20 @@ It calls none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError
-from meshift.rewards.code.unit_tests import make_unit_tests
 from meshift.rewards.functions import WeightedFunction
 from meshift.rewards.loading import load_function
+from meshift.rewards.own import OWN, Loaded, load_own
 from meshift.rewards.remote import RemoteReward
 from meshift.rewards.signatures import (
     ARGUMENTS,
     TRUTHS,
-    RewardFunction,
     Signature,
     given_names,
     read_signature,
@@ -29,32 +29,27 @@ TAKEN = ("mean", "std", "frac_reward_zero_std", "overlong_penalty", "over_greedy
 """What runs write as `reward/<name>` themselves: a function of such a name goes by its whole spec."""
 
 
-OWN: Mapping[str, Callable[[Mapping[str, Any]], RewardFunction]] = {"unit_tests": make_unit_tests}
-"""Functions of Meshift's own by name: each is made of its kwargs, and has its own time limits."""
-
-
 def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunction]:
     """Import every configured function. Raises `ConfigError` naming the one that is not there, or is no reward."""
     names = [_short_name(config.function) for config in configs]
     loaded = []
     for config, short in zip(configs, names, strict=True):
         name = config.function if names.count(short) > 1 or short in TAKEN else short
-        function, spec = _load(config)
-        signature = read_signature(function)
+        found = _load(config)
+        signature = read_signature(found.function)
         if signature is None:
             raise ConfigError(unknown_signature(name))
-        is_own = config.function in OWN
-        if not is_own:
+        if config.function not in OWN:
             _check_kwargs(name, signature, config.kwargs)
         loaded.append(
             WeightedFunction(
                 name=name,
-                function=function,
+                function=found.function,
                 weight=config.weight,
-                spec=spec,
-                timeout_s=config.timeout_s,
+                spec=found.spec,
+                timeout_s=found.timeout_s,
                 on_error=config.on_error,
-                kwargs={} if is_own else config.kwargs,
+                kwargs=found.kwargs,
             )
         )
     return loaded
@@ -64,18 +59,24 @@ def _short_name(spec: str) -> str:
     return spec.rstrip("/").rpartition("/" if "://" in spec else ":")[2]
 
 
-def _load(config: RewardFunctionConfig) -> tuple[RewardFunction, str | None]:
-    """The function and where a process of its own would find it."""
+def _load(config: RewardFunctionConfig) -> Loaded:
+    """The function, and where a process of its own would find it."""
     spec = config.function
     if spec in OWN:
-        if config.timeout_s is not None:
-            raise ConfigError(f"reward function {spec} has its own time limits; put them in its kwargs")
-        return OWN[spec](config.kwargs), None
+        return load_own(spec, config.kwargs, config.timeout_s)
     if "://" in spec:
-        return RemoteReward(spec, config.timeout_s), None
+        remote = RemoteReward(spec, config.timeout_s)
+        return Loaded(function=remote, spec=None, timeout_s=config.timeout_s, kwargs=config.kwargs)
+    if ":" not in spec:
+        close = difflib.get_close_matches(spec, list(OWN), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; those of Meshift's own are {', '.join(OWN)}."
+        raise ConfigError(
+            f"there is no reward function {spec!r}{hint} Write one of yours as file.py:name or module:name"
+        )
     place, _, name = spec.rpartition(":")
     absolute = f"{Path(place).absolute()}:{name}" if place.endswith(".py") else spec
-    return load_function(spec), absolute
+    function = load_function(spec)
+    return Loaded(function=function, spec=absolute, timeout_s=config.timeout_s, kwargs=config.kwargs)
 
 
 def _check_kwargs(name: str, signature: Signature, kwargs: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import torch
 from meshift.batch import WHERE, Batch, Outcome, Ragged, column_key
 from meshift.errors import ConfigError, RewardError
 from meshift.rewards.calling import EventLoopThread, Invoker
+from meshift.rewards.hanging import said_if_slow
 from meshift.rewards.locating import score_samples
 from meshift.rewards.remote import RemoteReward
 from meshift.rewards.samples import Samples
@@ -186,8 +188,14 @@ class _Caller:
     def score(self, samples: Samples) -> tuple[Scores, float]:
         """Scores and faults of the samples, and the seconds that it took."""
         started = time.perf_counter()
-        scores = score_samples(self._call, samples, first_only=self._first_only)
+        slow = nullcontext() if isinstance(self.invoke, ProcessInvoker) else said_if_slow(*self._named)
+        with slow:
+            scores = score_samples(self._call, samples, first_only=self._first_only)
         return scores, time.perf_counter() - started
+
+    @property
+    def _named(self) -> tuple[str, RewardFunction]:
+        return self.weighted.name, self.weighted.function
 
     @property
     def _first_only(self) -> bool:
@@ -225,6 +233,11 @@ class _Waiting(threading.Thread):
         return self._scores
 
 
+def scores_of(weighted: WeightedFunction, samples: Samples) -> Scores:
+    """What one function says of samples that no run drew: values and faults, which nobody has acted on."""
+    return _Caller(weighted, EventLoopThread()).score(samples)[0]
+
+
 def _metrics(weighted: WeightedFunction, scores: Scores) -> dict[str, float]:
     name = f"reward/{weighted.name}"
     metrics = {f"{name}/{key}": _mean(numbers) for key, numbers in scores.extras.items() if numbers}
@@ -249,7 +262,7 @@ def _sentence(weighted: WeightedFunction, scores: Scores, samples: Samples) -> s
     if weighted.on_error == "skip":
         advice = f"samples like that get no reward from it, and reward/{weighted.name}/num_... counts them"
     elif fault.kind == TIMEOUT:
-        advice = "raise its timeout_s, or set its on_error: skip"
+        advice = "raise its timeout_s (or set one), or set its on_error: skip"
     else:
         advice = "correct it, or set its on_error: skip"
     return f"reward function {weighted.name} {fault.what} on {place}; {advice}"

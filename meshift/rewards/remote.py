@@ -1,28 +1,14 @@
 """A reward server of OpenRLHF's kind: `POST <url>` with JSON `{"query", "prompts", "labels"}`, scores in answer.
 
-JSON only; redirects are refused, and so are other schemes than http and https. It knows nothing of configs.
+It knows nothing of configs.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import math
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-from meshift.errors import ConfigError
-from meshift.rewards.calling import timed_out
-from meshift.rewards.scores import CallError, Fault
-
-NUM_TRIES = 5  # where no connection can be made, it breaks, or the server says that it is busy
-FIRST_PAUSE_S = 0.25  # doubled after each try
-BUSY = (429, 502, 503, 504)
-MAX_BYTES = 64 * 2**20
+from meshift.rewards.http import JsonServer, check_url
 
 
 class RemoteReward:
@@ -30,105 +16,8 @@ class RemoteReward:
 
     def __init__(self, url: str, timeout_s: float | None = None) -> None:
         check_url(url)
-        self.url = url
-        self.timeout_s = timeout_s
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._server = JsonServer(url, timeout_s)
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         """The server's answer. Raises `CallError` where there is none within `timeout_s`, or no JSON object."""
-        body = json.dumps({"query": list(queries), "prompts": list(prompts), "labels": list(labels)}).encode()
-        deadline = math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
-        for attempt in range(NUM_TRIES):
-            try:
-                return _decoded(self._post(body, deadline))
-            except _NoAnswerError as error:
-                if attempt == NUM_TRIES - 1:
-                    what = f"got no answer from {_shown(self.url)} in {NUM_TRIES} tries ({error})"
-                    raise CallError(Fault(what, "connection"), can_locate=False) from error
-            pause = FIRST_PAUSE_S * 2**attempt
-            if time.monotonic() + pause >= deadline:
-                raise CallError(timed_out(self.timeout_s), can_locate=False)
-            time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
-
-    def _post(self, body: bytes, deadline: float) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
-        left = None if deadline == math.inf else max(0.001, deadline - time.monotonic())
-        try:
-            with self._opener.open(request, timeout=left) as response:
-                return _read(response, deadline)
-        except TimeoutError:
-            raise CallError(timed_out(self.timeout_s), can_locate=False) from None
-        except urllib.error.HTTPError as error:
-            raise _status_error(error, self.url) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise CallError(timed_out(self.timeout_s), can_locate=False) from None
-            raise _NoAnswerError(error.reason) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _NoAnswerError(f"{type(error).__name__}: {error}") from error
-
-
-def check_url(url: str) -> None:
-    """Raise `ConfigError` where a reward server cannot have this address."""
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for one that is no number
-    except ValueError as error:
-        raise ConfigError(f"reward server {url!r} has no valid address ({error}); {_EXAMPLE}") from None
-    if parts.scheme not in ("http", "https"):
-        raise ConfigError(f"reward server {url!r}: only http and https are asked, not {parts.scheme}; {_EXAMPLE}")
-    if not parts.hostname:
-        raise ConfigError(f"reward server {url!r} names no host; {_EXAMPLE}")
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"reward server {_shown(url)}: a user name in the address is not supported; remove it")
-
-
-_EXAMPLE = "write it as http://127.0.0.1:5000/get_reward"
-
-
-class _NoAnswerError(Exception):
-    """The connection failed, or the server is busy: worth another try."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect to be reported as the status that it is."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """None: go nowhere."""
-
-
-def _status_error(error: urllib.error.HTTPError, url: str) -> Exception:
-    if error.code in BUSY:
-        return _NoAnswerError(f"status {error.code}")
-    hint = ", a redirect, which is not followed" if 300 <= error.code < 400 else ""
-    fault = Fault(f"got status {error.code} from {_shown(url)}{hint}", f"status {error.code}")
-    return CallError(fault, can_locate=error.code >= 400)
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; a server that sends it drop by drop has no longer than another."""
-    parts: list[bytes] = []
-    while part := response.read1(1 << 16):
-        parts.append(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if sum(map(len, parts)) > MAX_BYTES:
-            raise CallError(Fault(f"got more than {MAX_BYTES} bytes of answer", "http"), can_locate=False)
-    return b"".join(parts)
-
-
-def _decoded(body: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        raise CallError(Fault(f"got an answer that is not JSON: {body[:60]!r}", "http")) from None
-    if not isinstance(answer, dict):
-        raise CallError(Fault("got an answer that is no JSON object with 'rewards'", "http"))
-    return answer
-
-
-def _shown(url: str) -> str:
-    """The address without user, query and fragment, which may hold secrets."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return self._server.post({"query": list(queries), "prompts": list(prompts), "labels": list(labels)})

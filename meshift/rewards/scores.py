@@ -79,8 +79,13 @@ def read_scores(result: Any, num_samples: int, flavour: Flavour) -> Scores:
 
 
 def read_score(result: Any, flavour: Flavour) -> tuple[float | Fault | None, dict[str, list[float]]]:
-    """One sample's value, or what is wrong with it, and its extras. None is an answer in TRL alone."""
+    """One sample's value, or what is wrong with it, and its extras. None is an answer in TRL alone.
+
+    Functions of Meshift's own may put a `Fault` in a sample's place.
+    """
     extras: dict[str, list[float]] = {}
+    if isinstance(result, Fault):
+        return result, extras
     if flavour in ("verl", "verl batch") and isinstance(result, Mapping):
         key = next((k for k in SCORE_KEYS["verl"] if k in result), None)
         if key is None:

@@ -17,7 +17,8 @@ from meshift.data.dataset import dataset_rows
 from meshift.errors import ConfigError, MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
-from meshift.rewards.configured import OWN, load_functions
+from meshift.rewards.configured import load_functions
+from meshift.rewards.own import OWN
 from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict, peak_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
 from meshift.runtime.observer import SilentObserver

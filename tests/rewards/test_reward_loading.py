@@ -99,7 +99,8 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("judge", "write it as file.py:name or module:name"),
+        ("mathss", r"no reward function .mathss.; did you mean .maths.\? Write one of yours as file.py:name"),
+        ("qqqq", "those of Meshift.s own are unit_tests, maths, "),
         ("no/such/file.py:judge", "there is no file no/such/file.py"),
         ("{folder}/my_reward.py:judge", r"my_reward\.py; did you mean 'my_rewards\.py'\?"),
         ("{folder}/my_rewards.py:jugde", r"has no function 'jugde'; did you mean 'judge'\?"),

@@ -9,7 +9,7 @@ import pytest
 from reward_batches import rollout, score_spec
 
 from meshift.errors import RewardError
-from meshift.rewards import remote
+from meshift.rewards import http
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(monkeypatch):
     """`serve(act)` -> a server whose `url` answers by `act(handler)` and whose `asked` remembers."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
     servers = []
 
     def start(act):

@@ -63,6 +63,27 @@ class _Results:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Ran:
+    """A program that was run on one input."""
+
+    ended: Ended
+    text: str
+    stderr: str
+
+    @property
+    def failed(self) -> str:
+        """Why it did not end well, or an empty text."""
+        if self.ended.stopped == "server":
+            return "took the sandbox's server with it"
+        if self.ended.stopped is not None:
+            return TOO_LONG
+        if self.ended.status != 0:
+            lines = self.stderr.strip().splitlines()
+            return f"ended with {lines[-1][:200]}" if lines else f"ended with status {self.ended.status}"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """Runs programs within limits. `timeout_s` of processor time a test, by the clock twice that and a second; of
     a problem with a limit of its own, that one if it is lower. `stop_early`: one failed test decides."""
@@ -92,6 +113,19 @@ class Judge:
         memory = min(self.memory_bytes, problem.memory_limit_bytes or self.memory_bytes)
         return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_bytes=memory, output_bytes=self.output_bytes)
 
+    def outputs(self, slot: Slot, problem: Problem, program: str, inputs: Sequence[str]) -> list[str]:
+        """What a program prints for each of these inputs, within the problem's limits; "!" and why for one that it
+        does not end well on. Raises `SandboxError` where the sandbox fails."""
+        found: list[str] = []
+        deadline = time.monotonic() + self.total_timeout_s
+        with MemoryFile(program.encode(errors="replace")) as code:
+            for given in inputs:
+                if time.monotonic() >= deadline:
+                    return [*found, *["!no time was left"] * (len(inputs) - len(found))]
+                ran = self._run_program(slot, problem, code, given, deadline)
+                found.append(f"!{ran.failed}" if ran.failed else ran.text)
+        return found
+
     def _judge_outputs(
         self, slot: Slot, problem: Problem, code: MemoryFile, results: _Results, deadline: float
     ) -> None:
@@ -99,25 +133,24 @@ class Judge:
             if time.monotonic() >= deadline:
                 results.wrong = results.wrong or f"test {test}: no time was left"
                 return
-            limits = self._limits(problem, deadline)
-            with (
-                MemoryFile(given.encode(errors="replace")) as stdin,
-                MemoryFile() as stdout,
-                MemoryFile() as stderr,
-            ):
-                files = {
-                    "code": code.place,
-                    "stdin": stdin.place,
-                    "stdout": stdout.place,
-                    "stderr": stderr.place,
-                }
-                process = Process(kind="program", files=files, limits=limits, layers=self.layers)
-                [ended] = slot.run([process])
-                output = stdout.read(self.output_bytes + 1)
-                wrong = _wrong_output(ended, output, expected, stderr)
+            ran = self._run_program(slot, problem, code, given, deadline)
+            wrong = _wrong_output(ran, expected)
             results.add(test, wrong, timeout=wrong == TOO_LONG)
             if self.stop_early and wrong is not None:
                 return
+
+    def _run_program(self, slot: Slot, problem: Problem, code: MemoryFile, given: str, deadline: float) -> _Ran:
+        limits = self._limits(problem, deadline)
+        with (
+            MemoryFile(given.encode(errors="replace")) as stdin,
+            MemoryFile() as stdout,
+            MemoryFile() as stderr,
+        ):
+            files = {"code": code.place, "stdin": stdin.place, "stdout": stdout.place, "stderr": stderr.place}
+            process = Process(kind="program", files=files, limits=limits, layers=self.layers)
+            [ended] = slot.run([process])
+            text = stdout.read(self.output_bytes + 1).decode(errors="replace")
+            return _Ran(ended=ended, text=text, stderr=stderr.read(ERROR_BYTES).decode(errors="replace"))
 
     def _judge_functions(
         self, slot: Slot, problem: Problem, code: MemoryFile, results: _Results, deadline: float
@@ -188,15 +221,10 @@ def _refuse(value: Any) -> dict[str, Any]:
     raise TypeError(f"a test has a value of type {type(value).__name__}")
 
 
-def _wrong_output(ended: Ended, output: bytes, expected: str, stderr: MemoryFile) -> str | None:
+def _wrong_output(ran: _Ran, expected: str) -> str | None:
     """None for the right output of a program that ended by itself. How it ended can only take a pass away."""
-    if ended.stopped == "server":
-        return "took the sandbox's server with it"
-    if ended.stopped is not None:
-        return TOO_LONG
-    if ended.status != 0:
-        lines = stderr.read(ERROR_BYTES).decode(errors="replace").strip().splitlines()
-        return f"ended with {lines[-1][:200]}" if lines else f"ended with status {ended.status}"
-    if same_output(output.decode(errors="replace"), expected):
+    if ran.failed:
+        return ran.failed
+    if same_output(ran.text, expected):
         return None
-    return f"printed {output[:80].decode(errors='replace')!r} instead of {expected[:80]!r}"
+    return f"printed {ran.text[:80]!r} instead of {expected[:80]!r}"

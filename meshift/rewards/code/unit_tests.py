@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshift.config.loading import make_config
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
 from meshift.rewards.code.extraction import complete_function, extract_code
@@ -88,7 +87,7 @@ class UnitTests:
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             row = {name: columns[name][index] for name in names}
             problem = read_problem(row, prompt, self.config.max_tests)
-            work.append((problem, _program(problem, _text(completion))))
+            work.append((problem, program_of(problem, _text(completion))))
         verdicts = self._sandbox.map(self._verdict, work)
         for name, values in _metrics(verdicts).items():
             log_metric(name, values)
@@ -105,12 +104,8 @@ class UnitTests:
         return float(verdict.passed)
 
 
-def make_unit_tests(kwargs: Mapping[str, Any]) -> UnitTests:
-    """The function with the `kwargs` of its config."""
-    return UnitTests(make_config(UnitTestsConfig, kwargs, "the kwargs of reward function unit_tests"))
-
-
-def _program(problem: Problem, completion: str) -> str:
+def program_of(problem: Problem, completion: str) -> str:
+    """The program in a completion, with what the problem begins it with."""
     if problem.opening:
         return complete_function(problem.opening, problem.entry_point, completion)
     return extract_code(completion)

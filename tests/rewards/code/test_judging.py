@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from test_problems import APPS_CALL, APPS_STDIN, CODE_CONTESTS, HEAD, HUMAN_EVAL, MBPP
 
+from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
 from meshift.rewards.code.extraction import complete_function
 from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem, read_problem
-from meshift.rewards.code.unit_tests import make_unit_tests
+from meshift.rewards.code.unit_tests import UnitTests
 from meshift.rewards.sandbox.pool import Sandbox
 from meshift.rewards.sandbox.probes import probe
 
@@ -175,13 +176,13 @@ def test_packages_are_there_for_programs_that_are_given_them_and_for_no_others()
     numpy = pytest.importorskip("numpy")
     program = "import numpy as np\ndef f(x): return np.array(x).sum()"
     for packages, reward in (([str(Path(numpy.__file__).parents[1])], 1.0), ([], 0.0)):
-        function = make_unit_tests({"num_workers": 1, "packages": packages})
+        function = UnitTests(UnitTestsConfig(num_workers=1, packages=packages))
         logged = {}
         rewards = function(["p"], [program], logged.__setitem__, tests=[["assert f([1, 2]) == 3"]])
         assert rewards == [reward]
         function._sandbox.close()
     with pytest.raises(ConfigError, match="no folder"):
-        make_unit_tests({"packages": ["/nowhere"]})
+        UnitTests(UnitTestsConfig(packages=["/nowhere"]))
 
 
 def test_rewards_are_all_or_nothing_or_partial_and_none_without_tests():
@@ -195,7 +196,7 @@ def test_rewards_are_all_or_nothing_or_partial_and_none_without_tests():
     completions = ["```python\ndef f(x): return x\n```", "def f(x): return 1", "def f(x): return 1"]
     as_messages = [[{"role": "assistant", "content": text}] for text in completions]
     for credit, second in (("all", 0.0), ("partial", 0.5)):
-        function = make_unit_tests({"credit": credit, "num_workers": 2})
+        function = UnitTests(UnitTestsConfig(credit=credit, num_workers=2))
         for given in (completions, as_messages):
             logged = {}
             rewards = function(["p"] * 3, given, logged.__setitem__, **rows)

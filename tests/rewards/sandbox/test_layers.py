@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
-from meshift.rewards.code.unit_tests import make_unit_tests
+from meshift.rewards.code.unit_tests import UnitTests
 from meshift.rewards.sandbox import probes, slot
 from meshift.rewards.sandbox.cgroup import make_group
 from meshift.rewards.sandbox.launching import Launch, best_wall
@@ -77,12 +78,12 @@ def test_a_missing_layer_stops_the_run_with_its_name_and_the_fix(monkeypatch, la
     )
     monkeypatch.setattr("meshift.rewards.code.unit_tests.probe", lambda: found)
     with pytest.raises(ConfigError) as caught:
-        make_unit_tests({})
+        UnitTests(UnitTestsConfig())
     sentence = str(caught.value)
     assert sentence.startswith(f"the sandbox has no {layer} layer here (it was taken away)")
     assert FIXES[layer] in sentence
     assert "sandbox: unsafe" in sentence
-    function = make_unit_tests({"sandbox": "unsafe", "num_workers": 1})
+    function = UnitTests(UnitTestsConfig(sandbox="unsafe", num_workers=1))
     logged = {}
     rewards = function(["p"], ["def f(x): return x"], logged.__setitem__, tests=[["assert f(1) == 1"]])
     assert rewards == [1.0], "without that layer, when the user says so"

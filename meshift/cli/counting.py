@@ -1,0 +1,84 @@
+"""Shows how far a command is with things that it counts: a bar, or plain lines where the output is no terminal.
+
+It knows nothing of what is counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from meshift.cli.progress import SECONDS_BETWEEN_LINES, clock_time
+
+
+class Counting:
+    """To be used in a `with`, and called in any thread with what is counted, how many are done, and of how many.
+
+    The first count of a kind is what was done before. `clock` is in seconds; tests give their own.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._clock = clock
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta {task.fields[eta]}", markup=False),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._lock = threading.Lock()
+        self._task: TaskID | None = None
+        self._what = ""
+        self._first, self._started, self._last_line = 0, 0.0, 0.0
+        self.done = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show it."""
+        with self._lock:
+            if what != self._what or done < self.done:
+                self._begin(what, done, total)
+            self.done = done
+            if self._task is not None:
+                self._bar.update(self._task, completed=done, eta=self._eta(total))
+            elif done == total or self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
+                self._line(total)
+
+    def _begin(self, what: str, done: int, total: int) -> None:
+        self._what, self._first, self._started = what, done, self._clock()
+        self._last_line = self._started
+        if self._console.is_terminal:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total, completed=done, eta="")
+
+    def _eta(self, total: int) -> str:
+        if self.done == self._first and self.done < total:
+            return "?"
+        elapsed = self._clock() - self._started
+        return clock_time(elapsed / max(1, self.done - self._first) * (total - self.done))
+
+    def _line(self, total: int) -> None:
+        self._last_line = self._clock()
+        elapsed = clock_time(self._last_line - self._started)
+        text = f"{self._what}: {self.done}/{total}  elapsed {elapsed}  eta {self._eta(total)}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

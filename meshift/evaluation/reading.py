@@ -1,0 +1,97 @@
+"""Responses as reward models read them, and the divergence between two language models on completions.
+
+It knows nothing of tasks' files or of estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from meshift.batch import Batch, Ragged
+from meshift.data.chat import encode
+from meshift.data.exchanges import Encoder
+from meshift.data.pairs import Said
+from meshift.data.rows import Row
+from meshift.errors import DataError
+from meshift.evaluation.saved import Saved
+from meshift.evaluation.tasks import Question
+from meshift.models.hf.load import load_config
+from meshift.models.rotary import longest_sequence
+from meshift.runtime.models import check_reward_model, model_folder, open_tokenizer, stop_token_ids
+from meshift.runtime.role import open_role
+from meshift.training.readings import SequenceScores, TokenLogprobs
+
+ROWS_AT_A_TIME = 64
+Progress = Callable[[str, int, int], None]
+
+
+class ScoreModel:
+    """A reward or cost model. It reads texts with its own tokenizer, as `meshift reward` trains on them: the
+    response ends in an end token, unless the limit of tokens cut it off."""
+
+    def __init__(
+        self, name: str, role: str, dtype: torch.dtype, *, chat: bool, on_progress: Progress | None = None
+    ) -> None:
+        check_reward_model(name, role)
+        self.name = name
+        self._what = f"responses read by the {role} model"
+        self._on_progress = on_progress
+        tokenizer = open_tokenizer(name)
+        stops = stop_token_ids(name, tokenizer)
+        self._encoder = Encoder(tokenizer=tokenizer, apply_chat_template=chat, stop_token_ids=stops)
+        self._longest = longest_sequence(load_config(model_folder(name)))
+        self._role = open_role(role, name, "reward", dtype)
+
+    def scores(
+        self, questions: Sequence[Question], said: Sequence[Said], truncated: Sequence[bool]
+    ) -> list[float]:
+        """One per response. Raises `DataError` for one that is too long for the model."""
+        rows = [self._tokens(*one) for one in zip(questions, said, truncated, strict=True)]
+        found: list[float] = []
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            batch = Batch({"tokens": Ragged.from_rows(rows[start : start + ROWS_AT_A_TIME], torch.int64)})
+            scores = self._role.infer(SequenceScores(), batch).batch["scores"]
+            found += [float(score) for score in scores.values]
+            if self._on_progress is not None:
+                self._on_progress(self._what, len(found), len(rows))
+        return found
+
+    def _tokens(self, question: Question, said: Said, truncated: bool) -> list[int]:
+        exchange = self._encoder.exchange(question.prompt, said, Row(values={}, where=question.where))
+        cut = truncated and isinstance(said, str)
+        end = encode(self._encoder.tokenizer, str(said)) if cut else self._encoder.response_tokens(exchange)
+        tokens = self._encoder.prompt_tokens(exchange) + end
+        if len(tokens) > self._longest:
+            raise DataError(
+                f"{question.where}: prompt and response have {len(tokens)} tokens, and {self.name} takes "
+                f"{self._longest}; leave the row out, or lower --max-new-tokens"
+            )
+        return tokens
+
+
+def kl_to_reference(
+    model: str, reference: str, saved: Sequence[Saved], temperature: float, dtype: torch.dtype
+) -> list[float]:
+    """Of each completion, drawn from `model`, log(p / p_reference) in nats, summed over its tokens: the mean is
+    KL(model || reference) per completion. Both divide their logits by the temperature, as in training.
+
+    Raises `DataError` where a completion has no token ids.
+    """
+    bare = next((one for one in saved if not one.completion_ids or not one.prompt_ids), None)
+    if bare is not None:
+        raise DataError(f"the completion {bare.sample} of {bare.id!r} has no token ids, which KL is read at")
+    rows = [[*one.prompt_ids, *one.completion_ids] for one in saved]
+    lengths = [len(one.completion_ids) for one in saved]
+    batch = Batch(
+        {
+            "tokens": Ragged.from_rows(rows, torch.int64),
+            "completion_lengths": Ragged.scalars(lengths, torch.int64),
+        }
+    )
+    reading = TokenLogprobs(temperature=temperature)
+    ours = open_role("actor", model, "lm", dtype).infer(reading, batch).batch[reading.key]
+    theirs = open_role("reference", reference, "lm", dtype).infer(reading, batch).batch[reading.key]
+    sums = Ragged(ours.values.double() - theirs.values.double(), ours.lengths).sum_rows()
+    return [float(value) for value in sums]

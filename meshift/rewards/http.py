@@ -1,0 +1,143 @@
+"""JSON over HTTP, as reward servers and judges are asked: `POST`, a few tries, one time limit for all of them.
+
+Redirects are refused, and so are other schemes than http and https. It knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from meshift.errors import ConfigError
+from meshift.rewards.calling import timed_out
+from meshift.rewards.scores import CallError, Fault
+
+NUM_TRIES = 5  # where no connection can be made, it breaks, or the server says that it is busy
+FIRST_PAUSE_S = 0.25  # doubled after each try
+BUSY = (429, 502, 503, 504)
+MAX_BYTES = 64 * 2**20
+
+
+class JsonServer:
+    """`POST`s JSON objects to one address and reads JSON objects, in which there should be `expected`.
+
+    `timeout_s` covers all tries of one call.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        expected: str = "rewards",
+    ) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.expected = expected
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def post(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's answer. Raises `CallError` where there is none within `timeout_s`, or no JSON object."""
+        body = json.dumps(question).encode()
+        deadline = math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
+        for attempt in range(NUM_TRIES):
+            try:
+                return _decoded(self._post(body, deadline), self.expected)
+            except _NoAnswerError as error:
+                if attempt == NUM_TRIES - 1:
+                    what = f"got no answer from {shown_url(self.url)} in {NUM_TRIES} tries ({error})"
+                    raise CallError(Fault(what, "connection"), can_locate=False) from error
+            pause = FIRST_PAUSE_S * 2**attempt
+            if time.monotonic() + pause >= deadline:
+                raise CallError(timed_out(self.timeout_s), can_locate=False)
+            time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _post(self, body: bytes, deadline: float) -> bytes:
+        request = urllib.request.Request(self.url, body, dict(self._headers), method="POST")
+        left = None if deadline == math.inf else max(0.001, deadline - time.monotonic())
+        try:
+            with self._opener.open(request, timeout=left) as response:
+                return _read(response, deadline)
+        except TimeoutError:
+            raise CallError(timed_out(self.timeout_s), can_locate=False) from None
+        except urllib.error.HTTPError as error:
+            raise _status_error(error, self.url) from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise CallError(timed_out(self.timeout_s), can_locate=False) from None
+            raise _NoAnswerError(error.reason) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise _NoAnswerError(f"{type(error).__name__}: {error}") from error
+
+
+def check_url(url: str, what: str = "reward server", example: str = "http://127.0.0.1:5000/get_reward") -> None:
+    """Raise `ConfigError` where `what` cannot have this address."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for one that is no number
+    except ValueError as error:
+        raise ConfigError(f"{what} {url!r} has no valid address ({error}); write it as {example}") from None
+    if parts.scheme not in ("http", "https"):
+        raise ConfigError(
+            f"{what} {url!r}: only http and https are asked, not {parts.scheme}; write it as {example}"
+        )
+    if not parts.hostname:
+        raise ConfigError(f"{what} {url!r} names no host; write it as {example}")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(f"{what} {shown_url(url)}: a user name in the address is not supported; remove it")
+
+
+class _NoAnswerError(Exception):
+    """The connection failed, or the server is busy: worth another try."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirect to be reported as the status that it is."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """None: go nowhere."""
+
+
+def _status_error(error: urllib.error.HTTPError, url: str) -> Exception:
+    if error.code in BUSY:
+        return _NoAnswerError(f"status {error.code}")
+    hint = ", a redirect, which is not followed" if 300 <= error.code < 400 else ""
+    fault = Fault(f"got status {error.code} from {shown_url(url)}{hint}", f"status {error.code}")
+    return CallError(fault, can_locate=error.code >= 400)
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole body; a server that sends it drop by drop has no longer than another."""
+    parts: list[bytes] = []
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if sum(map(len, parts)) > MAX_BYTES:
+            raise CallError(Fault(f"got more than {MAX_BYTES} bytes of answer", "http"), can_locate=False)
+    return b"".join(parts)
+
+
+def _decoded(body: bytes, expected: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        raise CallError(Fault(f"got an answer that is not JSON: {body[:60]!r}", "http")) from None
+    if not isinstance(answer, dict):
+        raise CallError(Fault(f"got an answer that is no JSON object with {expected!r}", "http"))
+    return answer
+
+
+def shown_url(url: str) -> str:
+    """The address without user, query and fragment, which may hold secrets."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

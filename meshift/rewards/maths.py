@@ -1,0 +1,44 @@
+"""The reward function `maths`: whether a completion's answer equals the right one, by `math-verify`.
+
+It is imported where that extra is installed, and runs in a process of its own, which is killed if it takes too
+long: symbolic algebra may. It knows nothing of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from math_verify import parse, verify
+
+END_OF_THOUGHT = "</think>"
+GSM8K_MARK = "####"
+BOX = "\\boxed{"
+
+
+def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> float:
+    """1 where the completion's last answer is the right one as a mathematical object, else 0.
+
+    `ground_truth` is a number or LaTeX, with or without `$` and `\\boxed`, or a solution that ends as GSM8K's do
+    (`#### 42`) or in a box. Raises `ValueError` where no expression can be read in it.
+    """
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns of what is done here: no time limit of its own
+    right = parse(boxed_truth(ground_truth), parsing_timeout=None)
+    if not right:
+        raise ValueError(f"the right answer {str(ground_truth)[:60]!r} holds no expression that can be read")
+    text = solution_str.rpartition(END_OF_THOUGHT)[2]
+    if boxed_only:
+        text = BOX + text.rpartition(BOX)[2] if BOX in text else ""
+    return float(verify(right, parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def boxed_truth(ground_truth: Any) -> str:
+    """The right answer as it is parsed best: in a box, unless it is marked as mathematics already."""
+    text = str(ground_truth).strip()
+    if GSM8K_MARK in text:
+        text = text.rpartition(GSM8K_MARK)[2].strip()
+    if BOX in text:
+        return BOX + text.rpartition(BOX)[2]
+    return text if "$" in text else f"{BOX}{text}}}"

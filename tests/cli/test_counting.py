@@ -1,0 +1,57 @@
+"""How far a command is: lines now and then, or a bar; what is left is told from what was counted here."""
+
+import io
+
+from rich.console import Console
+
+from meshift.cli.counting import Counting
+
+
+class Clock:
+    now = 50.0
+
+    def __call__(self):
+        return self.now
+
+
+def counted(counts, *, terminal=False, seconds=2.0):
+    output, clock = io.StringIO(), Clock()
+    with Counting(Console(file=output, force_terminal=terminal, width=120), clock) as counting:
+        for count in counts:
+            counting(*count)
+            clock.now += seconds
+    return output.getvalue()
+
+
+def test_a_pipe_gets_a_line_at_most_every_five_seconds_and_the_last_one():
+    lines = counted([("programs", done, 10) for done in range(11)]).splitlines()
+    assert lines == [
+        "programs: 3/10  elapsed 0:00:06  eta 0:00:14",
+        "programs: 6/10  elapsed 0:00:12  eta 0:00:08",
+        "programs: 9/10  elapsed 0:00:18  eta 0:00:02",
+        "programs: 10/10  elapsed 0:00:20  eta 0:00:00",
+    ]
+
+
+def test_what_was_done_before_says_nothing_of_how_long_the_rest_takes():
+    lines = counted([("completions", done, 100) for done in (90, 91, 92, 93)]).splitlines()
+    assert lines == ["completions: 93/100  elapsed 0:00:06  eta 0:00:14"]
+    assert counted([("completions", 100, 100)]).splitlines() == [
+        "completions: 100/100  elapsed 0:00:00  eta 0:00:00"
+    ]
+
+
+def test_another_kind_begins_anew():
+    counts = [("completions", 0, 2), ("completions", 2, 2), ("programs", 1, 4), ("programs", 4, 4)]
+    lines = counted(counts, seconds=1.0).splitlines()
+    assert lines == [
+        "completions: 2/2  elapsed 0:00:01  eta 0:00:00",
+        "programs: 4/4  elapsed 0:00:01  eta 0:00:00",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_no_control_characters():
+    text = counted([("programs", done, 3) for done in range(4)], terminal=True)
+    assert "3/3" in text
+    assert "\x1b" in text
+    assert "\x1b" not in counted([("programs", done, 3) for done in range(4)])

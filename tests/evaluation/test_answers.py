@@ -1,0 +1,37 @@
+"""The number in an answer, and whether it is the right one."""
+
+from decimal import Decimal
+
+import pytest
+
+from meshift.evaluation.answers import final_number, is_right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 dogs have <<2*4=8>>8 legs.\n#### 8", 8),
+        ("#### $1,234.50 in all, of 2000", "1234.50"),
+        ("first #### 3\nthen again\n#### 4", 4),
+        ("It is \\boxed{-7} of 12.", -7),
+        ("So 3 + 4 = 7.", 7),
+        ("It costs $18.", 18),
+        ("Profit of 70,000 dollars", 70000),
+        ("1,2,3", 3),
+        ("1,234,567", 1234567),
+        ("about 25%", 25),
+        (".5 is a half", "0.5"),
+        ("#### none\nbut 5 before", None),
+        ("no number at all", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_what_is_marked_or_else_the_last_number(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_exactly_whatever_their_form():
+    assert is_right("#### $18.00", "18")
+    assert is_right("The answer is 1,000", "1000.0")
+    assert not is_right("#### 0.30000000000000001", "0.3")
+    assert not is_right("eighteen", "18")

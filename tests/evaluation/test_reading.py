@@ -1,0 +1,109 @@
+"""Reward models and KL on texts, against `transformers` reading the same tokens."""
+
+import pytest
+import torch
+from benchmark_rows import HH, questions_of
+from tiny_dialogue import save_dialogue_model
+
+from meshift.errors import DataError, ModelError
+from meshift.evaluation.reading import ScoreModel, kl_to_reference
+from meshift.evaluation.saved import Saved
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders: `policy`, `reference`, and `reward`, whose tokenizer ends texts with <|im_end|>."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models")
+    save_dialogue_model(folder / "policy")
+    save_dialogue_model(folder / "reference", seed=1)
+    config = LlamaConfig.from_pretrained(folder / "policy")
+    config.num_labels = 1
+    torch.manual_seed(2)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    AutoTokenizer.from_pretrained(folder / "policy").save_pretrained(folder / "reward")
+    return folder
+
+
+def theirs(folder, text):
+    """The score of `transformers`, of one text alone: the last position's, whatever its padding rule is."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return float(model.score(model.model(ids).last_hidden_state[:, -1])[0, 0])
+
+
+def test_responses_are_scored_at_their_end_token_or_where_the_limit_cut_them(models, tmp_path):
+    questions = questions_of(tmp_path, "hh-rlhf", HH) * 3
+    said = [" Hello, how are you?", " Go away.", " Go aw"]
+    seen = []
+    model = ScoreModel(
+        str(models / "reward"),
+        "reward",
+        torch.float32,
+        chat=False,
+        on_progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    found = model.scores(questions, said, [False, False, True])
+    prompt = questions[0].prompt
+    ends = ["<|im_end|>", "<|im_end|>", ""]
+    expected = [theirs(models / "reward", prompt + text + end) for text, end in zip(said, ends, strict=True)]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len({round(one, 4) for one in expected}) == 3
+    assert seen == [("responses read by the reward model", 3, 3)]
+
+
+def test_a_chat_model_reads_turns(models, tmp_path):
+    [question] = questions_of(tmp_path, "hh-rlhf", HH)
+    model = ScoreModel(str(models / "reward"), "reward", torch.float32, chat=True)
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGo away.<|im_end|>\n"
+    [found] = model.scores([question], [" Go away."], [False])
+    ends = [theirs(models / "reward", text), theirs(models / "reward", text.rstrip("\n"))]
+    assert min(abs(found - end) for end in ends) < 1e-5
+
+
+def test_what_no_reward_model_can_read_is_named(models, tmp_path):
+    [question] = questions_of(tmp_path, "hh-rlhf", HH)
+    with pytest.raises(ModelError, match="it is no reward model"):
+        ScoreModel(str(models / "policy"), "cost", torch.float32, chat=False)
+    model = ScoreModel(str(models / "reward"), "reward", torch.float32, chat=False)
+    with pytest.raises(DataError, match=r"hh-rlhf.jsonl:1: prompt and response have \d+ tokens, and .* takes 512"):
+        model.scores([question], ["long " * 200], [False])
+
+
+def test_kl_is_the_sum_over_a_completions_tokens_of_both_models_full_logits(models):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    saved = [
+        Saved(
+            id="q",
+            sample=j,
+            completion="",
+            prompt_ids=torch.randint(0, 250, (4,)).tolist(),
+            completion_ids=torch.randint(0, 250, (3 + j,)).tolist(),
+        )
+        for j in range(3)
+    ]
+    names = [str(models / name) for name in ("policy", "reference")]
+    loaded = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in names]
+    expected = []
+    for one in saved:
+        ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+        sums = []
+        for model in loaded:
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(one.prompt_ids) - 1 : -1]
+            chosen = torch.log_softmax(logits.double() / 0.7, -1).gather(
+                1, torch.tensor(one.completion_ids)[:, None]
+            )
+            sums.append(float(chosen.sum()))
+        expected.append(sums[0] - sums[1])
+    assert kl_to_reference(*names, saved, 0.7, torch.float32) == pytest.approx(expected, abs=1e-4)
+    assert kl_to_reference(names[0], names[0], saved, 0.7, torch.float32) == [0.0] * 3
+    with pytest.raises(DataError, match="completion 4 of 'q' has no token ids"):
+        kl_to_reference(*names, [Saved(id="q", sample=4, completion="x")], 1.0, torch.float32)

@@ -1,0 +1,203 @@
+"""Meshift's own reward functions: right and wrong answers, forms, lengths; what stops them."""
+
+import importlib.util
+import time
+
+import pytest
+from reward_batches import rollout, score_spec
+
+from meshift.config.reward_kwargs import LengthConfig
+from meshift.errors import ConfigError, RewardError
+from meshift.rewards.configured import check_columns, load_functions
+from meshift.rewards.shapes import Length, matches
+
+GOOD = "<think>two and two</think>\n<answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (GOOD, 1.0),
+        ("so: " + GOOD, 0.0),
+        (GOOD + " or 5", 0.0),
+        (GOOD + GOOD, 0.0),
+        ("<think>a<think>b</think><answer>4</answer>", 0.0),
+        ("<think>a</think><answer>4</answer></answer>", 0.0),
+        ("<answer>4</answer>", 0.0),
+    ],
+)
+def test_the_default_format_is_a_thought_then_an_answer_each_once(text, reward):
+    assert matches(text) == reward
+
+
+def test_formats_match_the_whole_a_part_or_are_counted():
+    assert [matches("a1b2c3", r"\d", how) for how in ("whole", "anywhere")] == [0.0, 1.0]
+    assert [matches("a1b2c3", r"\d", "count", most) for most in (1, 2, 6)] == [1.0, 1.0, 0.5]
+    assert matches("a\nb", "a.b") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"most": 4}, {0: 0, 4: 0, 5: -1, 9: -1}),
+        ({"most": 4, "buffer": 2}, {4: 0, 5: -0.5, 6: -1, 9: -1}),
+        ({"least": 4}, {0: -1, 1: -0.75, 4: 0, 99: 0}),
+        ({"least": 2, "most": 2, "buffer": 4}, {1: -0.5, 2: 0, 3: -0.25}),
+    ],
+)
+def test_length_costs_what_its_corners_say(keys, expected):
+    function = Length(LengthConfig(**keys))
+    lengths = list(expected)
+    assert function(["x"] * len(lengths), [[0] * n for n in lengths]) == pytest.approx(list(expected.values()))
+
+
+def test_length_counts_tokens_words_or_characters_of_texts_and_messages():
+    for unit, cost in (("tokens", -0.5), ("words", 0.0), ("characters", -1.0)):
+        function = Length(LengthConfig(unit=unit, most=2, buffer=2))
+        said = ["ab cd", [{"role": "assistant", "content": "ab cd"}]]
+        assert function(said, [[1, 2, 3]] * 2) == [cost, cost]
+
+
+def test_own_functions_are_weighted_beside_each_other_in_a_run():
+    batch = rollout(prompts=["a", "b"], completions=["deh", "f"])
+    scores, metrics = score_spec("format", batch, kwargs={"pattern": "d.*"}, weight=2.0)
+    assert (scores, metrics) == ([2.0, 0.0], {"reward/format": 0.5})
+    assert score_spec("length", batch, kwargs={"most": 1, "buffer": 4})[0] == [-0.5, 0.0]
+
+
+def test_a_regular_expression_that_takes_for_ever_is_stopped_and_its_sample_named():
+    """In the run's own process it would hold the interpreter, and with it every thread."""
+    batch = rollout(completions=["de", "a" * 40 + "b"])
+    started = time.monotonic()
+    with pytest.raises(
+        RewardError, match=r"format gave no answer within timeout_s = 0\.5 on sample 1 \(data.jsonl:2"
+    ):
+        score_spec("format", batch, kwargs={"pattern": "(a+)+c|de"}, timeout_s=0.5)
+    assert time.monotonic() - started < 60
+    scores, metrics = score_spec("format", batch, kwargs={"pattern": "(a+)+c|de"}, timeout_s=0.5, on_error="skip")
+    assert (scores, metrics["reward/format/num_timeouts"]) == ([1.0, 0.0], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "keys", "sentence"),
+    [
+        ("format", {"pattern": "(a"}, {}, "format.*no regular expression"),
+        ("format", {"patern": "a"}, {}, "unknown key `patern`"),
+        ("length", {}, {}, "no length costs anything; set one.*length"),
+        ("length", {"least": 5, "most": 4}, {}, "most = 4 is below least = 5"),
+        ("length", {"most": 4}, {"timeout_s": 3}, "length has its own time limits"),
+        ("judge", {"url": "ftp://x/v1", "model": "m"}, {}, "the judge's server .* only http and https"),
+        (
+            "judge",
+            {"url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"},
+            {},
+            "NO_SUCH_KEY.*export it",
+        ),
+        ("judge", {"url": "http://x/v1", "model": "m", "question": "Well?"}, {}, r"never shows .* \{completion\}"),
+    ],
+)
+def test_wrong_keys_are_named_before_a_run(name, kwargs, keys, sentence):
+    from meshift.config.sections import RewardFunctionConfig
+
+    with pytest.raises(ConfigError, match=sentence):
+        load_functions([RewardFunctionConfig(function=name, kwargs=kwargs, **keys)])
+
+
+@pytest.mark.parametrize(("name", "extra"), [("maths", "math"), ("reasoning_gym", "reasoning")])
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch, name, extra):
+    from meshift.config.sections import RewardFunctionConfig
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=rf"pip install 'meshift\[{extra}\]'"):
+        load_functions([RewardFunctionConfig(function=name)])
+
+
+@pytest.fixture
+def maths():
+    pytest.importorskip("math_verify")
+    from meshift.rewards.maths import maths
+
+    return maths
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "reward"),
+    [
+        ("So it is \\boxed{\\frac{1}{2}}.", "0.5", 1.0),
+        ("It is $x + 1$.", "1+x", 1.0),
+        ("It is $x + 2$.", "1+x", 0.0),
+        ("The answer is 1,234", 1234, 1.0),
+        ("She makes $18 a day.", "16 - 3 - 4 = 9 eggs\n#### 18", 1.0),
+        ("She makes 19.", "16 - 3 - 4 = 9 eggs\n#### 18", 0.0),
+        ("<think>\\boxed{1}</think> \\boxed{2}", "2", 1.0),
+        ("<think>\\boxed{2}</think> \\boxed{1}", "2", 0.0),
+        ("\\boxed{(1, 2)}", "(1,2)", 1.0),
+        ("\\boxed{(2, 1)}", "(1,2)", 0.0),
+        ("It is \\boxed{1} or \\boxed{2}", "2", 0.0),
+        ("I do not know.", "2", 0.0),
+        ("", "2", 0.0),
+    ],
+)
+def test_answers_are_compared_as_mathematics(maths, answer, truth, reward):
+    assert maths(answer, truth) == reward
+
+
+def test_only_a_box_counts_where_that_is_asked(maths):
+    assert [maths(text, "2", boxed_only=True) for text in ("2", "\\boxed{2}", "\\boxed{2} and 3")] == [
+        0.0,
+        1.0,
+        1.0,
+    ]
+
+
+def test_a_truth_that_is_none_names_its_sample():
+    pytest.importorskip("math_verify")
+    batch = rollout(prompts=["a", "b"], completions=["de", "f"], answer=["2", ""])
+    with pytest.raises(
+        RewardError, match=r"maths raised ValueError: the right answer '' .* sample 1 \(data.jsonl:2"
+    ):
+        score_spec("maths", batch, timeout_s=60)
+
+
+def test_maths_without_a_column_of_answers_is_refused_before_a_run():
+    pytest.importorskip("math_verify")
+    from meshift.config.sections import RewardFunctionConfig
+
+    with pytest.raises(ConfigError, match="maths needs 'ground_truth', but the data has none of the columns"):
+        check_columns(load_functions([RewardFunctionConfig(function="maths")]), ["prompt"])
+
+
+def test_symbolic_algebra_that_takes_too_long_is_stopped():
+    pytest.importorskip("math_verify")
+    from meshift.rewards.worker import WorkerProcess
+
+    worker = WorkerProcess("meshift.rewards.maths:maths", 60.0)
+    call = {"solution_str": "\\boxed{3}", "ground_truth": "3"}
+    assert worker.ask({"calls": [call], "num_samples": 1, "seed": 0}, 60.0)["scores"]["values"] == [1.0]
+    worker.close()
+
+
+def test_tasks_of_reasoning_gym_are_rows_that_their_own_scorers_score():
+    gym = pytest.importorskip("reasoning_gym")
+    from meshift.data.dataset import dataset_rows
+    from meshift.rewards.reasoning import reasoning_gym
+
+    for name in ("chain_sum", "leg_counting", "countdown", "family_relationships", "simple_equations"):
+        rows = [row.values for row in dataset_rows(f"reasoning-gym:{name}?size=6&seed=3[:4]")]
+        made = gym.create_dataset(name, size=6, seed=3)
+        assert [row["prompt"] for row in rows] == [made[i]["question"] for i in range(4)]
+        told = [row["reasoning_gym"] for row in rows]
+        right = [f"<think>well</think> <answer>{made[i]['answer']}</answer>" for i in range(4)]
+        assert reasoning_gym(right, told) == [1.0] * 4
+        assert all(score < 1 for score in reasoning_gym(["<answer>nonsense</answer>"] * 4, told))
+
+
+def test_a_task_that_is_another_one_here_is_refused():
+    pytest.importorskip("reasoning_gym")
+    from meshift.data.dataset import dataset_rows
+    from meshift.rewards.reasoning import reasoning_gym
+
+    [row] = dataset_rows("reasoning-gym:chain_sum?size=1")
+    told = {**row.values["reasoning_gym"], "question": "What is 1 + 1?"}
+    with pytest.raises(ValueError, match="another one here"):
+        reasoning_gym(["2"], [told])

@@ -9,24 +9,24 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from meshift import __version__
 from meshift.config.loading import load_config
 from meshift.errors import MeshiftError
-from recipes.study.page import study_page
+from recipes.study.code import run_code
+from recipes.study.page import Done, study_page
 from recipes.study.sentiment import SentimentStudy
 from recipes.study.setting import StudySetting
 from recipes.study.theory import run_theory
 
 SMALL = Path(__file__).parent / "small.yaml"
-PARTS = ("theory", "sentiment")
+PARTS = ("theory", "sentiment", "code")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,20 +56,22 @@ def run(setting: StudySetting, parts: Sequence[str]) -> None:
     """The parts, one after another, and the report after each of their points."""
     folder = Path(setting.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    theory = run_theory(setting.theory, folder, print) if "theory" in parts else None
-    report = partial(write_page, setting, folder, theory)
-    results: Mapping[str, Any] = {}
+    done = Done()
+    if "theory" in parts:
+        done = replace(done, theory=run_theory(setting.theory, folder, print))
     if "sentiment" in parts and setting.sentiment is not None:
-        results = SentimentStudy(setting.sentiment, folder, print).run(report)
-    print(f"report  {report(results)}")
+        study = SentimentStudy(setting.sentiment, folder, print)
+        results = study.run(lambda results: write_page(setting, folder, replace(done, sentiment=results)))
+        done = replace(done, sentiment=results)
+    if "code" in parts and setting.code is not None:
+        done = replace(done, code=run_code(setting.code, folder, print))
+    print(f"report  {write_page(setting, folder, done)}")
 
 
-def write_page(
-    setting: StudySetting, folder: Path, theory: Mapping[str, Any] | None, results: Mapping[str, dict[str, Any]]
-) -> Path:
+def write_page(setting: StudySetting, folder: Path, done: Done) -> Path:
     """`report.html`, of what is done so far."""
     path = folder / "report.html"
-    path.write_text(study_page(setting, theory, results, machine_facts()), encoding="utf-8")
+    path.write_text(study_page(setting, done, machine_facts()), encoding="utf-8")
     return path
 
 

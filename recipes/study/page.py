@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from meshift.report.document import document, key_values, section
 from meshift.report.markup import Child, Markup, element
 from meshift.report.numbers import duration
 from meshift.report.run_page import header
+from recipes.study.code_section import code_findings, code_section
 from recipes.study.findings import Finding, ablation_findings, sentiment_findings, theory_findings
 from recipes.study.sentiment_sections import ablated_of, ablation_section, frontier_section, places_of
 from recipes.study.setting import StudySetting
@@ -24,13 +26,18 @@ HOW_TO_READ = (
 )
 
 
-def study_page(
-    setting: StudySetting,
-    theory: Mapping[str, Any] | None,
-    results: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, str],
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The results of each part so far; None (or empty) for one that was not run."""
+
+    theory: Mapping[str, Any] | None = None
+    sentiment: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    code: Mapping[str, Any] | None = None
+
+
+def study_page(setting: StudySetting, done: Done, facts: Mapping[str, str]) -> str:
     """The whole page, of whatever is done so far."""
+    theory, results = done.theory, done.sentiment
     sections: list[Child] = []
     findings: list[Finding] = []
     if theory is not None:
@@ -41,9 +48,12 @@ def study_page(
         findings += [*sentiment_findings(places), *ablation_findings(ablated)]
         sections.append(frontier_section(setting.sentiment, results, places))
         sections.append(ablation_section(setting.sentiment, ablated) if ablated else None)
+    if setting.code is not None and done.code is not None:
+        findings += code_findings(setting.code, done.code)
+        sections.append(code_section(setting.code, done.code))
     return document(
         TITLE,
-        header(TITLE, _facts(facts, theory, results)),
+        header(TITLE, _facts(facts, done)),
         section("Findings", element("p", HOW_TO_READ, class_="hint"), findings_list(findings), anchor="findings"),
         *sections,
         section("How it was run", *_setting(setting, facts), anchor="setting"),
@@ -67,12 +77,12 @@ def _ended(claim: str) -> str:
     return claim if claim.endswith("?") else f"{claim}."
 
 
-def _facts(
-    facts: Mapping[str, str], theory: Mapping[str, Any] | None, results: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def _facts(facts: Mapping[str, str], done: Done) -> list[str]:
+    theory, results = done.theory, done.sentiment
     spent = {
         "theory": sum(part["seconds"] for part in (theory["three_actions"], *theory["cells"])) if theory else 0.0,
         f"{len(results)} runs of language models": sum(result["seconds"] for result in results.values()),
+        "code": done.code["seconds"] if done.code else 0.0,
     }
     return [facts["date"], facts["machine"], *(f"{part}: {duration(s)}" for part, s in spent.items() if s)]
 

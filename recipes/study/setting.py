@@ -84,9 +84,22 @@ class SentimentSetting(Section):
     ablation: AblationSetting | None = None
 
 
+class CodeSetting(Section):
+    """MBPP with unit tests."""
+
+    num_heldout: int = Field(40, ge=2, description="problems that models are judged on, the first of the file")
+    num_train: int = Field(200, ge=1, description="problems behind these, for training")
+    num_samples: int = Field(5, ge=1, description="completions of each held-out problem")
+    ks: list[int] = Field([1, 5], description="k of pass@k")
+    temperature: float = Field(0.8, gt=0, description="of these completions; training draws at 1")
+    completion_length: int = Field(96, ge=1, description="new tokens at most")
+    overrides: list[str] = Field([], description="of the PPO run")
+
+
 class StudySetting(Section):
     """All of a study."""
 
     output_dir: str = Field(description="the study's folder: a run per point, results, report.html")
     theory: TheorySetting = TheorySetting()
     sentiment: SentimentSetting | None = None
+    code: CodeSetting | None = None

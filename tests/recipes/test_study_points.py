@@ -10,17 +10,20 @@ import pytest
 
 from meshift.config.loading import load_config
 from meshift.errors import ConfigError
+from meshift.evaluation.tasks import Question
 from meshift.report.interval_chart import Mark, Span, Track, interval_chart
 from meshift.report.line_chart import Caption
-from recipes.study import sentiment
+from recipes.study import code, sentiment
 from recipes.study.__main__ import main
+from recipes.study.code_reward import before
+from recipes.study.code_section import code_findings
 from recipes.study.findings import Place, ablation_findings, direction, sentiment_findings
 from recipes.study.intervals import Mean
 from recipes.study.judging import Judged, preferences
-from recipes.study.page import study_page
+from recipes.study.page import Done, study_page
 from recipes.study.points import METHODS, config_of, points_of
 from recipes.study.sentiment import SentimentStudy
-from recipes.study.setting import StudySetting
+from recipes.study.setting import CodeSetting, StudySetting
 
 STUDY = Path(__file__).parents[2] / "recipes" / "study"
 HOSTILE = "<script>alert(1)</script>"
@@ -140,13 +143,13 @@ def test_the_page_would_lack_a_point_or_let_a_completion_in_as_markup(faked, tmp
     setting = setting_of().model_copy(update={"sentiment": small(tmp_path)})
     results = SentimentStudy(setting.sentiment, tmp_path, print).run(lambda results: None)
     facts = {"date": "2026-11-28", "machine": "a machine"}
-    page = study_page(setting, None, results, facts)
+    page = study_page(setting, Done(sentiment=results), facts)
     assert HOSTILE not in page
     assert not re.search(r'(?:src|href)="', page)
     for words in ("DPO after SFT beta 0.1", "iterative DPO beta 0.1", "PPO kl_coef 0.1", "0.750"):
         assert words in page
     alone = {**results["reference"], "kl": [0.0, 0.0], "proxy": []}
-    assert "0.200" in study_page(setting, None, {"reference": alone}, facts), "while it runs"
+    assert "0.200" in study_page(setting, Done(sentiment={"reference": alone}), facts), "while it runs"
 
 
 def test_the_worse_completion_would_be_chosen_or_a_tie_would_make_a_pair():
@@ -203,3 +206,35 @@ def test_a_mark_would_stand_elsewhere_than_its_values_say():
 def test_a_wrong_key_would_end_in_a_traceback(capsys):
     assert main(["theory.num_seed=3"]) == 2
     assert "did you mean `theory.num_seeds`?" in capsys.readouterr().err
+
+
+def test_problems_would_be_trained_on_that_models_are_judged_on(tmp_path, monkeypatch):
+    questions = [
+        Question(id=str(i), prompt=f"p{i}", row={"test_list": [f"assert f() == {i}"]}, where="") for i in range(9)
+    ]
+    monkeypatch.setattr(code, "load_questions", lambda task, name: questions)
+    code.write_training_problems(CodeSetting(num_heldout=4, num_train=3), tmp_path / "train.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["test_list"]) for row in rows] == [
+        (f"p{i}", [f"assert f() == {i}"]) for i in (4, 5, 6)
+    ]
+    code.config_of(setting_of().code, tmp_path)
+    code.config_of(setting_of("full.yaml").code, tmp_path)
+
+
+def test_a_wrong_sample_would_count_as_right_or_after_as_before():
+    lines = [json.dumps({"id": i, "sample": s, "right": s < n}) for i, n in (("a", 0), ("b", 2)) for s in range(4)]
+    counts = code.counts_of(lines)
+    assert counts == {"a": [4, 0], "b": [4, 2]}
+    assert code.rates(counts, 1) == [0.0, 0.5]
+    assert code.rates(counts, 2) == pytest.approx([0.0, 1 - 1 / 6])
+    result = {"before": {"a": [4, 0], "b": [4, 0], "c": [4, 1]}, "after": {"a": [4, 4], "b": [4, 4], "c": [4, 4]}}
+    one, five = code_findings(CodeSetting(ks=[1, 4]), result)
+    assert (one.verdict, five.claim) == ("agrees", "Code: PPO with unit tests raises pass@4")
+    assert "0.083" in one.figures
+
+
+def test_what_follows_a_program_would_be_run_with_it():
+    assert before("def f():\n    return 1\nassert f(", ("\nassert ", "\nprint(")) == "def f():\n    return 1"
+    assert before("x = 1\nprint(x)\nassert x", ("\nassert ", "\nprint(")) == "x = 1"
+    assert before("x = 1", ("\nassert ",)) == "x = 1"

@@ -19,7 +19,7 @@ from recipes.study.grid import (
     run_seed,
     table_of,
 )
-from recipes.study.intervals import difference, mean_of, t_quantile
+from recipes.study.intervals import difference, mean_of
 from recipes.study.one_token import OneTokenPPO, Pairs, PPOSetting, descend, dpo_loss, tilted
 from recipes.study.setting import TheorySetting
 from recipes.study.theory import run_theory
@@ -131,13 +131,6 @@ def test_theory_would_be_computed_again_or_a_changed_setting_would_not(tmp_path,
     run_theory(setting.model_copy(update={"betas": [0.1, 1.0]}), tmp_path, told.append)
     assert told[2:] == ["theory: pairs1_beta1"]
     assert {f.verdict for f in theory_findings(theory, setting.shown)[:2]} == {"agrees"}
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (19, 2.093), (127, 1.979)]
-)
-def test_an_interval_would_have_the_wrong_width(freedom, quantile):
-    assert t_quantile(freedom) == pytest.approx(quantile, rel=0.01)
 
 
 def test_a_mean_would_lose_its_interval():

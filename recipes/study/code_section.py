@@ -34,8 +34,8 @@ def code_section(setting: CodeSetting, result: Mapping[str, Any]) -> Markup:
         f"SmolLM2-135M-Instruct on MBPP: judged on the first {setting.num_heldout} problems, "
         f"{setting.num_samples} samples of at most {setting.completion_length} tokens at temperature "
         f"{setting.temperature:g}; trained by PPO on the {setting.num_train} problems behind them "
-        f"({', '.join(setting.overrides)}), with 10 where all tests pass and 0 else. Intervals: 95 %, over problems; "
-        "one training seed."
+        f"({', '.join(setting.overrides)}), with 10 where all tests pass and 0 else. Intervals: 95 %, over "
+        "problems; one training seed."
     )
     rows = [
         [f"pass@{k}", *(in_words(mean_of(rates(result[when], k))) for when in ("before", "after"))]

@@ -3,6 +3,15 @@
 The command line turns a `MeshiftError` into its sentence and its exit code, never into a traceback.
 """
 
+MOST_SHOWN = 80
+"""Characters of a wrong value that a sentence repeats."""
+
+
+def shown(value: object) -> str:
+    """A wrong value as a sentence shows it: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
 
 class MeshiftError(Exception):
     """The run failed in a way that has a plain explanation. Exit code 1."""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshift.errors import ModelError
+from meshift.errors import ModelError, shown
 from meshift.kernels import functions
 from meshift.kernels.cpu import ACTIVATIONS as KERNEL_ACTIVATIONS
 from meshift.kernels.cpu import Kernels, products_for
@@ -34,7 +34,7 @@ class MLP(nn.Module):
         super().__init__()
         if str(config.activation) not in ACTIVATIONS:
             raise ModelError(
-                f"The activation '{config.activation}' (hidden_act in config.json) is not supported; choose "
+                f"The activation {shown(config.activation)} (hidden_act in config.json) is not supported; choose "
                 f"one of {', '.join(ACTIVATIONS)}."
             )
         self.activation_name = config.activation

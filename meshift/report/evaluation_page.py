@@ -74,7 +74,7 @@ def _chart(metrics: Mapping[str, Mapping[str, Any]]) -> Markup | None:
         return None
     height = len(parts) * (ROW + GAP) + FOOT
     drawn: list[Markup] = []
-    marks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    marks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     for mark, label in zip(marks, tick_labels(marks), strict=True):
         drawn.append(element("line", x1=_x(mark), x2=_x(mark), y1=0, y2=height - FOOT, class_="rule"))
         drawn.append(element("text", label, x=_x(mark), y=height - 6, class_="x"))

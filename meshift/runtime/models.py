@@ -16,7 +16,7 @@ import torch
 from meshift.config.plan import PlanConfig
 from meshift.config.sections import TrainableConfig
 from meshift.data.packages import is_package_name, obtain
-from meshift.errors import ConfigError, ModelError
+from meshift.errors import ConfigError, ModelError, shown
 from meshift.layout.shard import Shard
 from meshift.models.config import Adapter, HeadKind
 from meshift.models.decoder import Decoder
@@ -93,7 +93,7 @@ def stop_token_ids(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> tup
         if i is not None and (not isinstance(i, int) or isinstance(i, bool)):
             raise ModelError(
                 f"{folder / 'generation_config.json'}: eos_token_id must be a token id, or a list of them, not "
-                f"{i!r}; correct it, or copy the file from its source again"
+                f"{shown(i)}; correct it, or copy the file from its source again"
             )
     return tuple(sorted({i for i in ids if i is not None}))
 

@@ -7,6 +7,7 @@ import pytest
 from bad_input import PAIRS, PROMPTS, edit_json, edit_weights, refused
 
 from meshift.cli.main import main
+from meshift.runtime.run_folder import CONFIG_HEADER
 
 
 def prompts(rows, *words, name="prompts.jsonl", **changes):
@@ -54,6 +55,7 @@ def ppo(*words, **changes):
     def arguments(room):
         room.path.joinpath("old", "final").mkdir(parents=True)
         room.path.joinpath("old", "metrics.jsonl").write_text("{}\n")
+        room.path.joinpath("old", "config.yaml").write_text(f"{CONFIG_HEADER}\n")
         pairs = ((key.replace("__", "."), value.format(room=room.path)) for key, value in changes.items())
         return room.dry(*(f"{key}={value}" for key, value in pairs))
 
@@ -218,7 +220,7 @@ CASES = {
     "a file that fails when it is imported": rewards("1 / 0", "ZeroDivisionError", "rewards.py"),
     "a file that ends the program": rewards("import sys\nsys.exit(3)", "SystemExit", "rewards.py"),
     "a function that needs another column": rewards("def good(completions, level): ...", "'level'", "answer"),
-    "a function without a name": rewards("", "cannot read the reward function", function="rewards"),
+    "a function without a name": rewards("", "there is no reward function", "file.py:name", function="rewards"),
 }
 
 

@@ -111,7 +111,7 @@ def test_an_unknown_scaling_is_named(saved, tmp_path):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"config\.json cannot be read .*factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rotary settings are rope_theta"),
         ({"rope_parameters": "yarn"}, "cannot be read .*rope_parameters"),
-        ({"architectures": 3}, r"config\.json: architectures must be a list of names, not '3'"),
+        ({"architectures": 3}, r"config\.json: architectures must be a list of names, not 3;"),
         ({"architectures": {"\n": None}}, r"config\.json: architectures must be a list of names"),
         ({"num_hidden_layers": 2**31}, "num_hidden_layers is above 10,000"),
         ({"num_labels": 10**400}, "num_labels is above 10,000"),

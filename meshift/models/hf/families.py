@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from meshift.errors import ModelError
+from meshift.errors import ModelError, shown
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.hf.family import Family, name_template
 from meshift.models.hf.gemma_family import GEMMA, GEMMA2, GEMMA3
@@ -42,7 +42,7 @@ def find_family(raw: Mapping[str, Any], where: str) -> Family:
         isinstance(name, str) and name.isidentifier() for name in named
     ):
         raise ModelError(
-            f"{where}: architectures must be a list of names, not {str(named)[:80]!r}; copy that file from its "
+            f"{where}: architectures must be a list of names, not {shown(named)}; copy that file from its "
             "source again."
         )
     for family in FAMILIES.values():
@@ -145,7 +145,7 @@ def _check_sizes(config: DecoderConfig, where: str) -> None:
     for key in (*sizes, "num_layers", "num_heads", "num_kv_heads"):
         value = getattr(config, key)
         if not isinstance(value, int) or value < 1:
-            raise ModelError(f"{where}: {key} must be a whole number above zero, not {value!r}.")
+            raise ModelError(f"{where}: {key} must be a whole number above zero, not {shown(value)}.")
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"{where}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads "
@@ -156,4 +156,4 @@ def _check_sizes(config: DecoderConfig, where: str) -> None:
     for key in ("attention_softcap", "logit_softcap", "query_scale"):
         cap = getattr(config, key)
         if cap is not None and not (isinstance(cap, float | int) and cap > 0):
-            raise ModelError(f"{where}: {key} must be a number above zero, or null, not {cap!r}.")
+            raise ModelError(f"{where}: {key} must be a number above zero, or null, not {shown(cap)}.")

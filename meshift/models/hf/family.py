@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from meshift.errors import shown
+
 # Checkpoints from before 2023 carry the rotary frequencies of every layer.
 ROTARY_BUFFERS = r".*\.rotary_emb\.inv_freq"
 
@@ -95,7 +97,7 @@ def layer_types(values: Mapping[str, Any], otherwise: Callable[[int], bool]) -> 
         raise ValueError(f"layer_types has {len(types)} entries for {num_layers} layers")
     unknown = sorted(set(types) - {SLIDING, FULL})
     if unknown:
-        raise ValueError(f"layer_types has {unknown[0]!r}, but only {SLIDING} and {FULL} are supported")
+        raise ValueError(f"layer_types has {shown(unknown[0])}, but only {SLIDING} and {FULL} are supported")
     return tuple(types)
 
 
@@ -107,5 +109,5 @@ def windows_of(types: Sequence[str], window: int | None) -> tuple[int | None, ..
     if SLIDING not in types or window is None:
         return ()
     if not isinstance(window, int) or window < 1:
-        raise ValueError(f"sliding_window must be a whole number above zero or null, not {window!r}")
+        raise ValueError(f"sliding_window must be a whole number above zero or null, not {shown(window)}")
     return tuple(window if kind == SLIDING else None for kind in types)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from meshift.config.unit_tests import UnitTestsConfig
 from meshift.evaluation.tasks import find_task
-from meshift.rewards.code.unit_tests import UnitTests, make_unit_tests
+from meshift.rewards.code.unit_tests import UnitTests
 
 TIMEOUT_S = 2
 
@@ -28,4 +29,4 @@ def before(text: str, stops: tuple[str, ...]) -> str:
 @cache
 def _tests() -> UnitTests:
     """One sandbox for the whole run."""
-    return make_unit_tests({"credit": "all", "timeout_s": TIMEOUT_S})
+    return UnitTests(UnitTestsConfig(credit="all", timeout_s=TIMEOUT_S))

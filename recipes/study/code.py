@@ -20,6 +20,7 @@ from meshift.config.runs import PPORunConfig
 from meshift.errors import InputError
 from meshift.evaluation.estimators import pass_at_k
 from meshift.evaluation.tasks import find_task, load_questions
+from meshift.runtime.models import compute_dtype
 from meshift.runtime.ppo_run import run_ppo
 from recipes.study.points import RUNS
 from recipes.study.setting import CodeSetting
@@ -74,7 +75,8 @@ def _evaluated(setting: CodeSetting, model: str, output: Path) -> dict[str, list
     asked = ["eval", "--task", "mbpp", "--data", MBPP, "--model", model, "--output", str(output)]
     asked += ["--limit", str(setting.num_heldout), "--num-samples", str(setting.num_samples)]
     asked += ["--temperature", str(setting.temperature), "--max-new-tokens", str(setting.completion_length)]
-    asked += ["--dtype", "auto", "--k", ",".join(str(k) for k in setting.ks)]
+    dtype = str(compute_dtype("auto")).removeprefix("torch.")  # what training computes with here
+    asked += ["--dtype", dtype, "--k", ",".join(str(k) for k in setting.ks)]
     if meshift(asked) != 0:
         raise InputError(f"the evaluation in {output} failed; what it said stands above")
     return counts_of((output / "scores.jsonl").read_text(encoding="utf-8").splitlines())

@@ -9,7 +9,7 @@ from meshift.report.document import number_table, section
 from meshift.report.markup import Markup, element
 from recipes.study.code import rates
 from recipes.study.findings import Finding, direction, in_words
-from recipes.study.intervals import difference, mean_of
+from recipes.study.intervals import difference, share_of
 from recipes.study.setting import CodeSetting
 
 
@@ -20,7 +20,7 @@ def code_findings(setting: CodeSetting, result: Mapping[str, Any]) -> list[Findi
         before, after = (rates(result[when], k) for when in ("before", "after"))
         gain = difference(after, before)
         figures = (
-            f"{in_words(mean_of(before))} before, {in_words(mean_of(after))} after; difference {in_words(gain)}"
+            f"{in_words(share_of(before))} before, {in_words(share_of(after))} after; difference {in_words(gain)}"
         )
         found.append(
             Finding(claim=f"Code: PPO with unit tests raises pass@{k}", figures=figures, verdict=direction(gain))
@@ -38,7 +38,7 @@ def code_section(setting: CodeSetting, result: Mapping[str, Any]) -> Markup:
         "problems; one training seed."
     )
     rows = [
-        [f"pass@{k}", *(in_words(mean_of(rates(result[when], k))) for when in ("before", "after"))]
+        [f"pass@{k}", *(in_words(share_of(rates(result[when], k))) for when in ("before", "after"))]
         for k in setting.ks
     ]
     return section(

@@ -2,8 +2,9 @@
 
 Calls wait instead of computing, for times in the proportions of a PPO step, and give batches of a real step's
 size: so two processors can stand for as many devices as there are processes. A step is held against its calls one
-after another, and against its longest chain of calls, below which no runtime can come. With calls that take no
-time what is left is the runtime's own.
+after another, and against its longest chain of calls, below which no runtime can come but by streaming or by
+drawing ahead (`max_staleness` 1), which are timed too. With calls that take no time what is left is the runtime's
+own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +29,12 @@ import torch.distributed as dist
 from benchmarks import machine
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.generation.rollout import OnPart
+from meshift.graph.ahead import halves_of
 from meshift.graph.calls import Call, Graph, HostCall, Kind, ModelCall
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
+from meshift.runtime.ahead import Queue
+from meshift.runtime.spread_ahead import SpreadAhead
 from meshift.runtime.spread_step import SpreadStep
 from meshift.runtime.world import World
 from meshift.step import run_step
@@ -64,7 +69,17 @@ PLANS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "reference": ("0", "d1t1p1"),
         "reward": ("1", "d1t1p1"),
     },
+    "drawing apart": {
+        "actor": ("0-1", "d2t1p1"),
+        "critic": ("2", "d1t1p1"),
+        "reference": ("0", "d1t1p1"),
+        "reward": ("1", "d1t1p1"),
+    },
 }
+DRAWING = {"drawing apart": ("3", "d1t1p1")}
+"""Where the actor draws, if not where it trains."""
+ENDLESS = 10**9
+"""Steps of a run that is only timed."""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +88,7 @@ class WaitingRole:
 
     name: str
     placement: Placement
+    drawing: Placement
     world: World
     scale: float
     num_rows: int
@@ -82,9 +98,14 @@ class WaitingRole:
         """Where its weights would be."""
         return self.placement
 
+    @property
+    def placements(self) -> Mapping[Kind, Placement]:
+        """Of its calls."""
+        return {"generate": self.drawing, "infer": self.placement, "train": self.placement}
+
     def members(self, kind: Kind) -> tuple[int, ...]:
         """The processes of a call."""
-        return self.world.members(self.placement)
+        return self.world.members(self.placements[kind])
 
     def generate(self, task: str, batch: Batch, on_part: OnPart | None = None) -> Outcome:
         """Completions, of which the first end after a third of the time, as ragged ones do."""
@@ -239,19 +260,15 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
     made = graph()
     seconds = {}
     for scale in (1.0, 0.0):
-        roles = {
-            role: WaitingRole(
-                name=role, placement=Placement.parse(*where), world=world, scale=scale, num_rows=len(batch)
-            )
-            for role, where in PLANS[name].items()
-        }
+        roles = _roles(name, world, scale, len(batch))
         spread, streamed = (SpreadStep(made, roles, world, size) for size in (None, PART_SIZE))  # type: ignore[arg-type]
-        sides = (
+        sides: tuple[Callable[[], object], ...] = (
             partial(spread.run, batch, 0),
             partial(run_step, made, roles, batch, 0),
             partial(streamed.run, batch, 0),
+            _ahead(made, roles, world, batch),
         )
-        taken: tuple[list[float], ...] = ([], [], [])
+        taken: tuple[list[float], ...] = ([], [], [], [])
         for number in range(1 + num_rounds):
             for side, times in zip(sides, taken, strict=True):
                 found = slowest(side)
@@ -262,7 +279,7 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
         for call in made.order()
     }
     chain, num_calls = longest_chain(made, members, 1.0), len(made.order())
-    step_seconds, turn_seconds, streamed_seconds = seconds[1.0]
+    step_seconds, turn_seconds, streamed_seconds, ahead_seconds = seconds[1.0]
     return {
         "plan": name,
         "placements": {role: f"{layout}@{mesh}" for role, (mesh, layout) in PLANS[name].items()},
@@ -271,13 +288,36 @@ def row_of(name: str, world: World, batch: Batch, num_rounds: int) -> dict[str, 
         "one_after_another_seconds": turn_seconds,
         "longest_chain_seconds": chain,
         "streamed_seconds": streamed_seconds,
+        "ahead_seconds": ahead_seconds,
         "gain_of_overlap": turn_seconds / step_seconds,
         "gain_of_streaming": step_seconds / streamed_seconds,
+        "gain_of_drawing_ahead": step_seconds / ahead_seconds,
         "over_longest_chain": step_seconds / chain,
         "overhead_ms_per_call": 1000 * (step_seconds - chain) / num_calls,
         "empty_step_ms_per_call": 1000 * seconds[0.0][0] / num_calls,
         "one_process_ms_per_call": 1000 * seconds[0.0][1] / num_calls,
     }
+
+
+def _roles(name: str, world: World, scale: float, num_rows: int) -> dict[str, WaitingRole]:
+    return {
+        role: WaitingRole(
+            name=role,
+            placement=Placement.parse(*where),
+            drawing=Placement.parse(*(DRAWING.get(name, where) if role == "actor" else where)),
+            world=world,
+            scale=scale,
+            num_rows=num_rows,
+        )
+        for role, where in PLANS[name].items()
+    }
+
+
+def _ahead(made: Graph, roles: Mapping[str, WaitingRole], world: World, batch: Batch) -> Callable[[], object]:
+    """A step more each time, on what was drawn one step before; the first one draws twice."""
+    steps, queue = count(), Queue(1, ENDLESS)
+    ahead = SpreadAhead(halves_of(made), roles, world, queue, lambda step: batch)  # type: ignore[arg-type]
+    return lambda: ahead.run(batch, next(steps))
 
 
 def slowest(side: Callable[[], object]) -> float:

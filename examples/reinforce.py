@@ -20,7 +20,7 @@ from meshift.step import run_step
 from meshift.training.engine import TrainTask
 from meshift.training.readings import TokenLogprobs
 
-INPUTS, DRAWN = ("prompts", "index"), ("tokens", "completion_lengths", "logprobs", "version")
+INPUTS, DRAWN = ("prompts", "index"), ("tokens", "completion_lengths", "logprobs", "versions")
 
 
 def reinforce(sampling: SamplingTask) -> Graph:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshift.algorithms.off_policy import Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
+from meshift.config.runs import OldLogprobs
 from meshift.training.engine import LossSums, mean_over_updates
-from meshift.training.readings import TokenLogprobs, TokenValues
+from meshift.training.readings import LogprobsAndValues, TokenLogprobs, TokenValues
 from meshift.training.text_readings import (
     SIDES,
     PairLogprobs,
@@ -30,7 +32,9 @@ from meshift.training.text_readings import (
 class PolicyLoss:
     """PPO's clipped surrogate (Schulman et al. 2017, equation 7), per completion token.
 
-    ratio = exp(new_logprob - logprob), with `logprobs` those of the sampling itself;
+    ratio = exp(new_logprob - logprob), with `logprobs` those of the sampling itself, or with `old="recomputed"`
+    the trainer's own before the step's updates, `old_logprobs`. With a `correction` the loss of a token is
+    weighted by the latter over the former (decoupled PPO, `off_policy.py`);
     loss = max(-A * ratio, -A * clip(ratio, 1 - low, 1 + high)); with a dual clip c, at most -A * c where A < 0
     (Ye et al. 2020); minus entropy_coef * entropy. The mean is over the mini-batch's tokens.
     """
@@ -42,6 +46,8 @@ class PolicyLoss:
     entropy_coef: float = 0.0
     max_importance_ratio: float | None = None
     max_update_kl: float | None = None
+    old: OldLogprobs = "sampled"
+    correction: Correction | None = None
 
     def count(self, batch: Batch) -> int:
         """Completion tokens."""
@@ -50,15 +56,21 @@ class PolicyLoss:
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         new = outputs[self.reading.key].values
-        old = batch["logprobs"].values.to(new)
+        drawn = batch["logprobs"].values.to(new)
+        old = drawn if self.old == "sampled" else batch["old_logprobs"].values.to(new)
         advantages = batch["advantages"].values.to(new)
-        log_ratio = new - old
+        log_ratio, apart = new - old, (new - drawn).detach().abs()
         ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1.0 - self.clip_ratio_low, 1.0 + self.clip_ratio_high)
         per_token = torch.maximum(-advantages * ratio, -advantages * clipped)
         if self.dual_clip is not None:
             bounded = torch.minimum(per_token, -advantages * self.dual_clip)
             per_token = torch.where(advantages < 0, bounded, per_token)
+        off_policy: dict[str, Tensor] = {}
+        if self.correction is not None:
+            behind = self.correction.log_ratio(old, drawn, batch["advantages"].lengths)
+            per_token = self.correction.weights(behind) * per_token
+            off_policy = self.correction.sums(behind, torch.ones_like(behind))
         total = per_token.sum()
         entropy = outputs["entropy"].values if "entropy" in outputs else torch.zeros_like(new)
         if self.entropy_coef > 0:
@@ -70,9 +82,10 @@ class PolicyLoss:
             "pg_clipfrac": beyond.sum(),
             "entropy": entropy.detach().sum(),
             "ratio": ratio.detach().sum(),
-            "logprob_diff_mean": log_ratio.detach().abs().sum(),
+            "logprob_diff_mean": apart.sum(),
+            **off_policy,
         }
-        return LossSums(total=total, sums=sums, maxima={"logprob_diff_max": log_ratio.detach().abs().max()})
+        return LossSums(total=total, sums=sums, maxima={"logprob_diff_max": apart.max()})
 
     def stop_reason(self, stats: Mapping[str, float]) -> str | None:
         """Why the policy must not move further on this batch."""
@@ -89,7 +102,7 @@ class PolicyLoss:
         metrics["actor/early_stop"] = updates[-1].get("early_stop", 0.0)
         metrics["sync/logprob_diff_mean"] = updates[0]["logprob_diff_mean"]
         metrics["sync/logprob_diff_max"] = updates[0]["logprob_diff_max"]
-        return metrics
+        return metrics | off_policy_metrics(updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +149,38 @@ class ValueLoss:
             f"{self.name}/{key}": mean_over_updates(updates, key)
             for key in ("vf_loss", "vf_clipfrac", "grad_norm")
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyAndValueLoss:
+    """Of a policy and a critic with one trunk: policy loss + vf_coef * value loss, means over the same tokens."""
+
+    policy: PolicyLoss
+    value: ValueLoss
+    vf_coef: float = 0.1
+
+    @property
+    def reading(self) -> LogprobsAndValues:
+        """Both in one pass."""
+        return LogprobsAndValues(logprobs=self.policy.reading, values=self.value.reading)
+
+    def count(self, batch: Batch) -> int:
+        """Completion tokens."""
+        return self.policy.count(batch)
+
+    def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
+        """See the class."""
+        policy, value = self.policy(outputs, batch), self.value(outputs, batch)
+        total = policy.total + self.vf_coef * value.total
+        return LossSums(total=total, sums={**policy.sums, **value.sums}, maxima=policy.maxima)
+
+    def stop_reason(self, stats: Mapping[str, float]) -> str | None:
+        """The policy's."""
+        return self.policy.stop_reason(stats)
+
+    def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Those of both; the gradient's norm is of both together."""
+        return {**self.value.summarise(updates), **self.policy.summarise(updates)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,13 @@ def online_dpo_graph(config: OnlineDPORunConfig, drawing: Drawing) -> Graph:
             name="train_actor",
             role="actor",
             kind="train",
-            task=TrainTask(loss=loss, num_epochs=keys.num_iterations, num_mini_batches=keys.num_mini_batches),
-            reads=(*PAIR_TEXTS, *LABELS, *reference.keys, "version"),
+            task=TrainTask(
+                loss=loss,
+                num_epochs=keys.num_iterations,
+                num_mini_batches=keys.num_mini_batches,
+                max_staleness=config.max_staleness,
+            ),
+            reads=(*PAIR_TEXTS, *LABELS, *reference.keys, "versions"),
         ),
         *_rounds(config),
     )
@@ -71,7 +76,7 @@ def pair_call(config: OnlineDPORunConfig, drawing: Drawing) -> LoopCall:
         feed=lambda batch, outcomes: None if outcomes else batch,
         collect=partial(_paired, config=config, inputs=drawing.inputs),
         reads=drawing.inputs,
-        writes=(*PAIR_TEXTS, *LABELS, *OF_SIDES, "version"),
+        writes=(*PAIR_TEXTS, *LABELS, *OF_SIDES, "versions"),
         replaces_batch=True,
     )
 
@@ -88,14 +93,16 @@ def _paired(
     rows = torch.tensor(found or [(0, 1)])  # without any pair, one that counts for nothing
     chosen, rejected = rows[:, 0], rows[:, 1]
     flipped = torch.sigmoid(scores[rejected] - scores[chosen]) if keys.labels == "soft" else torch.zeros(len(rows))
-    tokens = drawn["tokens"]
+    tokens, versions = drawn["tokens"], drawn["versions"].rows()
     fields = {
         "chosen": tokens.index(chosen),
         "rejected": tokens.index(rejected),
         "num_prompt_tokens": Ragged.scalars((tokens.lengths - drawn["completion_lengths"].values)[chosen]),
         "pair_weight": Ragged.scalars(torch.full((len(rows),), float(bool(found)))),
         "flip_probability": Ragged.scalars(flipped),
-        "version": drawn["version"].index(chosen),
+        "versions": Ragged.from_rows(
+            [torch.cat([versions[i], versions[j]]) for i, j in rows.tolist()], torch.int64
+        ),
     }
     for side, picked in zip(SIDES, (chosen, rejected), strict=True):
         fields[f"{side}_scores"] = Ragged.scalars(scores[picked])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from meshift.algorithms.advantages import group_std, has_signal, kl_estimate
+from meshift.algorithms.off_policy import correction_of, paid_logprobs
 from meshift.algorithms.policy_losses import ClippedLoss, PolicyGradientLoss
 from meshift.algorithms.rollouts import (
     ROLLOUT_INPUTS,
@@ -117,6 +118,7 @@ def policy_graph(config: PolicyRunConfig, drawing: Drawing, method: Method) -> G
     references = tuple(key for call in known for key in call.writes)
     advantages = AdvantageCall(config=config, method=method)
     compared = (*scores, *method.reads, "completion_lengths", "truncated", "logprobs")
+    paid = [key for key in references if key == "ref_logprobs" or method.loss.correction is not None]
     calls: tuple[Call, ...] = (
         *draw,
         *method.compare,
@@ -124,7 +126,7 @@ def policy_graph(config: PolicyRunConfig, drawing: Drawing, method: Method) -> G
         HostCall(
             name="advantages",
             function=advantages,
-            reads=(*compared, *(key for key in references if key == "ref_logprobs")),
+            reads=(*compared, *paid),
             writes=("scores", "advantages", "trained"),
         ),
         ModelCall(
@@ -132,9 +134,12 @@ def policy_graph(config: PolicyRunConfig, drawing: Drawing, method: Method) -> G
             role="actor",
             kind="train",
             task=TrainTask(
-                loss=method.loss, num_epochs=policy.num_iterations, num_mini_batches=policy.num_mini_batches
+                loss=method.loss,
+                num_epochs=policy.num_iterations,
+                num_mini_batches=policy.num_mini_batches,
+                max_staleness=config.max_staleness,
             ),
-            reads=(*rollout, "logprobs", *references, "advantages", "trained", "version"),
+            reads=(*rollout, "logprobs", *references, "advantages", "trained", "versions"),
         ),
         *sync_calls(config.reference),
     )
@@ -169,7 +174,7 @@ def loss_keys(config: PolicyRunConfig, sampling: SamplingTask) -> dict[str, Any]
         "reading": token_logprobs(config, sampling, "new_logprobs", entropy=True),
         "aggregation": policy.loss_aggregation,
         "max_completion_length": config.generation.max_completion_length,
-        "old": _old_logprobs(config),
+        "old": config.old_logprobs,
         "kl_coef": policy.kl_coef if policy.kl_in == "loss" else 0.0,
         "kl_estimator": policy.kl_estimator,
         "entropy_coef": policy.entropy_coef,
@@ -177,6 +182,7 @@ def loss_keys(config: PolicyRunConfig, sampling: SamplingTask) -> dict[str, Any]
         "clip_ratio_high": policy.clip_ratio_high,
         "max_importance_ratio": policy.max_importance_ratio,
         "max_update_kl": policy.max_update_kl,
+        "correction": correction_of(policy),
     }
 
 
@@ -185,12 +191,6 @@ def clipped_loss(
 ) -> ClippedLoss:
     """PPO's clipped objective, with the config's keys."""
     return ClippedLoss(**loss_keys(config, sampling), importance=importance, dual_clip=config.policy.dual_clip)
-
-
-def _old_logprobs(config: PolicyRunConfig) -> Literal["sampled", "recomputed", "current"]:
-    if not config.policy.recompute_logprobs:
-        return "sampled"
-    return "current" if config.num_passes * config.num_mini_batches == 1 else "recomputed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class AdvantageCall:
         policy, logprobs = self.config.policy, batch["logprobs"]
         if "ref_logprobs" not in batch or policy.kl_in == "loss":
             return Ragged(torch.zeros_like(logprobs.values), logprobs.lengths)
-        kl = kl_estimate(logprobs.values, batch["ref_logprobs"].values, policy.kl_estimator)
+        kl = kl_estimate(paid_logprobs(batch).values, batch["ref_logprobs"].values, policy.kl_estimator)
         return Ragged(policy.kl_coef * kl, logprobs.lengths)
 
     def _objective(self, scored: Scored) -> Mapping[str, float]:

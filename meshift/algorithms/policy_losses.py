@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from meshift.algorithms.advantages import kl_estimate
+from meshift.algorithms.off_policy import BEHAVIOUR, Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.policy_sections import Aggregation, Estimator
+from meshift.config.runs import OldLogprobs
 from meshift.training.engine import LossSums, mean_over_updates
 from meshift.training.readings import TokenLogprobs
 
@@ -55,17 +57,20 @@ class PolicyGradientLoss(ABC):
 
     `old` says what a token's importance ratio is against: the log-prob it was `sampled` with, the trainer's own
     before the step's updates (`recomputed`), or, where a step makes one update and so both are one, the `current`.
+    With a `correction` the latter two are the proximal policy of decoupled PPO: surrogate and KL, which are means
+    over drawn tokens, are weighted as if that policy had drawn them.
     """
 
     reading: TokenLogprobs
     aggregation: Aggregation
     max_completion_length: int
-    old: Literal["sampled", "recomputed", "current"] = "sampled"
+    old: OldLogprobs = "sampled"
     kl_coef: float = 0.0
     kl_estimator: Estimator = "k3"
     entropy_coef: float = 0.0
     max_importance_ratio: float | None = None
     max_update_kl: float | None = None
+    correction: Correction | None = None
 
     @abstractmethod
     def surrogate(self, logprobs: Tensor, ratios: Ratios, advantages: Tensor) -> Surrogate:
@@ -93,7 +98,13 @@ class PolicyGradientLoss(ABC):
         surrogate = self.surrogate(new, ratios, batch["advantages"].values.to(new))
         entropy = outputs["entropy"].values if "entropy" in outputs else torch.zeros_like(new)
         kl = self._kl(new, batch)
-        total = (weights * (surrogate.per_token + self.kl_coef * kl - self.entropy_coef * entropy)).sum()
+        pg_loss, off_policy = surrogate.per_token, dict[str, Tensor]()
+        if self.correction is not None:
+            log_ratio = self.correction.log_ratio(old, drawn, lengths)
+            importance = self.correction.weights(log_ratio)
+            pg_loss, kl = importance * pg_loss, importance * kl
+            off_policy = self.correction.sums(log_ratio, trained)
+        total = (weights * (pg_loss + self.kl_coef * kl - self.entropy_coef * entropy)).sum()
         apart = (new - drawn).detach().abs()
         token_means = {
             "ppo_kl": old - new,
@@ -106,8 +117,9 @@ class PolicyGradientLoss(ABC):
         sums = {key: (trained * value).detach().sum() for key, value in token_means.items()}
         sums |= {
             "num_tokens": trained.sum(),
-            "pg_loss": (weights * surrogate.per_token).detach().sum(),
+            "pg_loss": (weights * pg_loss).detach().sum(),
             "kl_loss": (weights * kl).detach().sum(),
+            **off_policy,
         }
         return LossSums(total=total, sums=sums, maxima={"logprob_diff_max": apart.max()})
 
@@ -141,14 +153,15 @@ class PolicyGradientLoss(ABC):
 
     def summarise(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """`actor/*`; and `sync/*`, the sampler against the trainer, from the first update, before any change."""
-        means = [{**stats, **{key: _token_mean(stats, key) for key in TOKEN_MEANS}} for stats in updates]
+        of_tokens = [key for key in (*TOKEN_MEANS, *BEHAVIOUR) if key in updates[0]]
+        means = [{**stats, **{key: _token_mean(stats, key) for key in of_tokens}} for stats in updates]
         keys = ("pg_loss", *TOKEN_MEANS[:-1], "grad_norm", *(("kl_loss",) if self.kl_coef > 0 else ()))
         metrics = {f"actor/{key}": mean_over_updates(means, key) for key in keys}
         metrics["actor/pg_clipfrac"] = metrics["actor/pg_clipfrac_low"] + metrics["actor/pg_clipfrac_high"]
         metrics["actor/early_stop"] = updates[-1].get("early_stop", 0.0)
         metrics["sync/logprob_diff_mean"] = means[0]["logprob_diff_mean"]
         metrics["sync/logprob_diff_max"] = means[0]["logprob_diff_max"]
-        return metrics
+        return metrics | off_policy_metrics(means)
 
 
 def _token_mean(stats: Mapping[str, float], key: str) -> float:

@@ -8,6 +8,7 @@ It knows nothing of devices, of how texts are sampled, or of where rewards come 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from meshift.algorithms.advantages import (
     whiten,
 )
 from meshift.algorithms.lagrangian import Lagrangian
-from meshift.algorithms.losses import PolicyLoss, ValueLoss
+from meshift.algorithms.losses import PolicyAndValueLoss, PolicyLoss, ValueLoss
+from meshift.algorithms.off_policy import correction_of, paid_logprobs
 from meshift.algorithms.rollouts import (
     ROLLOUT_INPUTS,
     RewardCall,
@@ -67,32 +69,23 @@ class PPO:
         rollout = rollout_keys(self.sampling)
         scoring = scoring_calls(self.config.reward, reward_functions, columns)
         score_keys = tuple(key for call in scoring for key in call.writes)
+        recomputing = self._recomputing(rollout)
+        old = tuple(key for call in recomputing for key in call.writes)
+        paid = old if correction_of(self.config.ppo) is not None else ()
         calls: tuple[Call, ...] = (
             rollout_call(self.sampling),
             *scoring,
             infer_call("reference", "reference", self._reading("ref_logprobs"), rollout, "ref_logprobs"),
-            infer_call("values", "critic", TokenValues(), ("tokens", "completion_lengths"), "values"),
+            *recomputing,
+            infer_call("values", self._critic, TokenValues(), ("tokens", "completion_lengths"), "values"),
             *costs,
             HostCall(
                 name="advantages",
                 function=self.advantages,
-                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", "truncated"),
+                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", *paid, "truncated"),
                 writes=("scores", "advantages", "returns", *(("cost_returns",) if costs else ())),
             ),
-            ModelCall(
-                name="train_actor",
-                role="actor",
-                kind="train",
-                task=self._task(self._policy_loss()),
-                reads=(*rollout, "logprobs", "advantages", "version"),
-            ),
-            ModelCall(
-                name="train_critic",
-                role="critic",
-                kind="train",
-                task=self._task(ValueLoss(cliprange_value=self.config.ppo.cliprange_value)),
-                reads=("tokens", "completion_lengths", "values", "returns"),
-            ),
+            *self._training((*rollout, "logprobs", *old, "advantages", "versions")),
             *self._cost_training(),
             *sync_calls(self.config.reference),
         )
@@ -108,7 +101,7 @@ class PPO:
         rewarded, scored = self._truncation_rule(outcome.clamp(-ppo.reward_clip, ppo.reward_clip), truncated)
         scored = scored & judged
         logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
-        penalty = kl_estimate(logprobs.values, ref_logprobs.values, ppo.kl_estimator)
+        penalty = kl_estimate(paid_logprobs(batch).values, ref_logprobs.values, ppo.kl_estimator)
         rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
         if process is not None:
             paid = process.values.clamp(-ppo.reward_clip, ppo.reward_clip)
@@ -199,7 +192,36 @@ class PPO:
             entropy_coef=ppo.entropy_coef,
             max_importance_ratio=ppo.max_importance_ratio,
             max_update_kl=ppo.max_update_kl,
+            old=self.config.old_logprobs,
+            correction=correction_of(ppo),
         )
+
+    @property
+    def _critic(self) -> str:
+        """The role that values are of."""
+        return "actor" if self.config.ppo.shared_trunk else "critic"
+
+    def _training(self, reads: tuple[str, ...]) -> tuple[ModelCall, ...]:
+        """Of the actor, which reads these keys, and of the critic: in one call where they share a trunk."""
+        policy, value = self._policy_loss(), ValueLoss(cliprange_value=self.config.ppo.cliprange_value)
+        shared = self.config.ppo.shared_trunk
+        both = PolicyAndValueLoss(policy=policy, value=value, vf_coef=self.config.ppo.vf_coef)
+        task = replace(self._task(both if shared else policy), max_staleness=self.config.max_staleness)
+        taught = ("values", "returns")
+        own = (*reads, *taught) if shared else reads
+        actor = ModelCall(name="train_actor", role="actor", kind="train", task=task, reads=own)
+        if shared:
+            return (actor,)
+        reads = ("tokens", "completion_lengths", *taught)
+        return actor, ModelCall(
+            name="train_critic", role="critic", kind="train", task=self._task(value), reads=reads
+        )
+
+    def _recomputing(self, rollout: tuple[str, ...]) -> tuple[ModelCall, ...]:
+        """The actor reads its own completions before the updates, where ratios are to be against that."""
+        if self.config.old_logprobs != "recomputed":
+            return ()
+        return (infer_call("old_logprobs", "actor", self._reading("old_logprobs"), rollout, "old_logprobs"),)
 
     def _cost_training(self) -> tuple[ModelCall, ...]:
         if self.lagrangian is None:
@@ -209,6 +231,6 @@ class PPO:
         task = self._task(loss)
         return (ModelCall(name="train_cost_critic", role="cost_critic", kind="train", task=task, reads=reads),)
 
-    def _task(self, loss: PolicyLoss | ValueLoss) -> TrainTask:
+    def _task(self, loss: PolicyLoss | ValueLoss | PolicyAndValueLoss) -> TrainTask:
         ppo = self.config.ppo
         return TrainTask(loss=loss, num_epochs=ppo.num_ppo_epochs, num_mini_batches=ppo.num_mini_batches)

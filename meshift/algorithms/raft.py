@@ -46,8 +46,13 @@ def raft_graph(config: RAFTRunConfig, drawing: Drawing) -> Graph:
             name="train_actor",
             role="actor",
             kind="train",
-            task=TrainTask(loss=loss, num_epochs=keys.num_iterations, num_mini_batches=keys.num_mini_batches),
-            reads=(*rollout_keys(drawing.sampling), "logprobs", "advantages", "trained", "version"),
+            task=TrainTask(
+                loss=loss,
+                num_epochs=keys.num_iterations,
+                num_mini_batches=keys.num_mini_batches,
+                max_staleness=config.max_staleness,
+            ),
+            reads=(*rollout_keys(drawing.sampling), "logprobs", "advantages", "trained", "versions"),
         ),
         *sync_calls(config.reference),
     )

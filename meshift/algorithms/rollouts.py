@@ -34,7 +34,7 @@ def rollout_call(sampling: SamplingTask) -> ModelCall:
         kind="generate",
         task=sampling,
         reads=ROLLOUT_INPUTS,
-        writes=(*rollout_keys(sampling), "logprobs", "truncated", "version"),
+        writes=(*rollout_keys(sampling), "logprobs", "truncated", "versions"),
     )
 
 

@@ -164,6 +164,8 @@ def _unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str 
 
 
 def _unknown_key_sentence(schema: type[Section], unknown: str) -> str:
+    if unknown in schema.NOT_HERE:
+        return f"`{unknown}` {schema.NOT_HERE[unknown]}; take it out"
     known = [key for key, _, _ in describe_keys(schema)]
     sections = {key.rpartition(".")[0] for key in known}
     close = difflib.get_close_matches(unknown, [*known, *sorted(sections)], n=1, cutoff=0.6)

@@ -27,7 +27,7 @@ from meshift.config.policy_sections import (
     RLOOConfig,
     UpdatesConfig,
 )
-from meshift.config.runs import RolloutRunConfig, TrainedOn
+from meshift.config.runs import OldLogprobs, RolloutRunConfig, TrainedOn
 
 
 class CriticFreeRunConfig(RolloutRunConfig):
@@ -85,6 +85,21 @@ class PolicyRunConfig(CriticFreeRunConfig):
     def policy(self) -> PolicyConfig:
         """The method's own section."""
         return cast("PolicyConfig", self.objective)
+
+    @property
+    def old_logprobs(self) -> OldLogprobs:
+        """With one update in a step the trainer's are the `current` ones, if nothing reads them before that."""
+        policy = self.policy
+        if not policy.recompute_logprobs:
+            return "sampled"
+        is_paid = policy.importance_correction != "none" and policy.kl_in == "reward" and self.has_reference
+        return "current" if self.num_passes * self.num_mini_batches == 1 and not is_paid else "recomputed"
+
+    @property
+    def ignores_staleness(self) -> bool:
+        """Where ratios are against the trainer's log-probs, and nothing else weighs those of the sampler."""
+        uncorrected = self.policy.recompute_logprobs and self.policy.importance_correction == "none"
+        return self.max_staleness > 0 and uncorrected
 
 
 class GroupRunConfig(PolicyRunConfig):
@@ -221,5 +236,14 @@ class RAFTRunConfig(CriticFreeRunConfig):
             raise ValueError(
                 f"`raft.num_kept` = {self.raft.num_kept} is more than `generation.num_generations` = "
                 f"{self.generation.num_generations}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reads_one_reference(self) -> RAFTRunConfig:
+        if self.max_staleness > 0 and self.has_reference and self.reference.sync_ref_model:
+            raise ValueError(
+                "RAFT reads the reference (`raft.kl_coef`) while completions are drawn, which is before "
+                "`reference.sync_ref_model` has moved it for their step; take one of the three out"
             )
         return self

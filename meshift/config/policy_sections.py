@@ -10,7 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from meshift.config.section import Section
-from meshift.config.sections import GenerationConfig, TrainableConfig
+from meshift.config.sections import (
+    GenerationConfig,
+    ImportanceCap,
+    ImportanceCorrection,
+    TrainableConfig,
+    need_recomputed,
+)
 
 Aggregation = Literal["token", "sequence", "constant"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -94,6 +100,8 @@ class PolicyConfig(UpdatesConfig):
         False, description="do not train on completions that ran into the length limit"
     )
     recompute_logprobs: RecomputeLogprobs = False
+    importance_correction: ImportanceCorrection = "none"
+    importance_cap: ImportanceCap = 2.0
     max_importance_ratio: float | None = Field(
         None, gt=1, description="mean importance ratio that ends a step's updates early"
     )
@@ -105,6 +113,11 @@ class PolicyConfig(UpdatesConfig):
             raise ValueError(
                 "mask_truncated_completions and missing_eos_penalty exclude each other; keep one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_it_weighs(self) -> PolicyConfig:
+        need_recomputed(self.importance_correction, recompute=self.recompute_logprobs)
         return self
 
 

@@ -6,8 +6,10 @@ It knows nothing of YAML, nor of how a run goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Self
+from types import MappingProxyType
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,6 +69,9 @@ class RunConfig(Section):
         return names
 
 
+OldLogprobs = Literal["sampled", "recomputed", "current"]
+
+
 class TrainedOn(NamedTuple):
     """What a step trains on at most: so many units of `what`, each of so many texts."""
 
@@ -83,6 +88,9 @@ class RolloutRunConfig(RunConfig, ABC):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()
+    max_staleness: int = Field(
+        0, ge=0, description="steps whose updates the weights that draw a step's completions lack (0: none)"
+    )
     num_report_prompts: int = Field(
         4, ge=0, description="prompts that are completed again through the run, for the report (0: none)"
     )
@@ -109,6 +117,16 @@ class RolloutRunConfig(RunConfig, ABC):
     def cost_functions(self) -> list[RewardFunctionConfig]:
         """Functions that give costs, of a method that knows such."""
         return []
+
+    @property
+    def old_logprobs(self) -> OldLogprobs:
+        """Whose log-probs ratios are against: the sampler's, or the trainer's, read once more or not."""
+        return "sampled"
+
+    @property
+    def ignores_staleness(self) -> bool:
+        """Whether tokens that older weights drew are trained on as if the current ones had drawn them."""
+        return False
 
     @property
     @abstractmethod
@@ -156,9 +174,29 @@ class PPORunConfig(RolloutRunConfig):
         """Optimizer updates per pass."""
         return self.ppo.num_mini_batches
 
+    @property
+    def old_logprobs(self) -> OldLogprobs:
+        """The sampler's, or the actor's before a step's updates."""
+        return "recomputed" if self.ppo.recompute_logprobs else "sampled"
+
+    @property
+    def ignores_staleness(self) -> bool:
+        """Where ratios are against the trainer's log-probs, and nothing else weighs those of the sampler."""
+        uncorrected = self.ppo.recompute_logprobs and self.ppo.importance_correction == "none"
+        return self.max_staleness > 0 and uncorrected
+
     @model_validator(mode="after")
     def _has_sequences_enough(self) -> PPORunConfig:
         self._need_a_sequence_for_each_update("ppo")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_critic(self) -> PPORunConfig:
+        if self.ppo.shared_trunk and self.critic != CriticConfig():
+            raise ValueError(
+                "`critic` is set, but with `ppo.shared_trunk` it is a head of the actor's model, and trained as "
+                "`actor` says; take one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,6 +218,10 @@ class PPORunConfig(RolloutRunConfig):
 
 class HeldOutRunConfig(RunConfig):
     """A run on given rows, which may be measured on others."""
+
+    NOT_HERE: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"max_staleness": "is of methods that draw completions, and this one learns from given rows"}
+    )
 
     eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
     data: HeldOutDataConfig

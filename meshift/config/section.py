@@ -5,7 +5,9 @@ It knows nothing of which keys there are.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
@@ -14,6 +16,9 @@ class Section(BaseModel):
     """A group of keys. Immutable; keyword-only; refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    NOT_HERE: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keys of other runs that one may think this one has, and why it has not."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ Every key has a type, a default and a sentence that says what it does. It knows 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -270,6 +270,28 @@ class GenerationConfig(Section):
         return self
 
 
+# Keys of every objective that has importance ratios, described once.
+ImportanceCorrection = Annotated[
+    Literal["none", "token", "sequence"],
+    Field(
+        description="tokens are weighted by the trainer's probabilities before the step's updates over the "
+        "sampler's (decoupled PPO), of each token or of the completion; needs recompute_logprobs"
+    ),
+]
+ImportanceCap = Annotated[
+    float | None, Field(gt=0, description="such a weight is at most this (null: it is not truncated)")
+]
+
+
+def need_recomputed(correction: str, *, recompute: bool) -> None:
+    """Raise `ValueError` where the two keys do not fit together."""
+    if correction != "none" and not recompute:
+        raise ValueError(
+            f"importance_correction: {correction} weighs the trainer's log-probs against the sampler's, and "
+            "recompute_logprobs is false, so that ratios are against the sampler's already; set it to true"
+        )
+
+
 class PPOConfig(Section):
     """The PPO objective. Sources: Schulman et al. 2017; Xu et al. 2024 (arXiv 2404.10719)."""
 
@@ -307,6 +329,22 @@ class PPOConfig(Section):
         5.0, gt=1, description="mean ratio that ends a step's updates early"
     )
     max_update_kl: float | None = Field(None, gt=0, description="policy KL per token that ends them early")
+    shared_trunk: bool = Field(
+        False, description="the critic is a second head of the actor's model, trained with it; no model of its own"
+    )
+    vf_coef: float = Field(0.1, gt=0, description="weight of the value loss beside the policy's in a shared trunk")
+    recompute_logprobs: bool = Field(
+        False,
+        description="importance ratios are against the actor's log-probs before the step's updates, for one more "
+        "forward pass (false: against the sampler's)",
+    )
+    importance_correction: ImportanceCorrection = "none"
+    importance_cap: ImportanceCap = 2.0
+
+    @model_validator(mode="after")
+    def _has_what_it_weighs(self) -> PPOConfig:
+        need_recomputed(self.importance_correction, recompute=self.recompute_logprobs)
+        return self
 
     @model_validator(mode="after")
     def _one_rule_for_truncation(self) -> PPOConfig:

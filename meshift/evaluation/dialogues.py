@@ -5,6 +5,7 @@ It knows nothing of generation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,6 +17,8 @@ from meshift.evaluation.estimators import Estimate, mean, share
 from meshift.evaluation.reading import ScoreModel
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +121,21 @@ def _agreement(model: ScoreModel, pairs: Sequence[tuple[Question, Said, Said]], 
 def judge_estimates(found: Sequence[Duel], rival: str) -> Mapping[str, Estimate]:
     """The win rate over both orders, how often the order did not matter, and how often the first place won.
 
-    Pairs without a verdict are left out. Raises `RewardError` where no pair has one.
+    Pairs without a verdict are left out; `pairs judged` is the part of the others, and a warning says why. Raises
+    `RewardError` where no pair has one.
     """
     scores = [duel.score for duel in found if duel.score is not None]
     if not scores:
         why = next((duel.wrong for duel in found), "it was asked nothing")
         raise RewardError(f"the judge gave no verdict on any of {len(found)} pairs: it {why}")
     settled = [duel for duel in found if duel.first is not None and duel.second is not None]
+    if len(settled) < len(found):
+        why = next(duel.wrong for duel in found if duel.wrong)
+        logger.warning(f"{len(found) - len(settled)} of {len(found)} pairs have no verdict: the judge {why}")
     places = [(duel.first + 1 - duel.second) / 2 for duel in settled]  # type: ignore[operator]
     return {
         f"win rate by judge, {rival}": share(scores),
+        "pairs judged": share([float(duel.score is not None) for duel in found]),
         "judge agrees with itself": share([float(duel.agrees) for duel in settled]),
         "judge prefers the first place": share(places),
     }

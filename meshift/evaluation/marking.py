@@ -29,6 +29,8 @@ from meshift.rewards.code.unit_tests import program_of
 from meshift.rewards.configured import load_functions
 from meshift.rewards.functions import WeightedFunction, scores_of
 from meshift.rewards.samples import Samples
+from meshift.rewards.scores import Fault
+from meshift.rewards.worker import NOT_TRIED
 
 
 @dataclass(kw_only=True)
@@ -91,12 +93,36 @@ def _mark_maths(questions: Sequence[Question], saved: Sequence[Sequence[Saved]])
         columns={"ground_truth": [q.truth for q, _ in flat]},
         where=[q.where for q, _ in flat],
     )
-    scores = scores_of(function, samples)
-    for index, fault in scores.faults.items():
+    values, faults = _all_tried(function, samples)
+    for index, fault in faults.items():
         if fault.kind == "ValueError":  # the right answer cannot be read; all else is the completion's own fault
             raise DataError(f"{flat[index][0].where}: math-verify {fault.what}; correct the row.")
-    values = iter(scores.values)
-    return [Marks(right=[next(values) == 1.0 for _ in of_one]) for of_one in saved]
+    found = iter([(value == 1.0, faults[i].what if i in faults else "") for i, value in enumerate(values)])
+    marks = []
+    for of_one in saved:
+        each = [next(found) for _ in of_one]
+        marks.append(Marks(right=[right for right, _ in each], wrong=[wrong for _, wrong in each]))
+    return marks
+
+
+def _all_tried(function: WeightedFunction, samples: Samples) -> tuple[list[float | None], dict[int, Fault]]:
+    """Each sample's value and fault. A step gives up on its other samples after a few timeouts: here they are
+    tried again, until every one has a value or a fault of its own."""
+    values: list[float | None] = [None] * len(samples)
+    faults: dict[int, Fault] = {}
+    left = list(range(len(samples)))
+    while left:
+        scores = scores_of(function, samples.pick(left))
+        untried = [i for i, fault in scores.faults.items() if fault == NOT_TRIED]
+        for i, index in enumerate(left):
+            values[index] = scores.values[i]
+            if i in scores.faults:
+                faults[index] = scores.faults[i]
+        if len(untried) == len(left):
+            break
+        left = [left[i] for i in untried]
+        faults = {index: fault for index, fault in faults.items() if index not in left}
+    return values, faults
 
 
 def mark_programs(

@@ -46,8 +46,9 @@ def rollout(
 
     Reads `prompts` and `index` (the sequence's number in the run, [1]); neighbouring rows with the same prompt
     share its prefill. Writes `tokens` (prompt and completion), `completion_lengths` [1], `logprobs`
-    [completion], `truncated` [1] bool, `version` [1], and the task's support keys. `on_part` gets rows of that as
-    their completions end, each once, with their numbers in the batch.
+    [completion], `truncated` [1] bool, `versions` [completion] (of the weights that drew each token), and the
+    task's support keys. `on_part` gets rows of that as their completions end, each once, with their numbers in the
+    batch.
     """
     prompts = [row.tolist() for row in batch["prompts"].rows()]
     requests = [
@@ -80,7 +81,7 @@ def _packed(
         "completion_lengths": Ragged.scalars([len(c.tokens) for c in completions], torch.int64),
         "logprobs": Ragged.from_rows([c.logprobs for c in completions], torch.float32),
         "truncated": Ragged.scalars([c.truncated for c in completions], torch.bool),
-        "version": Ragged.scalars([version] * len(completions), torch.int64),
+        "versions": Ragged.from_rows([[version] * len(c.tokens) for c in completions], torch.int64),
     }
     if "support" in task.support_keys:
         fields.update(_support(completions))

@@ -12,7 +12,7 @@ from torch import nn
 from meshift.models.config import Adapter
 from meshift.models.decoder import Decoder, Layer
 from meshift.models.linear import Linear, merge
-from meshift.models.shards import LORA_A, LORA_B, is_adapters
+from meshift.models.shards import LORA_A, LORA_B, VALUE_HEAD, is_adapters
 
 
 @torch.no_grad()
@@ -38,15 +38,15 @@ def add_adapter(model: Decoder, adapter: Adapter, seed: int = 0) -> Decoder:
 
 
 def without_adapter(model: Decoder) -> Decoder:
-    """The model that the adapters are beside: a decoder of its own over the very same parameters.
+    """The model that the adapters are beside, with one head: a decoder of its own over the very same parameters.
 
     What is done to those is done to both. For whole models on one device.
     """
-    config = replace(model.config, adapter=None)
+    config = replace(model.config, adapter=None, value_head=False)
     with torch.device("meta"):
         bare = Decoder(config, model.head_kind)
     for name, parameter in model.named_parameters():
-        if not is_adapters(name):
+        if not is_adapters(name) and name != VALUE_HEAD:
             owner, _, leaf = name.rpartition(".")
             setattr(bare.get_submodule(owner), leaf, parameter)
     return bare.train(model.training)

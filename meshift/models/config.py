@@ -65,7 +65,8 @@ class DecoderConfig:
       each head that `partial_rotary_factor` names is turned.
     * `embedding_scale` multiplies embeddings; `gated_mlp` is false for a plain MLP.
 
-    `adapter` is none of the model's own: adapters that are trained beside it.
+    `adapter` is none of the model's own: adapters that are trained beside it. Nor is `value_head`: a head for
+    values beside the language model's.
 
     Example: `DecoderConfig(family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
     num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, norm_eps=1e-5, tie_word_embeddings=True,
@@ -102,6 +103,7 @@ class DecoderConfig:
     embedding_scale: float | None = None
     gated_mlp: bool = True
     adapter: Adapter | None = None
+    value_head: bool = False
 
     @property
     def linear_names(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""What stands on top of the decoder's rows: logits over the vocabulary, or one number per row."""
+"""What stands on top of the decoder's rows: logits over the vocabulary, one number per row, or both."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,7 +10,7 @@ from meshift.models.vocabulary import Vocabulary, WholeVocabulary
 
 
 class LanguageModelHead(nn.Module):
-    """[N, hidden] -> logits [N, vocab].
+    """[N, hidden] -> logits [N, vocab]; with `config.value_head`, `value` is a second head on the same rows.
 
     Tied, it has no parameter of its own and reads the embedding's weight at every call, so that a replaced or
     moved embedding is never missed.
@@ -25,6 +26,7 @@ class LanguageModelHead(nn.Module):
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.vocab_size = config.vocab_size
         self.softcap = config.logit_softcap
+        self.value = ScalarHead(config) if config.value_head else None
 
     @property
     def projection(self) -> Tensor:
@@ -58,6 +60,13 @@ class ScalarHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N] in fp32: bfloat16 would round a score of 3 to steps of 0.016."""
         return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+def values_of(head: nn.Module, hidden: Tensor) -> Tensor:
+    """[N, hidden] -> [N] in fp32: by a scalar head, or by the second head of a language model."""
+    scalar = head.value if isinstance(head, LanguageModelHead) else head
+    assert scalar is not None, "this language model has no head for values"
+    return torch.as_tensor(scalar(hidden)).float()
 
 
 def make_head(config: DecoderConfig, kind: HeadKind, embedding: Embedding) -> nn.Module:

@@ -15,6 +15,10 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 """The parameters of an adapter, beside `weight` and `bias`."""
 
 
+VALUE_HEAD = "head.value.weight"
+"""The parameter of a language model's second head (`DecoderConfig.value_head`)."""
+
+
 def is_adapters(name: str) -> bool:
     """Whether a parameter of this name is an adapter's."""
     return name.rpartition(".")[2] in (LORA_A, LORA_B)
@@ -38,6 +42,8 @@ def shard_table(config: DecoderConfig, head: HeadKind) -> dict[str, Shard]:
         table["head.weight"] = Shard(shape=(1, config.hidden_size), split=None, stage="head")
     elif not tied:
         table["head.weight"] = Shard(shape=matrix, split=vocabulary, stage="head")
+    if config.value_head and head == "lm":
+        table[VALUE_HEAD] = Shard(shape=(1, config.hidden_size), split=None, stage="head")
     return table
 
 

@@ -14,11 +14,10 @@ from meshift.config.plan import Kind
 from meshift.config.policy_runs import (
     DAPORunConfig,
     OnlineDPORunConfig,
-    PolicyRunConfig,
     RAFTRunConfig,
     ReMaxRunConfig,
 )
-from meshift.config.runs import RolloutRunConfig
+from meshift.config.runs import PPORunConfig, RolloutRunConfig
 from meshift.models.config import DecoderConfig
 from meshift.planner.workload import PlannedCall, Texts
 
@@ -46,12 +45,13 @@ def rollout_calls(
     """All model calls of a step, in program order."""
     texts = _drawn_texts(config, lengths)
     calls = list(_drawing(config, models, texts))
-    first = frozenset((calls[0].name,))
+    first = drawing = frozenset((calls[0].name,))
     if isinstance(config, DAPORunConfig) and config.dapo.dynamic_sampling:
         calls += _further_rounds(config, calls, USUAL_SIGNAL if lengths.signal is None else lengths.signal)
-        first = frozenset(call.name for call in calls)  # what is kept is known when all is drawn
+        first = drawing = frozenset(call.name for call in calls)  # what is kept is known when all is drawn
     if isinstance(config, ReMaxRunConfig):
-        calls += _greedy(calls)
+        greedy = _greedy(calls)
+        calls, drawing = [*calls, *greedy], drawing | {call.name for call in greedy}
     kept = _kept_texts(config, texts)
     if isinstance(config, OnlineDPORunConfig):
         first = frozenset(call.name for call in calls)
@@ -71,7 +71,18 @@ def rollout_calls(
         for role in ("actor", "critic", "cost_critic")
         if role in models
     ]
-    return tuple(calls)
+    return _ahead(calls, drawing) if config.max_staleness > 0 else tuple(calls)
+
+
+def _ahead(calls: Sequence[PlannedCall], drawing: frozenset[str]) -> tuple[PlannedCall, ...]:
+    """Of a step that draws for a later one: drawing waits for none of its calls, nor they for it.
+
+    A process draws after its other readings and before it trains; new weights move when both have ended.
+    """
+    others = [replace(call, waits=call.waits - drawing) for call in calls if call.name not in drawing]
+    drawn = [replace(call, waits=call.waits & drawing) for call in calls if call.name in drawing]
+    first = next(i for i, call in enumerate(others) if call.kind == "train")
+    return (*others[:first], *drawn, *others[first:])
 
 
 def _readings(
@@ -86,14 +97,14 @@ def _readings(
     calls = []
     if "reference" in models:
         calls.append(call("reference", "reference"))
-    if "critic" in models:
-        calls.append(call("values", "critic"))
+    if config.old_logprobs == "recomputed":
+        calls.append(call("old_logprobs", "actor"))
+    if isinstance(config, PPORunConfig):
+        calls.append(call("values", "actor" if config.ppo.shared_trunk else "critic"))
     if "cost" in models:
         calls.append(call("cost", "cost", read=1.0))
     if "cost_critic" in models:
         calls.append(call("cost_values", "cost_critic"))
-    if isinstance(config, PolicyRunConfig) and _reads_old_logprobs(config):
-        calls.append(call("old_logprobs", "actor"))
     return calls
 
 
@@ -169,7 +180,3 @@ def _again(drawing: Sequence[PlannedCall], said: str, waits: frozenset[str]) -> 
         )
         for call in drawing
     ]
-
-
-def _reads_old_logprobs(config: PolicyRunConfig) -> bool:
-    return config.policy.recompute_logprobs and config.num_passes * config.num_mini_batches > 1

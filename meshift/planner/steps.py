@@ -51,7 +51,9 @@ def _rollout_names(config: PPORunConfig | CriticFreeRunConfig) -> dict[str, str]
     scores = {"reward": reward} if reward is not None else {}
     if isinstance(config, CriticFreeRunConfig):
         return names | ({"reference": reference} if config.has_reference else {}) | scores
-    names |= {"critic": config.critic.model_name_or_path or reward or actor, "reference": reference, **scores}
+    if not config.ppo.shared_trunk:
+        names["critic"] = config.critic.model_name_or_path or reward or actor
+    names |= {"reference": reference, **scores}
     if not config.cost.is_given:
         return names
     cost = config.cost.model_name_or_path

@@ -114,6 +114,20 @@ _POLICY = Group(
             lines=(("sync/logprob_diff_mean", "mean"), ("sync/logprob_diff_max", "largest")),
             note="difference of log-probs, nats",
         ),
+        Chart(
+            title="Staleness",
+            lines=(("off_policy/staleness_mean", "mean"), ("off_policy/staleness_max", "largest")),
+            note="steps whose updates the weights that drew the tokens lack",
+        ),
+        Chart(
+            title="Importance weights",
+            lines=(
+                ("off_policy/ratio_mean", "mean ratio"),
+                ("off_policy/ess", "effective sample size"),
+                ("off_policy/truncated_fraction", "truncated"),
+            ),
+            note="of tokens that older weights drew",
+        ),
         _one("Layout of sampling against layout of training", "sync/probe_diff_max", "log-probs of a few tokens"),
         Chart(title="Learning rates", lines=(("actor/lr", "actor"), ("critic/lr", "critic"))),
     ),

@@ -20,7 +20,7 @@ MAX_SHOWN = 20
 """Completions of a kind, evenly over all there are."""
 WIDTH, ROW, GAP, LEFT, FOOT = 1000, 22, 8, 330, 22
 """Of the drawing, in its own units."""
-PARTS = ("accuracy", "pass@", "rate", "tests passed", "agrees", "prefers", "truncated", "@")
+PARTS = ("accuracy", "rate", "tests passed", "judged", "agrees", "prefers", "truncated", "@")
 """In the names of numbers between 0 and 1."""
 MARKS = ("id", "sample", "wrong", "judge_wrong")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
@@ -59,12 +60,16 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Invoker:
-    """A function of any flavour, called on what `make_calls` made. `timeout_s` is for async functions only."""
+    """A function of any flavour, called on what `make_calls` made. `timeout_s` is for async functions only.
+
+    `pulse` holds when a coroutine last came to its end: one that blocks the loop keeps all others from theirs.
+    """
 
     function: RewardFunction
     signature: Signature
     loop: EventLoopThread
     timeout_s: float | None = None
+    pulse: list[float] = field(default_factory=list)
 
     def __call__(
         self, calls: Sequence[Mapping[str, Any]], num_samples: int, *, first_only: bool = False
@@ -92,19 +97,21 @@ class Invoker:
         return Scores(values=scores.values, faults=scores.faults, extras=scores.extras | logs.numbers)
 
     def _plain(self, given: Mapping[str, Any]) -> Any:
-        limit = hanging.ENDED_AFTER_S
         try:
-            with hanging.ended_if_hung(self.function, limit), named_errors(self.function):
+            with hanging.ended_if_hung(self.function), named_errors(self.function):
                 result = self.function(**given)
                 if inspect.isawaitable(result):
                     return self.loop.run(_until(result, self.timeout_s))
                 return list(result) if isinstance(result, Iterator) else result
         except hanging.HungError as hung:
-            raise CallError(Fault(f"gave no answer within {limit:g} s{hung.place}", TIMEOUT)) from None
+            raise CallError(timed_out(None, hung.place)) from None
 
     async def _awaited(self, given: Mapping[str, Any]) -> Any:
+        self.pulse[:] = [time.monotonic()]
         with named_errors(self.function):
-            return await _until(self.function(**given), self.timeout_s)
+            result = await _until(self.function(**given), self.timeout_s)
+        self.pulse[:] = [time.monotonic()]
+        return result
 
     def _one(self, call: Mapping[str, Any]) -> Result:
         try:
@@ -150,7 +157,7 @@ class _Logs:
 
 
 async def _until(awaitable: Awaitable[Any], timeout_s: float | None) -> Any:
-    limit = asyncio.timeout(timeout_s)
+    limit = asyncio.timeout(hanging.ENDED_AFTER_S if timeout_s is None else timeout_s)
     try:
         async with limit:
             return await awaitable
@@ -160,9 +167,10 @@ async def _until(awaitable: Awaitable[Any], timeout_s: float | None) -> Any:
         raise
 
 
-def timed_out(timeout_s: float | None) -> Fault:
-    """The fault of a call that took too long."""
-    return Fault(f"gave no answer within timeout_s = {timeout_s:g}", TIMEOUT)
+def timed_out(timeout_s: float | None, place: str = "") -> Fault:
+    """The fault of a call that took too long; without a timeout_s, longer than any call may."""
+    limit = f"{hanging.ENDED_AFTER_S:g} s" if timeout_s is None else f"timeout_s = {timeout_s:g}"
+    return Fault(f"gave no answer within {limit}{place}", TIMEOUT)
 
 
 @contextmanager

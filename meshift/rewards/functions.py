@@ -19,8 +19,8 @@ import torch
 
 from meshift.batch import WHERE, Batch, Outcome, Ragged, column_key
 from meshift.errors import ConfigError, RewardError
+from meshift.rewards import hanging
 from meshift.rewards.calling import EventLoopThread, Invoker
-from meshift.rewards.hanging import said_if_slow
 from meshift.rewards.locating import score_samples
 from meshift.rewards.remote import RemoteReward
 from meshift.rewards.samples import Samples
@@ -30,6 +30,7 @@ from meshift.rewards.worker import ProcessInvoker, num_timeouts
 
 logger = logging.getLogger(__name__)
 STEP = "step"
+BLOCKED = 1.1  # of the time that any call may take
 """The key of a batch whose rows are not all of a step's: the step, from 0, in every row."""
 
 
@@ -188,7 +189,7 @@ class _Caller:
     def score(self, samples: Samples) -> tuple[Scores, float]:
         """Scores and faults of the samples, and the seconds that it took."""
         started = time.perf_counter()
-        slow = nullcontext() if isinstance(self.invoke, ProcessInvoker) else said_if_slow(*self._named)
+        slow = nullcontext() if isinstance(self.invoke, ProcessInvoker) else hanging.said_if_slow(*self._named)
         with slow:
             scores = score_samples(self._call, samples, first_only=self._first_only)
         return scores, time.perf_counter() - started
@@ -213,6 +214,8 @@ class _Waiting(threading.Thread):
         super().__init__(daemon=True, name=f"reward {caller.weighted.name}")
         self._caller = caller
         self._samples = samples
+        self._pulse: list[float] = caller.invoke.pulse if isinstance(caller.invoke, Invoker) else []
+        self._pulse.clear()  # of the step before
         self._scores: tuple[Scores, float] | None = None
         self._error: RewardError | None = None
 
@@ -224,8 +227,16 @@ class _Waiting(threading.Thread):
             self._error = error
 
     def scores(self) -> tuple[Scores, float]:
-        """Wait for the scores and seconds. Raises the `RewardError` that the call ended with."""
-        self.join()
+        """Wait for the scores and seconds. Raises the `RewardError` that the call ended with, or one for a
+        coroutine that blocks the loop: not even its time limit comes to be looked at."""
+        while self.is_alive():
+            self.join(1.0)
+            beats = self._pulse[:1]
+            if beats and time.monotonic() - beats[0] > BLOCKED * hanging.ENDED_AFTER_S and self.is_alive():
+                raise RewardError(
+                    f"reward function {self._caller.weighted.name} keeps the event loop from going on; await what "
+                    "takes long, or set its timeout_s"
+                )
         if self._error is not None:
             raise self._error
         if self._scores is None:

@@ -34,8 +34,8 @@ class HungError(BaseException):
 
 
 @contextmanager
-def ended_if_hung(function: Callable[..., Any], seconds: float) -> Iterator[None]:
-    """Raise `HungError` in the body after that time, by a timer's signal: where Python code runs or waits.
+def ended_if_hung(function: Callable[..., Any]) -> Iterator[None]:
+    """Raise `HungError` in the body after half an hour, by a timer's signal: where Python code runs or waits.
 
     Only the main thread hears signals, and only where nobody else uses this one: elsewhere nothing is done.
     """
@@ -50,7 +50,7 @@ def ended_if_hung(function: Callable[..., Any], seconds: float) -> Iterator[None
             raise HungError(_place(frame, function))
 
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    signal.setitimer(signal.ITIMER_REAL, ENDED_AFTER_S, AGAIN_S)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from meshift.errors import ConfigError
+from meshift.rewards import hanging
 from meshift.rewards.calling import timed_out
 from meshift.rewards.scores import CallError, Fault
 
@@ -28,7 +28,7 @@ MAX_BYTES = 64 * 2**20
 class JsonServer:
     """`POST`s JSON objects to one address and reads JSON objects, in which there should be `expected`.
 
-    `timeout_s` covers all tries of one call.
+    `timeout_s` covers all tries of one call; none is half an hour.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class JsonServer:
     def post(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The server's answer. Raises `CallError` where there is none within `timeout_s`, or no JSON object."""
         body = json.dumps(question).encode()
-        deadline = math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + (hanging.ENDED_AFTER_S if self.timeout_s is None else self.timeout_s)
         for attempt in range(NUM_TRIES):
             try:
                 return _decoded(self._post(body, deadline), self.expected)
@@ -63,7 +63,7 @@ class JsonServer:
 
     def _post(self, body: bytes, deadline: float) -> bytes:
         request = urllib.request.Request(self.url, body, dict(self._headers), method="POST")
-        left = None if deadline == math.inf else max(0.001, deadline - time.monotonic())
+        left = max(0.001, deadline - time.monotonic())
         try:
             with self._opener.open(request, timeout=left) as response:
                 return _read(response, deadline)

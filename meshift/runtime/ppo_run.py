@@ -48,11 +48,10 @@ def role_models(config: PPORunConfig) -> dict[str, str]:
     """The model that each role starts from: the reference from the actor, the critic from the reward model."""
     actor = str(config.actor.model_name_or_path)
     reward = config.reward.model_name_or_path
-    names = {
-        "actor": actor,
-        "critic": config.critic.model_name_or_path or reward or actor,
-        "reference": config.reference.model_name_or_path or actor,
-    }
+    names = {"actor": actor}
+    if not config.ppo.shared_trunk:
+        names["critic"] = config.critic.model_name_or_path or reward or actor
+    names["reference"] = config.reference.model_name_or_path or actor
     names |= {"reward": reward} if reward is not None else {}
     return names | _cost_models(config, reward or actor)
 
@@ -68,7 +67,8 @@ def _cost_models(config: PPORunConfig, otherwise: str) -> dict[str, str]:
 
 def ppo_trained(config: PPORunConfig) -> dict[str, TrainableConfig]:
     """How the roles that learn are trained."""
-    trained: dict[str, TrainableConfig] = {"actor": config.actor, "critic": config.critic}
+    trained: dict[str, TrainableConfig] = {"actor": config.actor}
+    trained |= {} if config.ppo.shared_trunk else {"critic": config.critic}
     return trained | ({"cost_critic": config.cost_critic} if config.cost.is_given else {})
 
 
@@ -88,6 +88,7 @@ def build_ppo_job(config: PPORunConfig, opener: Opener | None = None) -> Job:
     for number, (name, critic) in enumerate(critics.items(), start=1):
         if name in specs:
             specs[name] = replace(specs[name], seed=config.seed + number, zero_head=critic.new_value_head)
+    specs["actor"] = replace(specs["actor"], value_head=config.ppo.shared_trunk)
     roles = {name: opener.open(spec) for name, spec in specs.items()}
     return rollout_job(
         config,
@@ -113,6 +114,10 @@ PPO_METHOD = Method(build=build_ppo_job, uses=ppo_uses, models=role_models, rows
 
 def _save(roles: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     save_role(roles["actor"], folder, tokenizer)
-    save_role(roles["critic"], folder.with_name("final_critic"), tokenizer)
+    critic = folder.with_name("final_critic")
+    if "critic" in roles:
+        save_role(roles["critic"], critic, tokenizer)
+    else:
+        save_role(roles["actor"], critic, tokenizer, "value")
     if "cost_critic" in roles:
         save_role(roles["cost_critic"], folder.with_name("final_cost_critic"), tokenizer)

@@ -199,6 +199,12 @@ def check_length(config: RunConfig, checkpoint: Checkpoint, max_steps: int) -> N
         raise ConfigError(f"the run is to have {max_steps} steps, but {checkpoint.folder} is after more")
     if max_steps in (before, checkpoint.step):
         return
+    ahead = getattr(config, "max_staleness", 0)
+    if max_steps > before and checkpoint.step + ahead > before:
+        raise ConfigError(
+            f"the run was to have {before} steps, and {checkpoint.folder} lacks completions of later ones, which "
+            f"`max_staleness` = {ahead} would have had drawn by then; keep the number of steps"
+        )
     for key in _decaying(config):
         raise ConfigError(
             f"the run had {before} steps and is to have {max_steps} now, but `{key}` spreads the learning rate "

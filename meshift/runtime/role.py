@@ -13,15 +13,17 @@ import torch
 
 from meshift.batch import Batch, Outcome
 from meshift.config.sections import TrainableConfig
-from meshift.errors import CheckpointError, NonFiniteError, StaleWeightsError
+from meshift.errors import CheckpointError, NonFiniteError
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.rollout import OnPart, SamplingTask, rollout
 from meshift.models.adapters import MergedWeights
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
+from meshift.models.shards import VALUE_HEAD
 from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
 from meshift.runtime.peak_rate import PeakRate
+from meshift.runtime.staleness import Ages
 from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
@@ -69,6 +71,7 @@ class LocalRole:
         self.trainer = TrainingEngine(model, config, trainable=trainable, name=name, place=place)
         self.generator: GenerationEngine | None = None
         self._peak_rate = PeakRate()
+        self._ages = Ages(name)
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
         self._offload: Offload | None = None
@@ -178,24 +181,20 @@ class LocalRole:
             return Outcome(batch=self.trainer.infer(task, batch))
 
     def train(self, task: TrainTask, batch: Batch, *, step: int) -> Outcome:
-        """Update. Raises `StaleWeightsError` if other weights than these drew the batch.
+        """Update. Raises `StaleWeightsError` if other weights drew the batch than the task allows.
 
         Of a step that was stopped before its first update there is no `grad_norm`.
         """
-        if "version" in batch:
-            drawn = set(batch["version"].values.tolist())
-            if drawn != {self.version}:
-                raise StaleWeightsError(
-                    f"role {self.name} has weights of version {self.version}, but the batch was sampled by "
-                    f"version {sorted(drawn)}: the generator did not get the last update"
-                )
+        ages: dict[str, float] = {}
+        if "versions" in batch:
+            ages = self._ages.check(batch["versions"].values, self.version, task.max_staleness)
         rate = learning_rate(self.config, step, self.max_steps)
         try:
             with self._here():
                 updates = self.trainer.train(task, batch, rate=rate, seed=self.seed + 1_000_003 * step)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {step + 1}: {error}") from None
-        metrics = task.loss.summarise(updates)
+        metrics = {**task.loss.summarise(updates), **ages}
         # The rate stands beside the gradient's norm: `actor/lr` in PPO, `lr` where one model is trained.
         prefix = f"{self.name}/" if f"{self.name}/grad_norm" in metrics else ""
         metrics[f"{prefix}lr"] = rate
@@ -223,7 +222,8 @@ class LocalRole:
     def mix(self, source: Role, rate: float) -> None:
         """`self <- rate * source + (1 - rate) * self`, exact in fp32 and rounded into the model once."""
         weights = source.master_weights()
-        for name, average in self.averages(weights).items():
+        mixed = [name for name in weights if name != VALUE_HEAD]
+        for name, average in self.averages(mixed).items():
             average.lerp_(weights[name].to(average), rate)
         self.settle_averages()
         self.leave()
@@ -255,7 +255,7 @@ class LocalRole:
         averages = {f"average/{name}": self._mixed.get(name, own[name]) for name in sorted(self._moved)}
         trained = self.trainer.state()
         values = {**trained.values, "compute_type": self._compute_type()}
-        return State(tensors={**trained.tensors, **averages}, values=values)
+        return State(tensors={**trained.tensors, **averages}, values={**values, **self._ages.values()})
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
@@ -267,6 +267,7 @@ class LocalRole:
                 f"{self._compute_type()}; set dtype={state.values['compute_type']} to go on as the run began"
             )
         self.trainer.load_state(state)
+        self._ages.load(state.values)
         averages = {name.removeprefix("average/") for name in state.tensors if name.startswith("average/")}
         for name, own in self.model.named_parameters():
             if name not in averages:

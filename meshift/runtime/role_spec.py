@@ -18,6 +18,7 @@ from meshift.models.adapters import add_adapter, merged_model, share_frozen, wit
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
 from meshift.models.hf.save import save_adapter, save_model
+from meshift.models.two_heads import add_value_head, one_head_of
 from meshift.parallel.groups import Place
 from meshift.runtime.models import adapter_of, model_folder, open_model
 from meshift.runtime.observer import Observer, SilentObserver
@@ -29,7 +30,8 @@ class RoleSpec:
     """A role before it is opened. `config` is how it is computed with, and where `max_steps` is set, trained.
 
     `seed` is of its mini-batches, `head_seed` of a head that the model lacks; with `zero_head` it begins at zero.
-    With `decode` it generates, in `num_slots`; a reference that `moves` has others' weights mixed into its own.
+    With `decode` it generates, in `num_slots`; a reference that `moves` has others' weights mixed into its own;
+    a language model with a `value_head` has a second head, which begins at zero.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RoleSpec:
     seed: int = 0
     head_seed: int = 0
     zero_head: bool = False
+    value_head: bool = False
     num_slots: int = 1
     moves: bool = False
     decode: Callable[[list[int]], str] | None = None
@@ -50,6 +53,8 @@ class RoleSpec:
         model = open_model(self.model, self.head, self.dtype, seed=self.head_seed)
         if self.zero_head:
             model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
+        if self.value_head:
+            add_value_head(model)
         adapter = None if self.max_steps is None else adapter_of(self.model, self.config)
         return model if adapter is None else add_adapter(model, adapter, self.seed)
 
@@ -125,11 +130,16 @@ def frozen_like(trained: TrainableConfig) -> TrainableConfig:
     )
 
 
-def save_role(role: Any, folder: Path, tokenizer: object) -> None:
-    """Save the role's model, or its adapters; over several processes all call this, and the first one saves."""
+def save_role(role: Any, folder: Path, tokenizer: object, head: HeadKind = "lm") -> None:
+    """Save the role's model, or its adapters; over several processes all call this, and the first one saves.
+
+    Of a model with two heads, `head` says which.
+    """
     model = role.whole()
     if model is None:
         return
+    if model.config.value_head:
+        model = one_head_of(model, head)
     adapter = model.config.adapter
     if adapter is None:
         save_model(model, folder, tokenizer=tokenizer)

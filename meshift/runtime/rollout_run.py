@@ -21,6 +21,7 @@ from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Graph
 from meshift.rewards.configured import check_columns, describe_functions, load_functions
 from meshift.rewards.functions import RewardFunctions, WeightedFunction
+from meshift.runtime.ahead import Queue, stale_notes
 from meshift.runtime.fixed_samples import FixedSamples, reward_judge, sampled_steps
 from meshift.runtime.models import (
     HEADS,
@@ -157,12 +158,21 @@ def describe(config: RolloutRunConfig, checked: Checked) -> list[tuple[str, str]
             "steps",
             f"{max_steps}, {max_steps * config.data.batch_size / len(data.prompts):.2f} passes over the prompts",
         ),
+        *_asynchronous(config),
         *([("rewards", describe_functions(checked.functions))] if checked.functions else []),
         *([("costs", describe_functions(checked.costs))] if checked.costs else []),
         *trained_rows(checked.names, checked.trained),
         ("memory", f"{_resident_bytes(config, checked) / 1e9:.2f} GB for weights, gradients and optimizers"),
         ("output", config.output_dir),
     ]
+
+
+def _asynchronous(config: RolloutRunConfig) -> list[tuple[str, str]]:
+    if config.max_staleness == 0:
+        return []
+    steps = "step" if config.max_staleness == 1 else "steps"
+    text = f"completions are drawn {config.max_staleness} {steps} ahead, by the weights of then"
+    return [("asynchronous", "; ".join((text, *stale_notes(config))))]
 
 
 def _resident_bytes(config: RolloutRunConfig, checked: Checked) -> int:
@@ -207,7 +217,8 @@ def rollout_job(
         num_tokens=lambda batch: sum(int(batch[key].lengths.sum()) for key in TEXTS if key in batch),
         memories=memories,
         rows=data.prompts,
-        messages=(left_out(data, "prompts "),) if data.overlong else (),
+        messages=(*((left_out(data, "prompts "),) if data.overlong else ()), *stale_notes(config)),
+        queue=Queue(config.max_staleness, checked.max_steps) if config.max_staleness > 0 else None,
     )
 
 

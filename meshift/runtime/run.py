@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,9 @@ from meshift.batch import Batch, Outcome
 from meshift.config.runs import RunConfig
 from meshift.config.sections import TrainableConfig
 from meshift.errors import StoppedRunError
+from meshift.graph.ahead import halves_of
 from meshift.graph.calls import Graph, LoopCall
+from meshift.runtime.ahead import AheadStep, Queue
 from meshift.runtime.checkpoints import write_checkpoint
 from meshift.runtime.disk import Sized, bytes_to_write, space_note
 from meshift.runtime.environment import write_environment
@@ -68,7 +71,7 @@ class Job:
     algorithm carries from step to step; `rows` are the data that batches are made of (dataclasses), by which a
     resumed run knows that they are the same; `make_state` makes what writes and reads checkpoints of all that.
     `placements` says in which processes each call runs, where they are several, and `spread` are the roles that
-    are in these; `plan` is what was predicted of that.
+    are in these; `plan` is what was predicted of that. With a `queue` completions are drawn before their step.
     """
 
     title: str
@@ -85,6 +88,7 @@ class Job:
     memories: Mapping[str, Remembers] = field(default_factory=dict)
     rows: Sequence[Any] = ()
     make_state: Callable[..., RunState] = LocalRunState
+    queue: Queue | None = None
     placements: Mapping[str, Sequence[int]] = field(default_factory=dict)
     spread: Sequence[Sized] = ()
     plan: PlanFile = PlanFile()
@@ -115,7 +119,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     job = build(config)
-    state = job.make_state(job.roles, job.memories, job.next_batch, job.rows)
+    state = job.make_state(job.roles, job.memories, job.next_batch, job.rows, job.queue)
     if start.checkpoint is not None:
         check_length(config, start.checkpoint, job.max_steps)
     state.begin(None if start.checkpoint is None else start.checkpoint.folder, start.num_done)
@@ -215,8 +219,8 @@ def _one_step(config: RunConfig, job: Job, step: int, folder: RunFolder, observe
 
 
 def _measured(job: Job) -> Advance:
-    """`run_step`, with the peak of memory in each call."""
-    meter = PeakMeter(device_for_run())
+    """The job's step in this process, with the peak of memory in each call."""
+    meter, run = PeakMeter(device_for_run()), _in_this_process(job)
     loops = {call.name for call in job.graph.order() if isinstance(call, LoopCall)}
 
     def advance(batch: Batch, step: int, on_call: Callable[[str], None]) -> Outcome:
@@ -225,10 +229,17 @@ def _measured(job: Job) -> Advance:
                 meter.begin(name)
             on_call(name)
 
-        outcome = run_step(job.graph, job.roles, batch, step, begin)
+        outcome = run(batch, step, begin)
         return replace(outcome, metrics={**outcome.metrics, **meter.end()})
 
     return advance
+
+
+def _in_this_process(job: Job) -> Advance:
+    if job.queue is None:
+        return partial(run_step, job.graph, job.roles)
+    halves = halves_of(job.graph)
+    return AheadStep(halves=halves, roles=job.roles, queue=job.queue, next_batch=job.next_batch).run
 
 
 def _utilisation(roles: Mapping[str, KeptRole], before: Mapping[str, Work]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from meshift import __version__
 from meshift.batch import Batch, column_key
 from meshift.errors import CheckpointError, DataError, ModelError
 from meshift.kernels.cpu import who_multiplies
+from meshift.runtime.ahead import Queue
 from meshift.step import Role
 from meshift.training.checkpoint import Remembers, State, fingerprint, read_state, write_state
 from meshift.training.flops import Work
@@ -71,11 +72,13 @@ class RunState(ABC):
         memories: Mapping[str, Remembers],
         next_batch: Callable[[int], Batch],
         rows: Sequence[Any] = (),
+        queue: Queue | None = None,
     ) -> None:
         self._roles = roles
         self._memories = memories
         self._next_batch = next_batch
         self._rows = rows
+        self._queue = queue
         self._rows_fingerprint: str | None = None
         self._fingerprints: dict[tuple[str, frozenset[str]], str] = {}
 
@@ -89,6 +92,8 @@ class RunState(ABC):
             "rows": self._fingerprint_of_rows(),
         }
         write_state(folder / RUN, State(values=values))
+        if self._queue is not None:
+            self._queue.write(folder)
         self._write_roles(folder)
 
     def begin(self, folder: Path | None, num_done: int) -> None:
@@ -120,6 +125,8 @@ class RunState(ABC):
                 )
         for name, memory in self._memories.items():
             memory.load_state_dict(values["memories"][name])
+        if self._queue is not None:
+            self._queue.read(folder)
 
     @abstractmethod
     def _write_roles(self, folder: Path) -> None:

@@ -200,7 +200,10 @@ class SpreadRole:
         if peers is None:
             return
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
-        table = shard_table(replace(model.config, adapter=None), model.head_kind)  # adapters come merged
+        alone = replace(
+            model.config, adapter=None, value_head=False
+        )  # adapters come merged, and one head is mixed
+        table = shard_table(alone, model.head_kind)
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
         site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)

@@ -16,6 +16,7 @@ from typing import Any
 
 from meshift.config.plan import LaunchConfig
 from meshift.config.runs import DPORunConfig, KTORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
+from meshift.graph.ahead import halves_of
 from meshift.layout.mesh import Device
 from meshift.parallel.groups import new_group
 from meshift.runtime import dpo_run, kto_run, pair_run, policy_run, ppo_run, reward_run, sft_run
@@ -26,6 +27,7 @@ from meshift.runtime.planned_run import Method, plan_file
 from meshift.runtime.plans import Placements, placements_of
 from meshift.runtime.role_spec import RoleSpec
 from meshift.runtime.run import Job, run_job
+from meshift.runtime.spread_ahead import SpreadAhead
 from meshift.runtime.spread_role import Everywhere, SpreadRole
 from meshift.runtime.spread_state import SpreadRunState, follow
 from meshift.runtime.spread_step import HOST, SpreadStep
@@ -99,7 +101,12 @@ def spread_job(job: Job, world: World, launch: LaunchConfig) -> tuple[Job, Mappi
     """A job whose roles were opened over several processes, run by all of them; and those roles."""
     opened: Mapping[str, Any] = job.roles
     roles: dict[str, SpreadRole] = {name: everywhere.role for name, everywhere in opened.items()}
-    step = SpreadStep(job.graph, roles, world, launch.stream_size if launch.stream else None)
+    part_size = launch.stream_size if launch.stream else None
+    step: SpreadStep | SpreadAhead = (
+        SpreadStep(job.graph, roles, world, part_size)
+        if job.queue is None
+        else SpreadAhead(halves_of(job.graph), roles, world, job.queue, job.next_batch, part_size)
+    )
     spread = replace(
         job,
         title=f"{job.title}, in {len(world.ranks)} processes",

@@ -61,6 +61,8 @@ def follow(job: Job, spread: Mapping[str, SpreadRole], world: World, observer: O
     start = world.hear()
     if start["folder"] is not None:
         _load_shares(spread, world, Path(start["folder"]))
+        if job.queue is not None:
+            job.queue.read(Path(start["folder"]))
     for step in range(start["num_done"], job.max_steps):
         assert job.advance is not None
         job.advance(job.next_batch(step), step, partial(observer.on_call, step))

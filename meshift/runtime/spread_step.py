@@ -10,7 +10,7 @@ knows nothing of models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshift.batch import Batch, Outcome
@@ -38,6 +38,15 @@ class Now:
     on_call: Hear
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a process has after its own calls of a step; `lacking` are the calls whose outcomes it has not got."""
+
+    batch: Batch
+    metrics: Mapping[str, float]
+    lacking: frozenset[str]
+
+
 class SpreadStep:
     """A graph's steps in this process."""
 
@@ -48,12 +57,18 @@ class SpreadStep:
         world: World,
         part_size: int | None = None,
         first_tag: int = 1,
+        *,
+        onward: Sequence[Call] = (),
+        publishes: bool = True,
     ) -> None:
         """With `part_size`, calls on other devices read completions as they end (`streaming.py`).
 
-        Its messages have tags from `first_tag` up to, and without, `end_tag`.
+        Its messages have tags from `first_tag` up to, and without, `end_tag`. Processes of `onward`, calls of
+        another graph that go on with this one's batch, get what these read. Unless it `publishes`, somebody else
+        does, when a step's new weights may move to where else they are used.
         """
         self.graph, self.roles, self.world = graph, roles, world
+        self._onward, self._publishes = tuple(onward), publishes
         calls = graph.order()
         for call in calls:
             if isinstance(call, SyncCall):
@@ -71,6 +86,7 @@ class SpreadStep:
                 rounds = SpreadStep(call.graph, roles, world, part_size, self.end_tag + 1)
                 self._loops[call.name] = SpreadLoop(call, rounds, self.end_tag)
                 self.end_tag = rounds.end_tag
+        self._receivers = {call.name: self._receivers_of(call) for call in calls}
         self._peaks_tag, self.end_tag = self.end_tag, self.end_tag + 1
 
     @property
@@ -92,12 +108,16 @@ class SpreadStep:
     def run(self, batch: Batch, step: int, on_call: Hear = lambda name: None) -> Outcome:
         """This process's part of a step on a batch that all have. In process 0, the whole outcome."""
         outcome = self.run_calls(batch, Now(step=step, began=time.perf_counter(), on_call=on_call))
-        outcome = replace(outcome, metrics={**outcome.metrics, **self._peaks_of_all()})
+        outcome = replace(outcome, metrics={**outcome.metrics, **self.peaks_of_all({})})
         self.world.finish()
         return outcome
 
     def run_calls(self, batch: Batch, now: Now) -> Outcome:
         """As `run`, but what was sent may still be on its way."""
+        return self.gather(self.run_own(batch, now))
+
+    def run_own(self, batch: Batch, now: Now) -> Part:
+        """This process's calls."""
         metrics: dict[str, float] = {}
         lacking = {call.name for call in self.graph.order()}
         for call in self.graph.order():
@@ -112,17 +132,30 @@ class SpreadStep:
                 self._pass_on(call, outcome)
             elif call.name in self._loops:
                 self._loops[call.name].help(now)
-            if isinstance(call, ModelCall) and call.kind == "train":
+            if self._publishes and isinstance(call, ModelCall) and call.kind == "train":
                 metrics.update(self.roles[call.role].publish())
             if isinstance(call, SyncCall) and (now.step + 1) % call.every == 0:
                 self.roles[call.target].is_mixed = True  # also where it was not: process 0 keeps account of it
+        return Part(batch=batch, metrics=metrics, lacking=frozenset(lacking))
+
+    def gather(self, part: Part) -> Outcome:
+        """What was sent to this process and that no call of its own has waited for."""
+        batch, metrics = part.batch, dict(part.metrics)
+        for call in self.graph.order():
+            if call.name in part.lacking and self.world.rank in self._receivers[call.name]:
+                batch, found = self._receive(batch, call.name)
+                metrics.update(found)
         if self.world.rank == HOST:
-            for call in self.graph.order():
-                if call.name in lacking:
-                    batch, found = self._receive(batch, call.name)
-                    metrics.update(found)
             metrics.update(self._utilisation(metrics))
         return Outcome(batch=batch, metrics=metrics)
+
+    def publish(self) -> dict[str, float]:
+        """Move the new weights of all that the step trains; every process calls this, after its calls."""
+        metrics: dict[str, float] = {}
+        for call in self.graph.order():
+            if isinstance(call, ModelCall) and call.kind == "train":
+                metrics.update(self.roles[call.role].publish())
+        return metrics
 
     def _metered(self, call: Call, batch: Batch, now: Now) -> Outcome:
         """The call, with its peak of memory; the calls of a loop have theirs one by one."""
@@ -133,9 +166,12 @@ class SpreadStep:
         _raise_to(self._peaks, self._meter.end())
         return outcome
 
-    def _peaks_of_all(self) -> dict[str, float]:
-        """In process 0, the most that any process had in memory in each call of the step; elsewhere this one's."""
-        peaks = self.take_peaks()
+    def peaks_of_all(self, others: Mapping[str, float]) -> dict[str, float]:
+        """In process 0, the most that any process had in memory in each call of the step; elsewhere this one's.
+
+        `others` are this process's in calls of another graph; a step that trains asks all processes.
+        """
+        peaks = {**self.take_peaks(), **others}
         if self.world.rank != HOST:
             self.world.send(Outcome(metrics=peaks), (HOST,), self._peaks_tag)
             return peaks
@@ -196,17 +232,24 @@ class SpreadStep:
 
     def _pass_on(self, call: Call, outcome: Outcome) -> None:
         """Send an outcome to those that will read it, from the first of those that have it."""
-        members = self._members[call.name]
-        if self.world.rank != members[0]:
+        if self.world.rank != self._members[call.name][0]:
             return
-        readers, given = {HOST}, _given(call, self.graph)
-        for later in self.graph.order():
-            if set(later.reads) & set(given) and not self._streams.reads(later.name):
-                readers.update(self._members[later.name])
         if call.name in self._loops:  # whose batch has columns that only host calls read
-            read = {key for later in self.graph.order() if isinstance(later, ModelCall) for key in later.reads}
-            outcome = replace(outcome, batch=outcome.batch.select(read.intersection(given)))
-        self.world.send(outcome, sorted(readers - set(members)), self._tags[call.name])
+            later = (*self.graph.order(), *self._onward)
+            read = {key for one in later if isinstance(one, ModelCall) for key in one.reads}
+            outcome = replace(outcome, batch=outcome.batch.select(read.intersection(_given(call, self.graph))))
+        self.world.send(outcome, sorted(self._receivers[call.name]), self._tags[call.name])
+
+    def _receivers_of(self, call: Call) -> frozenset[int]:
+        """The processes that a call's outcome is sent to: process 0, and those that read of it."""
+        readers, given = {HOST}, set(_given(call, self.graph))
+        for later in self.graph.order():
+            if given.intersection(later.reads) and not self._streams.reads(later.name):
+                readers.update(self._members[later.name])
+        for later in self._onward:
+            if given.intersection(later.reads):
+                readers.update(self._members_of(later))
+        return frozenset(readers - set(self._members[call.name]))
 
     def _members_of(self, call: Call) -> tuple[int, ...]:
         """Those that have what the call reads, and its outcome."""

@@ -68,11 +68,15 @@ class Loss(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """A loss, and how often and in how many parts a batch is gone through."""
+    """A loss, and how often and in how many parts a batch is gone through.
+
+    `max_staleness` is how many steps' updates the weights that drew the batch may lack.
+    """
 
     loss: Loss
     num_epochs: int = 1
     num_mini_batches: int = 1
+    max_staleness: int = 0
 
 
 class TrainingEngine:

@@ -110,4 +110,5 @@ def _num_head(model: Decoder) -> int:
 
 def _learns_head(model: Decoder) -> bool:
     owned = model.config.owns_output_matrix(model.head_kind)
-    return any(p.requires_grad for p in (model.head if owned else model.embedding).parameters())
+    parameters = model.head.parameters(recurse=False) if owned else model.embedding.parameters()
+    return any(p.requires_grad for p in parameters)

@@ -18,7 +18,7 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError
 from meshift.models.config import HeadKind
 from meshift.models.decoder import Decoder
-from meshift.models.shards import is_adapters
+from meshift.models.shards import VALUE_HEAD, is_adapters
 from meshift.parallel.data import Ranks
 from meshift.training.checkpoint import restore_tensor
 
@@ -61,10 +61,10 @@ def freeze(model: Decoder, config: TrainableConfig) -> None:
 
 
 def is_trained(name: str, config: TrainableConfig, head: HeadKind) -> bool:
-    """Whether a role that learns changes this parameter: with `lora`, adapters and a score head only."""
+    """Whether a role that learns changes this parameter: with `lora`, adapters and heads for numbers only."""
     if config.lora is None:
         return not is_frozen(name, config.num_frozen_layers)
-    return is_adapters(name) or (head != "lm" and name == "head.weight")
+    return is_adapters(name) or name == VALUE_HEAD or (head != "lm" and name == "head.weight")
 
 
 def is_frozen(name: str, num_frozen: int) -> bool:

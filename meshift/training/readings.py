@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from meshift.batch import Batch, Ragged, ranges
+from meshift.models.heads import values_of
 from meshift.training.token_logprobs import Wanted, token_logprobs
 
 SUSPECT_REWARDS = "look for extreme rewards in samples.jsonl"
@@ -154,7 +155,27 @@ class TokenValues(_OneSequence):
     def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
         """See the class."""
         del chunk  # one number per row: nothing large to hold back
-        return {self.key: Ragged(head(hidden).float(), batch["completion_lengths"].values + 1)}
+        return {self.key: Ragged(values_of(head, hidden), batch["completion_lengths"].values + 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobsAndValues(_OneSequence):
+    """Both readings in one pass of a model with two heads, each under its own key."""
+
+    logprobs: TokenLogprobs
+    values: TokenValues
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Those of the values: the last of each sequence has no token to predict."""
+        return self.values.rows(batch)
+
+    def read(self, head: nn.Module, hidden: Tensor, batch: Batch, chunk: int) -> dict[str, Ragged]:
+        """See the class."""
+        lengths = batch["completion_lengths"].values
+        starts = torch.cumsum(lengths + 1, 0) - lengths - 1
+        predicting = hidden[ranges(starts, lengths).to(hidden.device)]
+        found = self.logprobs.read(head, predicting, batch, chunk)
+        return {**found, **self.values.read(head, hidden, batch, chunk)}
 
 
 @dataclass(frozen=True, kw_only=True)

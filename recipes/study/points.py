@@ -180,12 +180,16 @@ def config_of(point: Point, setting: SentimentSetting, folder: Path) -> RunConfi
 
 
 def key_of(config: RunConfig, parents: Sequence[str], judging: Sequence[Any]) -> str:
-    """What a finished point is known by: its config, whatever folder it is in, its parents' keys, the judging."""
-    values = config.model_dump(mode="json", exclude={"output_dir", "resume", "overwrite_output_dir"})
+    """What a finished point is known by: its config, whatever folder it is in, its parents' keys, the judging.
+
+    Of the config what is no default, so that a key that is new in a later version changes nothing.
+    """
+    kept_out = {"output_dir", "resume", "overwrite_output_dir"}
+    values = config.model_dump(mode="json", exclude=kept_out, exclude_defaults=True)
     for section, key in (("data", "dataset_name"), ("data", "eval_dataset_name")):
         if isinstance(values[section].get(key), str):
             values[section][key] = Path(values[section][key]).name
     for section in ("actor", "model", "reward", "critic"):
         values.get(section, {}).pop("model_name_or_path", None)
-    text = json.dumps([values, list(parents), list(judging)], sort_keys=True)
+    text = json.dumps([type(config).__name__, values, list(parents), list(judging)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

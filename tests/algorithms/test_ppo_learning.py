@@ -99,7 +99,7 @@ def test_an_end_token_carries_gradient_like_any_other():
     advantages.values[-1] = 1.0
     actor = world.roles["actor"]
     train = next(call for call in world.graph.calls if call.name == "train_actor")
-    one["version"].values[:] = actor.version
+    one["versions"].values[:] = actor.version
     before = float(next_probabilities(actor.model, tokens[:-1])[EOS])
     actor.train(train.task, one.select(train.reads), step=0)
     assert float(next_probabilities(actor.model, tokens[:-1])[EOS]) > before

@@ -131,7 +131,7 @@ def test_a_judge_that_looks_at_the_answers_is_the_same_in_both_orders(serve):
     assert metrics["judge prefers the first place"].value == 0.5
 
 
-def test_pairs_without_a_verdict_in_both_orders_are_left_out_and_none_at_all_is_an_error(serve):
+def test_pairs_without_a_verdict_in_both_orders_are_left_out_and_none_at_all_is_an_error(serve, caplog):
     def first_pair_only(question):
         return (
             "Verdict: B" if "bad" in answers(question)[0] else "Verdict: A" if "fine" in str(question) else "Hm."
@@ -141,6 +141,8 @@ def test_pairs_without_a_verdict_in_both_orders_are_left_out_and_none_at_all_is_
     assert [duel.score for duel in found] == [1.0, None]
     assert "no line 'Verdict: A'" in found[1].wrong
     metrics = judge_estimates(found, "chosen")
+    assert metrics["pairs judged"].value == 0.5
+    assert "1 of 2 pairs have no verdict: the judge got no line 'Verdict: A'" in caplog.text
     assert (metrics["win rate by judge, chosen"].value, metrics["win rate by judge, chosen"].num) == (1.0, 1)
     with pytest.raises(RewardError, match="no verdict on any of 1 pairs"):
         judge_estimates(found[1:], "chosen")

@@ -73,6 +73,34 @@ def test_micro_batches_that_are_faster_are_part_of_the_plan():
     assert planned.settings[-1].seconds < planned.seconds
 
 
+def test_drawing_ahead_takes_as_long_as_the_slower_half_where_they_have_devices_of_their_own():
+    given = step("grpo")
+    rollout, others = given.calls[0], given.calls[1:]
+    ahead = replace(given, calls=ahead_of(rollout, others))
+    apart = {
+        "actor": {"generate": Placement.parse("1", "d1"), "train": Placement.parse("0", "d1")},
+        "reference": {"infer": Placement.parse("0", "d1")},
+    }
+    one = {role: {kind: Placement.parse("0", "d1") for kind in kinds} for role, kinds in apart.items()}
+    for placements, together in ((apart, True), (one, False)):
+        events = {event.name: event for event in evaluate(ahead, device(), placements)}
+        rest = sum(events[call.name].end - events[call.name].start for call in others)
+        drawn = events["rollout"].end - events["rollout"].start
+        begun = max(drawn, rest) if together else drawn + rest
+        assert events["actor to generate"].start == pytest.approx(begun)
+    took = [max(event.end for event in evaluate(one, device(), apart)) for one in (ahead, given)]
+    assert took[0] < 0.95 * took[1]
+    planned = [make_plan(one, device(), 2, seconds=2) for one in (ahead, given)]
+    assert planned[0].seconds <= planned[1].seconds
+    assert planned[0].seconds <= took[0]
+
+
+def ahead_of(rollout, others):
+    """As `rollout_steps` writes it for `max_staleness`."""
+    free = [replace(call, waits=call.waits - {rollout.name}) for call in others]
+    return (*(call for call in free if call.kind != "train"), rollout, *(c for c in free if c.kind == "train"))
+
+
 @pytest.mark.parametrize("num_devices", [1, 3, 5, 7])
 def test_any_number_of_devices_has_a_plan(num_devices):
     planned = make_plan(step("grpo"), device(), num_devices, seconds=1)

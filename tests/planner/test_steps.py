@@ -53,9 +53,15 @@ CASES = {
     "ppo with a moving reference": lambda: config(
         PPORunConfig, reward=FUNCTION, reference={"sync_ref_model": True, "ref_model_sync_steps": 3}
     ),
+    "ppo with a shared trunk": lambda: config(
+        PPORunConfig, reward=FUNCTION, ppo={"shared_trunk": True, "recompute_logprobs": True}
+    ),
     "grpo": lambda: config(GRPORunConfig, reward=FUNCTION),
     "grpo that reads old log-probs again": lambda: config(
         GRPORunConfig, reward=FUNCTION, grpo={"recompute_logprobs": True, "num_iterations": 2, "kl_coef": 0.1}
+    ),
+    "decoupled ppo": lambda: config(
+        PPORunConfig, reward=FUNCTION, ppo={"recompute_logprobs": True, "importance_correction": "token"}
     ),
     "rloo": lambda: config(RLOORunConfig, reward={"model_name_or_path": "r"}),
     "ppo with a cost": lambda: config(
@@ -109,6 +115,7 @@ def test_a_planned_step_is_the_graph_of_its_algorithm(case):
 def test_roles_start_from_the_models_that_a_run_gives_them():
     ppo, grpo = CASES["ppo"](), CASES["rloo"]()
     assert role_names(ppo) == role_models(ppo)
+    assert role_names(CASES["ppo with a shared trunk"]()) == role_models(CASES["ppo with a shared trunk"]())
     assert role_names(CASES["ppo with a cost"]()) == role_models(CASES["ppo with a cost"]())
     assert role_names(grpo) == policy_models(grpo)
     assert role_names(CASES["dpo"]()) == {"actor": "a", "reference": "a"}
@@ -151,6 +158,38 @@ def test_a_role_borrows_what_adapters_leave_in_the_plan_as_in_the_run(case, monk
     found = in_one_process(given, replace(step, roles=roles))
     assert {name for name, one in found.roles.items() if one.borrows} == borrowing
     assert {one.role for one in held_models(given)} == found.roles.keys() - borrowing
+
+
+AHEAD = {
+    "grpo": (
+        config(GRPORunConfig, reward={"model_name_or_path": "r"}, grpo={"kl_coef": 0.1}),
+        ["score", "reference", "rollout", "train_actor"],
+        {"rollout"},
+    ),
+    "ppo": (
+        config(PPORunConfig, reward={"model_name_or_path": "r"}),
+        ["score", "reference", "values", "rollout", "train_actor", "train_critic"],
+        {"rollout"},
+    ),
+    "remax": (
+        config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, remax={"kl_coef": 0.0}),
+        ["score", "rollout", "rollout (greedy)", "score (greedy)", "train_actor"],
+        {"rollout", "rollout (greedy)", "score (greedy)"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_what_is_drawn_ahead_waits_for_nothing_of_its_step_nor_is_waited_for(case):
+    given, order, drawing = AHEAD[case]
+    models = dict.fromkeys(role_names(given), LLAMA)
+    at_once = {call.name: call for call in step_of(given, models, "bfloat16").calls}
+    ahead = step_of(given.model_copy(update={"max_staleness": 1}), models, "bfloat16").calls
+    assert [call.name for call in ahead] == order
+    for call in ahead:
+        own = call.name in drawing
+        assert call.waits == {name for name in at_once[call.name].waits if (name in drawing) == own}
+        assert replace(call, waits=frozenset()) == replace(at_once[call.name], waits=frozenset())
 
 
 def test_only_roles_with_lora_have_adapters_and_where_it_says():

@@ -43,6 +43,17 @@ def test_the_recipe_by_plan_would_ask_for_calls_that_grpo_does_not_make():
     assert num_processes(placements_of(config.plan, POLICY_METHOD.uses(config))) == 2
 
 
+def test_the_asynchronous_recipe_would_draw_and_train_on_the_same_device():
+    """And it would be another task than that of the recipe beside it."""
+    ours, sync = (load_config(GRPORunConfig, RECIPES / f"grpo_{name}.yaml") for name in ("async", "sentiment"))
+    actor = placements_of(ours.plan, POLICY_METHOD.uses(ours))["actor"]
+    assert ours.max_staleness == 1
+    assert not set(actor["generate"].mesh.devices) & {*actor["train"].mesh.devices, *actor["infer"].mesh.devices}
+    assert ours.grpo.importance_correction == "token"
+    for section in ("data", "reward", "generation"):
+        assert getattr(ours, section) == getattr(sync, section)
+
+
 def test_words_of_praise_count_once_and_words_of_blame_against_them():
     spec = importlib.util.spec_from_file_location("sentiment_reward", RECIPES / "sentiment_reward.py")
     module = importlib.util.module_from_spec(spec)

@@ -1,14 +1,16 @@
 """Functions that hang in the run's own process, with no timeout_s: named while they do, and ended in the end."""
 
+import asyncio
 import contextlib
 import logging
 import re
 import signal
+import socket
 import threading
 import time
 
 import pytest
-from reward_batches import host_call, rollout
+from reward_batches import host_call, rollout, score_spec
 
 from meshift.errors import RewardError
 from meshift.rewards import hanging
@@ -61,6 +63,57 @@ def test_a_call_that_never_ends_names_its_sample_and_line_and_ends(soon, functio
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_a_coroutine_that_waits_for_ever_names_its_sample(soon):
+    async def waiting(data_source, solution_str, ground_truth, extra_info=None):
+        if "f" in solution_str:
+            await asyncio.sleep(600)
+        return 1.0
+
+    with pytest.raises(RewardError, match=r"waiting gave no answer within 0.3 s on sample 1 \(data.jsonl:2\)"):
+        called(waiting)
+
+
+def test_a_coroutine_that_blocks_the_loop_does_not_freeze_the_run(soon):
+    release = threading.Event()
+
+    async def blocking(completions, **columns):
+        release.wait(20)
+        return [1.0, 1.0]
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(
+            RewardError, match="blocking keeps the event loop from going on; await what takes long"
+        ):
+            called(blocking)
+    finally:
+        release.set()
+    assert time.monotonic() - started < 10
+
+
+def test_the_pulse_of_the_step_before_would_end_this_one(soon):
+    async def waiting(completions, **columns):
+        await asyncio.sleep(0.01)
+        return [1.0, 1.0]
+
+    batch = rollout()
+    rewards = host_call([WeightedFunction(name="waiting", function=waiting, weight=1.0)], batch)
+    rewards(batch)
+    [caller] = rewards._callers
+    assert caller.invoke.pulse
+    caller.invoke.pulse[:] = [time.monotonic() - 1000]
+    assert rewards(batch).batch["function_scores"].values.tolist() == [1.0, 1.0]
+    assert time.monotonic() - caller.invoke.pulse[0] < 100
+
+
+def test_a_server_that_never_answers_does_not_freeze_the_run(soon, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/get_reward"
+        with pytest.raises(RewardError, match=r"get_reward gave no answer within 0\.3 s"):
+            score_spec(url)
+
+
 def test_with_skip_the_other_samples_keep_their_rewards(soon):
     scores, metrics = called(sleeping, on_error="skip")
     assert scores[0] == 1.0
@@ -82,7 +135,7 @@ def test_functions_that_use_the_alarm_themselves_are_left_alone(soon):
     assert rung
     before = signal.signal(signal.SIGALRM, lambda *given: rung.append(2))
     try:
-        with hanging.ended_if_hung(own_alarm, 0.01):
+        with hanging.ended_if_hung(own_alarm):
             assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -26,6 +26,7 @@ from meshift.runtime.sft_run import run_sft
 
 SMOOTH = {"learning_rate": 0.01, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
+DECOUPLED = {"recompute_logprobs": True, "importance_correction": "token"}
 ADAPTED = {"lora": {"rank": 3, "alpha": 6, "save_merged": True}}
 REWARDS = """
 def odd(completion_ids, **columns):
@@ -57,6 +58,34 @@ CASES = {
             "reference": MOVING,
             "grpo": {"num_mini_batches": 2, "num_iterations": 2, "mask_truncated_completions": True},
         },
+    ),
+    "grpo-ahead": Case(  # process 1 draws while the others train
+        POLICY["grpo"],
+        APART,
+        {
+            "max_staleness": 1,
+            "reference": MOVING,
+            "grpo": {"num_mini_batches": 2, **DECOUPLED},
+        },
+    ),
+    "dapo-ahead": Case(  # a device draws and trains, in rounds
+        POLICY["dapo"],
+        {"actor": placed(generate="d2@1-2", train="t2@0,1"), "reward": placed(infer="d1@2")},
+        {"max_staleness": 2, "dapo": {"num_mini_batches": 2, **DECOUPLED}},
+    ),
+    "remax-ahead": Case(  # process 0 draws, and runs host calls between
+        POLICY["remax"],
+        {"actor": placed(generate="d1@0", train="t2@1-2"), "reference": placed(infer="d1@0")},
+        {"max_staleness": 1},
+    ),
+    "ppo-ahead": Case(
+        PPORunConfig,
+        {
+            "actor": placed(generate="d1@1", train="t2@0,2"),
+            "critic": placed(infer="d1@0", train="d1@2"),
+            "reference": placed(infer="d1@1"),
+        },
+        {"max_staleness": 1, "ppo": {"num_mini_batches": 2, "missing_eos_penalty": 0.5, **DECOUPLED}},
     ),
     "dr_grpo": Case(POLICY["dr_grpo"], {"actor": placed(train="d3@0-2"), "reward": placed(infer="t2@1-2")}),
     "dapo": Case(

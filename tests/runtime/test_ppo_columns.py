@@ -10,7 +10,7 @@ from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import build_ppo_job, check_ppo, run_ppo
 from meshift.step import run_step
 
-NAMES = ("index", "values", "version", "tokens", "scores", "advantages", "column/tokens", "x.lengths", "text")
+NAMES = ("index", "values", "versions", "tokens", "scores", "advantages", "column/tokens", "x.lengths", "text")
 
 
 @pytest.fixture

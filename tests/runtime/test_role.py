@@ -47,7 +47,10 @@ def test_a_batch_of_older_weights_is_refused():
     actor.train(TASK, batch, step=0)
     with pytest.raises(StaleWeightsError, match=r"weights of version 1, .* sampled by version \[0\]"):
         actor.train(TASK, batch, step=1)
-    mixed = batch.union(Batch({"version": Ragged.scalars([1, 1, 1, 1, 1, 0])}))
+    versions = batch["versions"]
+    versions.values[:] = 1
+    versions.values[7] = 0
+    mixed = batch.union(Batch({"versions": versions}))
     with pytest.raises(StaleWeightsError, match=r"\[0, 1\]"):
         actor.train(TASK, mixed, step=1)
 
@@ -82,7 +85,8 @@ def test_the_sampler_draws_from_the_updated_weights(dtype):
     recomputed = actor.infer(TokenLogprobs(), after).batch["new_logprobs"].values
     stale = LocalRole("old", tiny_model(dtype=dtype), TrainableConfig()).infer(TokenLogprobs(), after)
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
-    assert after["version"].values.tolist() == [1] * 6
+    assert after["versions"].values.tolist() == [1] * 30
+    assert after["versions"].lengths.tolist() == after["logprobs"].lengths.tolist()
     assert (recomputed - after["logprobs"].values).abs().max() < tolerance
     assert (stale.batch["new_logprobs"].values - after["logprobs"].values).abs().max() > 2 * tolerance
 

@@ -17,6 +17,7 @@ OTHER = {"actor": placed(generate="d2@0-1", train="d1@1"), "reference": placed(i
 MOVES = {
     "grpo": (CASES["grpo"].plan, OTHER),
     "dapo": (None, CASES["dapo"].plan),
+    "grpo-ahead": (CASES["grpo-ahead"].plan, None),
     "dpo": (CASES["dpo"].plan, None),
     "dpo-read-once": (CASES["dpo-read-once"].plan, {"actor": placed(train="t2@1,0")}),
 }
@@ -41,10 +42,12 @@ def test_another_plan_would_not_go_on_from_a_checkpoint(make_case, tmp_path, rea
         assert [row.get(key) for row in ours] == pytest.approx([row.get(key) for row in theirs], abs=1e-5)
 
 
-def test_a_process_that_is_killed_within_a_loop_would_change_the_final_weights(make_case, tmp_path):
-    case, kept = CASES["dapo-apart"], {"max_steps": 4, "save_steps": 1, "save_total_limit": None}
-    for name, observer in (("whole", Notes()), ("run", killer := KillerObserver(2, "reward_functions"))):
-        run(make_case(case, tmp_path / name, plan=case.plan, **kept), observer)
+@pytest.mark.parametrize(("name", "at"), [("dapo-apart", "reward_functions"), ("grpo-ahead", "train_actor")])
+def test_a_process_that_is_killed_within_a_step_would_change_the_final_weights(make_case, tmp_path, name, at):
+    """DAPO within its loop, and GRPO where one process draws and the others train."""
+    case, kept = CASES[name], {"max_steps": 4, "save_steps": 1, "save_total_limit": None}
+    for folder, observer in (("whole", Notes()), ("run", killer := KillerObserver(2, at))):
+        run(make_case(case, tmp_path / folder, plan=case.plan, **kept), observer)
     assert killer.done
     assert any("starting again" in text for text in killer.messages)
     one, other = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "run"))

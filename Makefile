@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check format clean
+.PHONY: help install quickstart study test test-slow check format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/.installed  ## align a small language model with RLHF on this machine's CPU (ARGS="..." is passed on)
 	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+study: $(VENV)/.installed  ## PPO against DPO: the study at its small setting (ARGS="--setting recipes/study/full.yaml")
+	$(BIN)/python -m recipes.study $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests (ARGS="-k batch" is passed on)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,14 +58,21 @@ def complete(
     return Completions(prompts=[p.text for p in prompts], texts=texts, batch=batch)
 
 
+def completion_rewards(reward: LocalRole, completions: Completions) -> list[float]:
+    """The reward model's score of each completion."""
+    scores = reward.infer(SequenceScores(), completions.batch.select(("tokens",))).batch["scores"]
+    return [float(score) for score in scores.values]
+
+
 def mean_reward(reward: LocalRole, completions: Completions) -> float:
     """The reward model's mean score."""
-    scores = reward.infer(SequenceScores(), completions.batch.select(("tokens",))).batch["scores"]
-    return float(scores.values.mean())
+    return fmean(completion_rewards(reward, completions))
 
 
-def mean_kl(actor: LocalRole, reference: LocalRole, completions: Completions, task: SamplingTask) -> float:
-    """KL(actor || reference) in nats per completion, from the actor's own completions.
+def completion_kls(
+    actor: LocalRole, reference: LocalRole, completions: Completions, task: SamplingTask
+) -> list[float]:
+    """log p(completion) - log p_ref(completion) of each, in nats; their mean estimates KL(actor || reference).
 
     Both models' log-probs are read by the same engine, so the estimate holds none of the sampler's rounding.
     """
@@ -72,7 +80,12 @@ def mean_kl(actor: LocalRole, reference: LocalRole, completions: Completions, ta
     keys = ("tokens", "completion_lengths", *task.support_keys)
     ours = actor.infer(reading, completions.batch.select(keys)).batch[reading.key]
     theirs = reference.infer(reading, completions.batch.select(keys)).batch[reading.key]
-    return float(Ragged(ours.values - theirs.values, ours.lengths).sum_rows().mean())
+    return [float(kl) for kl in Ragged(ours.values - theirs.values, ours.lengths).sum_rows()]
+
+
+def mean_kl(actor: LocalRole, reference: LocalRole, completions: Completions, task: SamplingTask) -> float:
+    """KL(actor || reference) in nats per completion, from the actor's own completions."""
+    return fmean(completion_kls(actor, reference, completions, task))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

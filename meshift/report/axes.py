@@ -51,7 +51,7 @@ def linear_axis(values: np.ndarray) -> Axis:
     bottom, top = low - room, high + room
     if low >= 0 and (bottom < 0 or low < 0.35 * high):
         bottom = 0.0
-    if high <= 0 and (top > 0 or high > 0.35 * low):
+    if low < 0 and high <= 0 and (top > 0 or high > 0.35 * low):
         top = 0.0
     return Axis(low=bottom, high=top)
 

@@ -98,3 +98,10 @@ def test_numbers_are_short_and_keep_their_size():
     assert {value: short(value) for value in cases} == cases
     assert short(float("nan")) == "–"
     assert [duration(s) for s in (0.4213, 17.8, 290, 11520)] == ["0.421 s", "17.8 s", "4 min 50 s", "3 h 12 min"]
+
+
+def test_an_axis_of_one_value_would_have_no_length():
+    for value in (0.0, 3.0, -3.0):
+        axis = linear_axis(np.array([value, value]))
+        assert axis.low <= value <= axis.high
+        assert axis.low < axis.high

@@ -5,12 +5,11 @@ It knows nothing of files or models here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from meshift.config.reward_kwargs import ChatEndpointConfig
-from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError
+from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, labelled
 from meshift.rewards.rating import fill_in
 from meshift.rewards.scores import Fault
 
@@ -29,7 +28,8 @@ length nor its place here speaks for it, and what an answer says about this comp
 Give your reasons in a sentence or two. Then end with a line of the form
 Verdict: A
 or `Verdict: B`, or `Verdict: tie` where neither is better."""
-VERDICT = re.compile(r"verdict[\s:*_\[(`]{0,6}(tie|a|b)\b", re.IGNORECASE)
+# A small "a" with words behind it is an article, and "A and B" is neither.
+VERDICT = labelled("verdict", r"(?:a[^\S\n]+)?(tie\b|(?-i:[AB])\b(?!\s*(?:and\b|or\b|[/&]))|[ab](?=[^\w\n]*$))")
 FOR_FIRST = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 

@@ -6,6 +6,7 @@ It knows nothing of rewards or verdicts.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,18 @@ Read = TypeVar("Read")
 
 class UnreadableError(Exception):
     """What a `read` raises for an answer that does not hold what was asked for; the text says what that is."""
+
+
+def labelled(label: str, value: str) -> re.Pattern[str]:
+    """A line of the form `Label: value`, with the marks and the remark in brackets that models put around it.
+
+    Where the label stands in a sentence, or without a colon, it is none: judges reason about ratings too.
+    """
+    before, after = r"(?:[^\w\n]|_){0,12}", r"[^\S\n]?[*_`\[(<\"' \t]{0,8}"
+    heading = (
+        rf"^{before}(?:(?:my|the|final|overall)[^\S\n]+){{0,3}}{label}{before}?(?:\([^()\n]*\){before}?)?[:=]"
+    )
+    return re.compile(heading + after + value, re.IGNORECASE | re.MULTILINE)
 
 
 class ChatEndpoint(Generic[Read]):

@@ -11,12 +11,13 @@ from typing import Any
 
 from meshift.config.reward_kwargs import RatingConfig
 from meshift.errors import ConfigError
-from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError
+from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, labelled
 from meshift.rewards.scores import Fault
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 FIELD = re.compile(r"\{(\w+)\}")
-RATING = re.compile(r"rating[\s:*_=\[(]{0,6}(-?\d+(?:\.\d+)?)(?![\d%])", re.IGNORECASE)
+# One number: no per cent, no range such as 7-8.
+RATING = labelled("rating", r"(-?(?:\d+(?:\.\d+)?|\.\d+))(?!\d|[.,]\d|\s*%|\s*(?:[-\u2013]|to\b)\s*\d)")
 
 
 class RatingJudge:

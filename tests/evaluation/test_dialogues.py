@@ -156,6 +156,17 @@ def test_pairs_without_a_verdict_in_both_orders_are_left_out_and_none_at_all_is_
         ("verdict: [[tie]]", 0.5),
         ("Verdict: A at first, but\nVerdict: B", 0.0),
         ("Verdict: `A`", 1.0),
+        ("Verdict: a", 1.0),
+        ("Verdict: b.", 0.0),
+        ("Verdict: a tie", 0.5),
+        ("Verdict: A tie.", 0.5),
+        ("### Final verdict: **B**", 0.0),
+        ("**Final Verdict**: tie", 0.5),
+        ("__Verdict__: A is better", 1.0),
+        ("My verdict (A, B or tie): B", 0.0),
+        ("Verdict: B\nIn my verdict a longer answer lost.", 0.0),
+        ("Verdict: B\nVerdict: a longer answer loses.", 0.0),
+        ("The verdict: a hard one.\nVerdict: B", 0.0),
     ],
 )
 def test_verdicts_are_read_as_models_write_them(answer, score):
@@ -163,6 +174,13 @@ def test_verdicts_are_read_as_models_write_them(answer, score):
 
 
 def test_a_text_without_a_verdict_is_none():
-    for answer in ("A", "Verdict: all good", "The verdict is out"):
+    for answer in (
+        "A",
+        "Verdict: all good",
+        "The verdict is out",
+        "Verdict a",
+        "Verdict: A or B",
+        "My verdict on A: B",
+    ):
         with pytest.raises(UnreadableError):
             read_verdict(answer)

@@ -51,7 +51,36 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_in_the_same_conversati
     assert "Rating: <a number from 0 to 10>" in again[2]["content"]
 
 
-@pytest.mark.parametrize("said", ["eleven", "Rating: 11", "Rating: -1", ""])
+@pytest.mark.parametrize(
+    ("said", "reward"),
+    [
+        ("Rating: 8", 0.8),
+        ("Rating (0-10): 8", 0.8),
+        ("**Final rating** (from 0 to 10): **8**/10", 0.8),
+        ("Rating: [8.5].", 0.85),
+        ("Rating: .5", 0.05),
+        ("Rating: 8\nA lower rating 3 would be harsh.", 0.8),
+        ("Rating: 2, at first.\nRating: 10", 1.0),
+    ],
+)
+def test_ratings_are_read_as_models_write_them(serve, said, reward):
+    assert judged(serve(lambda question: said))[0] == pytest.approx([reward, reward])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "eleven",
+        "Rating: 11",
+        "Rating: -1",
+        "",
+        "Rating: 8.5%",
+        "Rating: 8 %",
+        "Rating: 7-8",
+        "Rating: 7 to 8",
+        "A rating 3 would be harsh.",
+    ],
+)
 def test_a_rating_that_cannot_be_had_names_its_sample(serve, said):
     server = serve(by_completion(de="Rating: 5", fga=said))
     with pytest.raises(

@@ -14,6 +14,9 @@ from typing import Any
 
 import reasoning_gym as gym
 
+from meshift.rewards.calling import named_errors
+from meshift.rewards.scores import CallError
+
 END_OF_THOUGHT = "</think>"
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -23,6 +26,7 @@ def reasoning_gym(
 ) -> list[float]:
     """Each answer's score, from 0 to 1; the column says which task each is of.
 
+    Several of the package's scorers raise for an answer that is not of the form they take: it scores 0.
     Raises `ValueError` for a task that another version of the package made, where this one makes it differently.
     """
     return [_score(c, task, answer) for c, task in zip(completions, reasoning_gym, strict=True)]
@@ -39,7 +43,18 @@ def _score(completion: Any, task: Mapping[str, Any], where: str) -> float:
         raise ValueError(
             f"task {task['index']} of {task['task']} is another one here: the data is of another version"
         )
-    return float(tasks.score_answer(answer, entry))
+    return _scored(tasks, answer, entry)
+
+
+def _scored(tasks: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """0 where the scorer raises, unless it does so for the right answer too: then it is the scorer that fails."""
+    try:
+        with named_errors(tasks.score_answer):
+            return float(tasks.score_answer(answer, entry))
+    except CallError:
+        if isinstance(entry["answer"], str):
+            tasks.score_answer(entry["answer"], entry)
+        return 0.0
 
 
 @lru_cache(maxsize=64)

@@ -192,6 +192,22 @@ def test_tasks_of_reasoning_gym_are_rows_that_their_own_scorers_score():
         assert all(score < 1 for score in reasoning_gym(["<answer>nonsense</answer>"] * 4, told))
 
 
+def test_an_answer_that_a_scorer_of_reasoning_gym_raises_for_is_wrong_and_a_broken_scorer_is_none(monkeypatch):
+    gym = pytest.importorskip("reasoning_gym")
+    from meshift.data.dataset import dataset_rows
+    from meshift.rewards.reasoning import reasoning_gym
+
+    [row] = dataset_rows("reasoning-gym:prime_factorization?size=1&seed=3")
+    told = row.values["reasoning_gym"]
+    tasks = gym.create_dataset("prime_factorization", size=1, seed=3)
+    with pytest.raises(ValueError):  # else this test would show nothing
+        tasks.score_answer("I do not know", tasks[0])
+    assert reasoning_gym(["I do not know", f"<answer>{tasks[0]['answer']}</answer>"], [told] * 2) == [0.0, 1.0]
+    monkeypatch.setattr(type(tasks), "score_answer", lambda self, answer, entry: {}["its table"])
+    with pytest.raises(KeyError, match="its table"):
+        reasoning_gym(["2"], [told])
+
+
 def test_a_task_that_is_another_one_here_is_refused():
     pytest.importorskip("reasoning_gym")
     from meshift.data.dataset import dataset_rows

@@ -156,14 +156,20 @@ def _marks(
     request.wanted.check(min(map(len, saved)))
     if request.task.kind == "answer":
         return mark_answers(request.task, questions, saved)
-    with_public = bool(request.wanted.n_at_ks)
-    if tests is not None:
-        return mark_programs(questions, saved, tests, num_public=request.num_public, with_public=with_public)
-    sandbox = SandboxedTests(request.tests, on_progress)
-    try:
-        return mark_programs(questions, saved, sandbox, num_public=request.num_public, with_public=with_public)
-    finally:
-        sandbox.close()
+    if tests is None:
+        sandbox = SandboxedTests(request.tests, on_progress)
+        try:
+            return _marks(request, questions, saved, sandbox, on_progress)
+        finally:
+            sandbox.close()
+    return mark_programs(
+        questions,
+        saved,
+        tests,
+        num_public=request.num_public,
+        with_public=bool(request.wanted.n_at_ks),
+        partial=request.tests.credit == "partial",
+    )
 
 
 def _tell_marks(rows: Sequence[Sequence[dict[str, Any]]], marks: Sequence[Marks]) -> None:

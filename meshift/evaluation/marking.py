@@ -35,9 +35,13 @@ from meshift.rewards.worker import NOT_TRIED
 
 @dataclass(kw_only=True)
 class Marks:
-    """Of one question: which samples are right; of programs, which pass the public tests and how they behave."""
+    """Of one question: which samples are right; of programs, which pass the public tests and how they behave.
+
+    `tests_passed` is the part of the tests that each passes, and empty where not all of them were run.
+    """
 
     right: list[bool]
+    of_programs: bool = False
     kept: list[bool] = field(default_factory=list)
     behaviours: list[Any] | None = None
     tests_passed: list[float] = field(default_factory=list)
@@ -132,8 +136,12 @@ def mark_programs(
     *,
     num_public: int | None = None,
     with_public: bool = False,
+    partial: bool = False,
 ) -> list[Marks]:
-    """By unit tests; with `with_public` also which programs the public tests keep, and how those behave."""
+    """By unit tests; with `with_public` also which programs the public tests keep, and how those behave.
+
+    `partial` says that `tests` run on after the first that fails: without it the part that passes is not known.
+    """
     problems = [read_code_problem(question.row, num_public) for question in questions]
     for question, problem in zip(questions, problems, strict=True):
         if not len(problem.whole):
@@ -150,7 +158,8 @@ def mark_programs(
         marks.append(
             Marks(
                 right=[verdict.passed for verdict in found],
-                tests_passed=[verdict.num_passed / verdict.num_tests for verdict in found],
+                of_programs=True,
+                tests_passed=[verdict.num_passed / verdict.num_tests for verdict in found] if partial else [],
                 wrong=[verdict.wrong for verdict in found],
             )
         )
@@ -179,17 +188,20 @@ def _add_public(
 
 def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wanted) -> dict[str, Estimate]:
     """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` and `n@k clustered`;
-    the part of tests that pass. Raises `InputError` where more samples are wanted than there are."""
+    the part of tests that pass, where that is known.
+
+    Raises `InputError` where more samples are wanted than there are.
+    """
     wanted.check(min(len(mark.right) for mark in marks))
-    tested = any(mark.tests_passed for mark in marks)
-    rates = {"pass@1" if tested else "accuracy": [fmean(mark.right) for mark in marks]}
+    of_programs = any(mark.of_programs for mark in marks)
+    rates = {"pass@1" if of_programs else "accuracy": [fmean(mark.right) for mark in marks]}
     for k in wanted.ks:
         if k > 1:
             rates[f"pass@{k}"] = [pass_at_k(len(mark.right), sum(mark.right), k) for mark in marks]
     found = {name: _share(values) for name, values in rates.items()}
     for n, k in wanted.n_at_ks:
         found |= _n_at_k(marks, n, k, wanted.seed)
-    if tested:
+    if all(mark.tests_passed for mark in marks):
         found["tests passed"] = _share([fmean(mark.tests_passed) for mark in marks])
     groups = [question.group for question in questions]
     for name, values in rates.items():

@@ -8,6 +8,7 @@ from benchmark_rows import APPS, APPS_CALL, CODE_CONTESTS, HUMAN_EVAL, MATH, MBP
 
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import DataError, InputError
+from meshift.evaluation.evaluate import Request, evaluate
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs
 from meshift.evaluation.programs import SandboxedTests, read_code_problem
 from meshift.evaluation.saved import Saved
@@ -66,13 +67,17 @@ def test_equal_programs_of_a_problem_run_once_and_progress_is_counted(tmp_path, 
     assert sandboxed.seen == [("programs tested", 1, 2), ("programs tested", 2, 2)]
 
 
-def test_partial_credit_counts_the_tests_that_pass(tmp_path):
+def test_the_part_of_tests_that_pass_is_told_where_all_of_them_are_run(tmp_path):
+    """The program fails the first of two tests and passes the other: stopped at the first, it would get 0."""
     questions = questions_of(tmp_path, "apps", APPS)
-    for credit, part in (("partial", 1 / 2), ("all", 0.0)):  # all: the first that fails decides
-        tests = SandboxedTests(UnitTestsConfig(credit=credit, num_workers=1))
-        [marks] = mark_programs(questions, [completed(questions[0], "print(12)")], tests)
-        tests.close()
-        assert (marks.right, marks.tests_passed) == ([False], [part])
+    for credit, part in (("partial", [1 / 2]), ("all", [])):
+        config = UnitTestsConfig(credit=credit, num_workers=1)
+        request = Request(task=find_task("apps"), data="", drawing=None, wanted=Wanted(), tests=config)
+        results = evaluate(request, questions, [completed(questions[0], "print(12)")])
+        assert [row["right"] for row in results.rows] == [False]
+        assert [row["tests_passed"] for row in results.rows if "tests_passed" in row] == part
+        assert [one.value for name, one in results.metrics.items() if name == "tests passed"] == part
+        assert results.metrics["pass@1"].value == 0.0
 
 
 def test_n_at_k_submits_what_passes_the_public_tests_from_the_largest_cluster_on(tmp_path, sandboxed):

@@ -94,6 +94,50 @@ def test_a_server_that_is_busy_is_asked_again(serve):
     assert len(server.asked) == 3
 
 
+def test_a_server_that_stays_busy_has_all_the_time_there_is_and_says_when_to_come_again(serve):
+    server = serve(answers(*[(429, b"")] * 7, (200, {"rewards": [1.0, 2.0]})))
+    assert score_spec(server.url)[0] == [1.0, 2.0]
+    assert len(server.asked) == 8
+
+    times = []
+
+    def act(handler):
+        times.append(time.monotonic())
+        if len(times) == 1:
+            return handler.say(503, b"", **{"Retry-After": "1"})
+        return handler.say(200, {"rewards": [1.0, 2.0]})
+
+    assert score_spec(serve(act).url)[0] == [1.0, 2.0]
+    assert times[1] - times[0] >= 1
+
+
+def test_a_server_that_is_busy_for_longer_than_there_is_time_is_a_timeout_that_says_so(serve):
+    server = serve(lambda handler: handler.say(429, b"", **{"Retry-After": "600"}))
+    with pytest.raises(
+        RewardError, match=r"no answer within timeout_s = 30, but status 429 on a batch .*raise its timeout_s"
+    ):
+        score_spec(server.url, timeout_s=30)
+    assert len(server.asked) == 1  # and nobody waited for what cannot be
+    _, metrics = score_spec(server.url, timeout_s=30, on_error="skip")
+    assert metrics["reward/get_reward/num_timeouts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "wait"),
+    [
+        ("120", 120.0),
+        ("Thu, 01 Jan 1970 00:02:00 GMT", 20.0),
+        ("Thu, 01 Jan 1970 00:01:00 GMT", 0.0),
+        ("-1", None),
+        ("soon", None),
+        ("Fri, 99 Foo 1970 99:99:99 GMT", None),
+        (None, None),
+    ],
+)
+def test_when_to_come_again_is_read_in_seconds_and_as_a_date(said, wait):
+    assert http.wait_of(said, 100.0) == wait
+
+
 def test_a_connection_that_breaks_is_tried_again(serve):
     def act(handler):
         if len(handler.server.asked) > 1:
@@ -114,7 +158,7 @@ def test_a_server_that_is_not_there_is_named_after_a_few_tries(serve):
     assert (scores, metrics["reward/get_reward/num_errors"]) == ([0.0, 0.0], 2)
 
 
-@pytest.mark.parametrize("way", ["silent", "drop by drop"])
+@pytest.mark.parametrize("way", ["silent", "drop by drop", "headers drop by drop"])
 def test_a_server_that_hangs_is_given_up_in_time(serve, way):
     released = threading.Event()
 
@@ -122,8 +166,11 @@ def test_a_server_that_hangs_is_given_up_in_time(serve, way):
         if way == "silent":
             released.wait(60)
             return
-        handler.send_response(200)
-        handler.end_headers()
+        if way == "drop by drop":
+            handler.send_response(200)
+            handler.end_headers()
+        else:
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
         while not released.wait(0.05):
             handler.wfile.write(b" ")
 

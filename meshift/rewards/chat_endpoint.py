@@ -17,10 +17,10 @@ from meshift.errors import ConfigError
 from meshift.rewards.http import JsonServer, check_url
 from meshift.rewards.scores import TIMEOUT, CallError, Fault
 
-MAX_LOST = 5  # questions of one call that may time out or find no server; after them the others are not put
+MAX_LOST = 5  # questions in a row that may time out or find no server; after them the others are not put
 NUM_SHOWN = 60  # characters of an answer that an error quotes
 EXAMPLE = "http://127.0.0.1:8000/v1"
-NOT_ASKED = Fault(f"was not asked, after {MAX_LOST} questions in this step without an answer,", "not tried")
+NOT_ASKED = Fault(f"was not asked, after {MAX_LOST} questions in a row without an answer,", "not tried")
 Read = TypeVar("Read")
 
 
@@ -67,19 +67,24 @@ class ChatEndpoint(Generic[Read]):
     ) -> list[Read | Fault]:
         """What was read in each answer, or what went wrong, in the order of the questions.
 
-        `on_answered` hears how many are done, in any thread.
+        `on_answered` hears how many are done, those that are not put too, in any thread.
         """
         lost, done = _Count(), _Count()
 
         def one(question: str) -> Read | Fault:
-            if lost.count >= MAX_LOST:
-                return NOT_ASKED
             try:
-                return self._ask(question)
+                if lost.count >= MAX_LOST:
+                    return NOT_ASKED
+                answer = self._ask(question)
             except CallError as error:
                 if error.fault.kind in (TIMEOUT, "connection"):
                     lost.add()
+                else:
+                    lost.reset()
                 return error.fault
+            else:
+                lost.reset()
+                return answer
             finally:
                 if on_answered is not None:
                     on_answered(done.add())
@@ -129,3 +134,7 @@ class _Count:
         with self._lock:
             self.count += 1
             return self.count
+
+    def reset(self) -> None:
+        with self._lock:
+            self.count = 0

@@ -4,8 +4,10 @@ import pytest
 from chat_server import chat_servers
 from reward_batches import rollout, score_spec
 
+from meshift.config.reward_kwargs import ChatEndpointConfig
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, RewardError
+from meshift.rewards.chat_endpoint import ChatEndpoint
 from meshift.rewards.configured import check_columns, load_functions
 from meshift.rewards.rating import fill_in
 
@@ -126,6 +128,21 @@ def test_after_five_questions_without_an_answer_the_others_are_not_put(serve):
     _, metrics = judged(server, batch, keys={"on_error": "skip"}, timeout_s=0.2, num_concurrent=1)
     assert len(server.asked) == 5
     assert (metrics["reward/judge/num_timeouts"], metrics["reward/judge/num_errors"]) == (5, 7)
+
+
+def test_questions_without_an_answer_count_in_a_row_and_progress_comes_to_its_end(serve):
+    said = [None, None, None, None, "Rating: 1", None, None, None, None, (500, {}), None, None, None, None, None]
+    left = list(said)
+    server = serve(lambda question: left.pop(0))
+    config = ChatEndpointConfig(url=server.url, model="m", timeout_s=0.2, num_concurrent=1)
+    heard = []
+    found = ChatEndpoint(config, str).ask_all(["?"] * 18, heard.append)
+    assert len(server.asked) == 15
+    assert found[4] == "Rating: 1"
+    assert [fault.kind for fault in found if fault != "Rating: 1"] == (
+        ["timeout"] * 8 + ["status 500"] + ["timeout"] * 5 + ["not tried"] * 3
+    )
+    assert heard == list(range(1, 19))
 
 
 def test_columns_of_the_data_can_be_shown_and_unknown_ones_are_refused(serve):

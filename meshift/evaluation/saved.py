@@ -62,10 +62,15 @@ def read_completions(
     """The completions of each question, in the order of the questions; samples in the order of the file.
 
     HumanEval's own files (`task_id`, `completion`) are read too. Raises `DataError` for a line that is none, and
-    where a question has none; for an id that no question has too, if these are `all_questions` of the data.
+    where a question has none, or one sample twice; for an id that no question has too, if these are
+    `all_questions` of the data.
     """
     found: dict[str, list[Saved]] = {question.id: [] for question in questions}
+    seen: set[tuple[str, int]] = set()
     for one, where in saved_lines(path):
+        if (one.id, one.sample) in seen:
+            raise DataError(f"{where}: a line before this has sample {one.sample} of {one.id!r}; leave one out.")
+        seen.add((one.id, one.sample))
         if one.id in found:
             found[one.id].append(one)
         elif all_questions:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmark_rows import HUMAN_EVAL, questions_of
+from benchmark_rows import HUMAN_EVAL, questions_of, write_rows
 
 from meshift.errors import DataError, InputError
 from meshift.evaluation.drawn_folder import COMPLETIONS, DRAWING, DrawnFolder
@@ -109,3 +109,14 @@ def test_a_question_without_a_completion_is_named_and_a_limit_passes_over_the_ot
     with pytest.raises(DataError, match="no completion of 'HumanEval/2'"):
         read_completions(path, questions)
     assert len(read_completions(path, questions[:1], all_questions=False)) == 1
+
+
+def test_a_sample_that_stands_in_a_file_twice_is_refused_and_lines_without_a_number_are_samples(tmp_path):
+    questions = three_questions(tmp_path)[:1]
+    name, path = questions[0].id, tmp_path / "mine.jsonl"
+    write_rows(path, [{"id": name, "sample": j, "completion": "x"} for j in (0, 1, 0)])
+    with pytest.raises(DataError, match=rf"mine.jsonl:3: a line before this has sample 0 of '{name}'"):
+        read_completions(path, questions)
+    write_rows(path, [{"task_id": name, "completion": text} for text in ("x", "x", "y")])  # as HumanEval's own
+    [found] = read_completions(path, questions)
+    assert [(one.sample, one.completion) for one in found] == [(0, "x"), (1, "x"), (2, "y")]

@@ -8,34 +8,49 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-MARKED = re.compile(r"####\s*([^\n]*)")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")
+MARKED = re.compile(r"####\s*([^\n]*(?:\n[^\w#]*\d[^\n]*)?)")  # the line behind it, and one that a number begins
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")  # 2-18 ends in 18
+DIVIDED = re.compile(rf"({NUMBER.pattern})\s*/\s*({NUMBER.pattern})")
 CURRENCIES = str.maketrans("", "", "$€£%")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer a text says it has: after the last `####`, else in the last `\\boxed{}`, else its last number.
+    """The answer a text says it has: of the last `####` with a number behind it, else of the last such
+    `\\boxed{}`, else its last number.
 
-    A marked answer that holds no number is none: nothing before it is taken instead.
+    Where there are marks, and none has a number, there is no answer: nothing is taken from elsewhere instead.
     """
     for mark in (MARKED, BOXED):
         found = mark.findall(text)
         if found:
-            return _number(found[-1], first=True)
-    return _number(text, first=False)
-
-
-def _number(text: str, *, first: bool) -> Decimal | None:
+            numbers = [number for marked in found if (number := first_number(marked)) is not None]
+            return numbers[-1] if numbers else None
     numbers = NUMBER.findall(text.translate(CURRENCIES))
-    if not numbers:
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def first_number(text: str) -> Decimal | None:
+    """The number a marked answer or a truth holds: its first, or the quotient that begins with it (`1/2`)."""
+    text = FRACTION.sub(r"\1/\2", text.translate(CURRENCIES))
+    number = NUMBER.search(text)
+    if number is None:
         return None
+    divided = DIVIDED.match(text, number.start())
+    if divided is None:
+        return _decimal(number[0])
+    top, bottom = _decimal(divided[1]), _decimal(divided[2])
+    return top / bottom if top is not None and bottom else None
+
+
+def _decimal(number: str) -> Decimal | None:
     try:
-        return Decimal(numbers[0 if first else -1].replace(",", ""))
+        return Decimal(number.replace(",", ""))
     except InvalidOperation:
         return None
 
 
 def is_right(text: str, truth: str) -> bool:
     """Whether the answer in `text` equals the number `truth`, exactly: 18, $18.00 and 18.0 are one number."""
-    return (found := final_number(text)) is not None and found == _number(truth, first=True)
+    return (found := final_number(text)) is not None and found == first_number(truth)

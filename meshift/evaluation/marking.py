@@ -5,6 +5,7 @@ It knows nothing of models: it needs the completions' texts alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -31,6 +32,8 @@ from meshift.rewards.functions import WeightedFunction, scores_of
 from meshift.rewards.samples import Samples
 from meshift.rewards.scores import Fault
 from meshift.rewards.worker import NOT_TRIED
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -199,6 +202,8 @@ def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wan
         if k > 1:
             rates[f"pass@{k}"] = [pass_at_k(len(mark.right), sum(mark.right), k) for mark in marks]
     found = {name: _share(values) for name, values in rates.items()}
+    if wanted.n_at_ks:
+        _tell_clustered(marks)
     for n, k in wanted.n_at_ks:
         found |= _n_at_k(marks, n, k, wanted.seed)
     if all(mark.tests_passed for mark in marks):
@@ -221,10 +226,23 @@ def _n_at_k(marks: Sequence[Marks], n: int, k: int, seed: int) -> dict[str, Esti
         for mark in marks
     ]
     found = {f"{n}@{k} filtered": _share(filtered)}
-    if all(mark.behaviours is not None for mark in marks):
-        clustered = [clustered_n_at_k(_samples(mark), n=n, k=k, seed=seed + i) for i, mark in enumerate(marks)]
+    clustered = [
+        clustered_n_at_k(_samples(mark), n=n, k=k, seed=seed + i)
+        for i, mark in enumerate(marks)
+        if mark.behaviours is not None
+    ]
+    if clustered:
         found[f"{n}@{k} clustered"] = _share(clustered)
     return found
+
+
+def _tell_clustered(marks: Sequence[Marks]) -> None:
+    num_grouped = sum(mark.behaviours is not None for mark in marks)
+    if 0 < num_grouped < len(marks):
+        logger.warning(
+            f"n@k clustered is that of {num_grouped} of {len(marks)} questions: the others have no inputs that "
+            "tell programs apart; n@k filtered is of all of them"
+        )
 
 
 def _samples(mark: Marks) -> list[Sample]:

@@ -155,6 +155,24 @@ def test_functions_have_no_clusters_and_all_are_kept_where_no_test_is_public(tmp
     assert "1@2 clustered" not in found
 
 
+def test_one_problem_without_inputs_leaves_the_clusters_of_the_others(caplog):
+    questions = [type("Q", (), {"group": ""})()] * 3
+    grouped = {"kept": [True] * 3, "of_programs": True}
+    marks = [
+        Marks(right=[True, True, False], behaviours=["a", "a", "b"], **grouped),
+        Marks(right=[False] * 3, **grouped),
+        Marks(right=[True, False, False], behaviours=["a", "b", "b"], **grouped),
+    ]
+    found = estimates(questions, marks, Wanted(n_at_ks=((1, 3), (2, 3))))
+    assert (found["1@3 clustered"].value, found["1@3 clustered"].num) == (1 / 2, 2)
+    assert (found["2@3 clustered"].value, found["2@3 clustered"].num) == (1.0, 2)
+    assert (found["1@3 filtered"].value, found["1@3 filtered"].num) == (pytest.approx(1 / 3), 3)
+    assert caplog.text.count("n@k clustered is that of 2 of 3 questions") == 1
+    caplog.clear()
+    assert "1@3 clustered" not in estimates(questions[:1], marks[1:2], Wanted(n_at_ks=((1, 3),)))
+    assert not caplog.text
+
+
 def test_groups_have_estimates_of_their_own():
     questions = [type("Q", (), {"group": group})() for group in ("easy", "hard", "easy")]
     marks = [Marks(right=[True, True]), Marks(right=[False, True]), Marks(right=[False, False])]

@@ -30,13 +30,13 @@ from meshift.evaluation.estimators import Estimate, mean, share
 from meshift.evaluation.generating import Drawer, Drawing
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs, maths_function
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
-from meshift.evaluation.reading import ScoreModel, kl_to_reference
+from meshift.evaluation.reading import ScoreModel, ScoreReader, kl_to_reference
 from meshift.evaluation.results import Results
 from meshift.evaluation.saved import Saved, read_completions
 from meshift.evaluation.tasks import Question, Task
 from meshift.rewards.chat_endpoint import ChatEndpoint
 from meshift.rewards.rating import as_text
-from meshift.runtime.models import check_reward_model, check_same_tokenizer
+from meshift.runtime.models import check_same_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being counted ("completions"), how many are done, and how many there are; in any thread."""
@@ -80,7 +80,7 @@ def check_request(request: Request, questions: Sequence[Question]) -> None:
         SandboxedTests(request.tests).close()
     for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
         if name is not None:
-            check_reward_model(name, role)
+            ScoreReader(name, role, chat=request.drawing.chat).check(questions)
     if request.reference is not None and request.model is not None:
         check_same_tokenizer({"actor": request.model, "reference": request.reference})
     rivals = opponents(questions, _against(request, questions))

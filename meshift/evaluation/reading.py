@@ -14,7 +14,7 @@ from meshift.data.chat import encode
 from meshift.data.exchanges import Encoder
 from meshift.data.pairs import Said
 from meshift.data.rows import Row
-from meshift.errors import DataError
+from meshift.errors import DataError, ModelError
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question
 from meshift.models.hf.load import load_config
@@ -27,28 +27,61 @@ ROWS_AT_A_TIME = 64
 Progress = Callable[[str, int, int], None]
 
 
+class ScoreReader:
+    """How a reward or cost model reads texts: with its own tokenizer, as `meshift reward` trains on them. The
+    response ends in an end token, unless the limit of tokens cut it off.
+
+    Raises `ModelError` for what is no reward model, and with `chat` for one without a chat template.
+    """
+
+    def __init__(self, name: str, role: str, *, chat: bool) -> None:
+        check_reward_model(name, role)
+        self._name = name
+        tokenizer = open_tokenizer(name)
+        if chat and not tokenizer.chat_template:
+            raise ModelError(
+                f"the {role} model {name} has no chat template, by which --chat has it read; leave --chat out, or "
+                "put chat_template into its tokenizer_config.json"
+            )
+        stops = stop_token_ids(name, tokenizer)
+        self._encoder = Encoder(tokenizer=tokenizer, apply_chat_template=chat, stop_token_ids=stops)
+        self._longest = longest_sequence(load_config(model_folder(name)))
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise `DataError` for a question that it cannot read with any response."""
+        for question in questions:
+            self.tokens(question, ".", truncated=False)
+
+    def tokens(self, question: Question, said: Said, truncated: bool) -> list[int]:
+        """Prompt and response. Raises `DataError` for those that are too long for the model."""
+        exchange = self._encoder.exchange(question.prompt, said, Row(values={}, where=question.where))
+        cut = truncated and isinstance(said, str)
+        end = encode(self._encoder.tokenizer, str(said)) if cut else self._encoder.response_tokens(exchange)
+        tokens = self._encoder.prompt_tokens(exchange) + end
+        if len(tokens) > self._longest:
+            raise DataError(
+                f"{question.where}: prompt and response have {len(tokens)} tokens, and {self._name} takes "
+                f"{self._longest}; leave the row out, or lower --max-new-tokens"
+            )
+        return tokens
+
+
 class ScoreModel:
-    """A reward or cost model. It reads texts with its own tokenizer, as `meshift reward` trains on them: the
-    response ends in an end token, unless the limit of tokens cut it off."""
+    """A reward or cost model, which reads texts as `ScoreReader` says."""
 
     def __init__(
         self, name: str, role: str, dtype: torch.dtype, *, chat: bool, on_progress: Progress | None = None
     ) -> None:
-        check_reward_model(name, role)
-        self.name = name
         self._what = f"responses read by the {role} model"
         self._on_progress = on_progress
-        tokenizer = open_tokenizer(name)
-        stops = stop_token_ids(name, tokenizer)
-        self._encoder = Encoder(tokenizer=tokenizer, apply_chat_template=chat, stop_token_ids=stops)
-        self._longest = longest_sequence(load_config(model_folder(name)))
+        self._reader = ScoreReader(name, role, chat=chat)
         self._role = open_role(role, name, "reward", dtype)
 
     def scores(
         self, questions: Sequence[Question], said: Sequence[Said], truncated: Sequence[bool]
     ) -> list[float]:
         """One per response. Raises `DataError` for one that is too long for the model."""
-        rows = [self._tokens(*one) for one in zip(questions, said, truncated, strict=True)]
+        rows = [self._reader.tokens(*one) for one in zip(questions, said, truncated, strict=True)]
         found: list[float] = []
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             batch = Batch({"tokens": Ragged.from_rows(rows[start : start + ROWS_AT_A_TIME], torch.int64)})
@@ -57,18 +90,6 @@ class ScoreModel:
             if self._on_progress is not None:
                 self._on_progress(self._what, len(found), len(rows))
         return found
-
-    def _tokens(self, question: Question, said: Said, truncated: bool) -> list[int]:
-        exchange = self._encoder.exchange(question.prompt, said, Row(values={}, where=question.where))
-        cut = truncated and isinstance(said, str)
-        end = encode(self._encoder.tokenizer, str(said)) if cut else self._encoder.response_tokens(exchange)
-        tokens = self._encoder.prompt_tokens(exchange) + end
-        if len(tokens) > self._longest:
-            raise DataError(
-                f"{question.where}: prompt and response have {len(tokens)} tokens, and {self.name} takes "
-                f"{self._longest}; leave the row out, or lower --max-new-tokens"
-            )
-        return tokens
 
 
 def kl_to_reference(

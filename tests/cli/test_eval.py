@@ -193,8 +193,15 @@ def test_what_scores_is_looked_for_before_anything_is_drawn(
     vocabulary = table["model"]["vocab"]
     vocabulary["the"], vocabulary["film"] = vocabulary["film"], vocabulary["the"]
     (another / "tokenizer.json").write_text(json.dumps(table))
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_reward, bare)
+    for template in bare.glob("chat_template*"):
+        template.unlink()
+    long = write(tmp_path / "long.jsonl", [{"prompt": f"\n\nHuman: {'it ' * 600}\n\nAssistant:"}])
     for more, sentence in (
         (["--reward-model", tiny_model], "it is no reward model"),
+        (["--cost-model", bare, "--chat"], f"the cost model {bare} has no chat template"),
+        (["--reward-model", tiny_reward, "--data", long], "long.jsonl:1: prompt and response have"),
         (["--reference", another], "another tokenizer"),
         ([*judge, "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY, which is not in the environment"),
         ([*judge, "--judge-url", "ftp://x"], "only http and https"),

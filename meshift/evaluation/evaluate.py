@@ -25,9 +25,9 @@ from meshift.evaluation.dialogues import (
     reward_estimates,
     scores_of_all,
 )
-from meshift.evaluation.drawn_folder import DrawnFolder
+from meshift.evaluation.drawn_folder import DrawnFolder, check_drawn
 from meshift.evaluation.estimators import Estimate, mean, share
-from meshift.evaluation.generating import Drawer, Drawing
+from meshift.evaluation.generating import Drawer, Drawing, weights_of
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs, maths_function
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
 from meshift.evaluation.reading import ScoreModel, ScoreReader, kl_to_reference
@@ -83,6 +83,10 @@ def check_request(request: Request, questions: Sequence[Question]) -> None:
             ScoreReader(name, role, chat=request.drawing.chat).check(questions)
     if request.reference is not None and request.model is not None:
         check_same_tokenizer({"actor": request.model, "reference": request.reference})
+        if request.completions is not None:
+            params = request.drawing.params
+            plain = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p")}
+            check_drawn(Path(request.completions), request.model, {"weights": weights_of(request.model), **plain})
     rivals = opponents(questions, _against(request, questions))
     check_dialogues(questions, rivals, judged=request.judge is not None)
     if request.judge is not None:

@@ -55,19 +55,13 @@ class Drawer:
 
     def settings(self) -> dict[str, Any]:
         """All that completions depend on besides their questions; of the weights, their files' sizes and times."""
-        folder = model_folder(self._model)
-        weights = {
-            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-            for pattern in WEIGHTS
-            for path in sorted(folder.glob(pattern))
-        }
         return {
             "model": self._model,
             **dataclasses.asdict(self._params),
             "seed": self._drawing.seed,
             "chat": self._drawing.chat,
             "dtype": str(self._drawing.dtype).removeprefix("torch."),
-            "weights": weights,
+            "weights": weights_of(self._model),
         }
 
     def prompts(self, questions: Sequence[Question]) -> list[list[int]]:
@@ -119,6 +113,16 @@ class Drawer:
             prompt_ids=prompt,
             completion_ids=one.tokens,
         )
+
+
+def weights_of(model: str) -> dict[str, list[int]]:
+    """The size and time of each file of weights, by name: by these a model that was trained on is told apart."""
+    folder = model_folder(model)
+    return {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+        for pattern in WEIGHTS
+        for path in sorted(folder.glob(pattern))
+    }
 
 
 def prompt_tokens(question: Question, encoder: Encoder) -> list[int]:

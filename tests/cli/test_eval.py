@@ -146,6 +146,35 @@ def test_dialogues_are_scored_by_a_reward_and_a_cost_model_and_held_to_a_referen
     assert found["reward"]["value"] == pytest.approx(sum(row["reward"] for row in rows) / 6)
 
 
+def test_kl_is_of_the_model_that_drew_the_file(evaluate, tiny_model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    weights = next(other.glob("*.safetensors"))
+    assert evaluate(*drawn(tiny_model, "--temperature", 0.5, "--limit", 1))[0] == 0
+    again = [
+        "--task",
+        "gsm8k",
+        "--data",
+        "gsm8k.jsonl",
+        "--limit",
+        1,
+        "--output",
+        "again",
+        "--reference",
+        tiny_model,
+    ]
+    again += ["--completions", "eval-gsm8k/completions.jsonl"]
+    assert evaluate(*again, "--model", tiny_model, "--temperature", 0.5)[0] == 0
+    assert results("again")["metrics"]["KL to reference"]["value"] == 0.0
+    code, _, said = evaluate(*again, "--model", tiny_model, "--temperature", 1)
+    assert (code, "was drawn with temperature 0.5, and KL would be read with 1.0" in said) == (2, True), said
+    weights.touch()
+    code, _, said = evaluate(*again, "--model", other, "--temperature", 0.5)
+    assert (code, f"was drawn by '{tiny_model}', and --model is '{other}'" in said) == (2, True), said
+    shutil.copy("eval-gsm8k/completions.jsonl", "mine.jsonl")  # of a file elsewhere nobody knows who drew it
+    assert evaluate(*again, "--completions", "mine.jsonl", "--model", other, "--temperature", 0.5)[0] == 0
+
+
 @pytest.fixture
 def serve(monkeypatch):
     yield from chat_servers(monkeypatch)

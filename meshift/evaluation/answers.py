@@ -25,8 +25,8 @@ def final_number(text: str) -> Decimal | None:
     for mark in (MARKED, BOXED):
         found = mark.findall(text)
         if found:
-            numbers = [number for marked in found if (number := first_number(marked)) is not None]
-            return numbers[-1] if numbers else None
+            marked = [number for text in found if (number := first_number(text)) is not None]
+            return marked[-1] if marked else None
     numbers = NUMBER.findall(text.translate(CURRENCIES))
     return _decimal(numbers[-1]) if numbers else None
 

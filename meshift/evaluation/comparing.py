@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from meshift.config.reward_kwargs import ChatEndpointConfig
-from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, labelled
+from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, last_labelled
 from meshift.rewards.rating import fill_in
 from meshift.rewards.scores import Fault
 
@@ -29,7 +29,7 @@ Give your reasons in a sentence or two. Then end with a line of the form
 Verdict: A
 or `Verdict: B`, or `Verdict: tie` where neither is better."""
 # A small "a" with words behind it is an article, and "A and B" is neither.
-VERDICT = labelled("verdict", r"(?:a[^\S\n]+)?(tie\b|(?-i:[AB])\b(?!\s*(?:and\b|or\b|[/&]))|[ab](?=[^\w\n]*$))")
+VERDICT = r"(?:a[^\S\n]+)?(tie\b|(?-i:[AB])\b(?![ \t]*(?:and\b|or\b|[/&]))|[ab](?=[^\w\n]*$))"
 FOR_FIRST = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -90,7 +90,7 @@ def _duel(one: float | Fault, other: float | Fault) -> Duel:
 
 def read_verdict(answer: str) -> float:
     """1 where the first answer is said to be better, 0 for the second, 0.5 for a tie: by the last verdict."""
-    found = VERDICT.findall(answer)
-    if not found:
+    found = last_labelled("verdict", VERDICT, answer)
+    if found is None:
         raise UnreadableError("no line 'Verdict: A', 'Verdict: B' or 'Verdict: tie'")
-    return FOR_FIRST[found[-1].lower()]
+    return FOR_FIRST[found.lower()]

@@ -28,16 +28,17 @@ class UnreadableError(Exception):
     """What a `read` raises for an answer that does not hold what was asked for; the text says what that is."""
 
 
-def labelled(label: str, value: str) -> re.Pattern[str]:
-    """A line of the form `Label: value`, with the marks and the remark in brackets that models put around it.
+def last_labelled(label: str, value: str, answer: str) -> str | None:
+    """The value in the answer's last line of the form `Label: value`, with the marks and the remark in brackets
+    that models put around them; None without any. `value` is a regular expression with one group.
 
     Where the label stands in a sentence, or without a colon, it is none: judges reason about ratings too.
     """
-    before, after = r"(?:[^\w\n]|_){0,12}", r"[^\S\n]?[*_`\[(<\"' \t]{0,8}"
-    heading = (
-        rf"^{before}(?:(?:my|the|final|overall)[^\S\n]+){{0,3}}{label}{before}?(?:\([^()\n]*\){before}?)?[:=]"
-    )
-    return re.compile(heading + after + value, re.IGNORECASE | re.MULTILINE)
+    before, after = r"(?:[^\w\n]|_){0,12}", r"[*_`\[(<\"' \t]{0,9}"
+    opening = rf"^{before}(?:(?:my|the|final|overall)[^\S\n]+){{0,3}}{label}"
+    remark = rf"{before}?(?:\([^()\n]*\){before}?)?[:=]"
+    found = re.findall(opening + remark + after + value, answer, re.IGNORECASE | re.MULTILINE)
+    return str(found[-1]) if found else None
 
 
 class ChatEndpoint(Generic[Read]):

@@ -11,13 +11,13 @@ from typing import Any
 
 from meshift.config.reward_kwargs import RatingConfig
 from meshift.errors import ConfigError
-from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, labelled
+from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, last_labelled
 from meshift.rewards.scores import Fault
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 FIELD = re.compile(r"\{(\w+)\}")
 # One number: no per cent, no range such as 7-8.
-RATING = labelled("rating", r"(-?(?:\d+(?:\.\d+)?|\.\d+))(?!\d|[.,]\d|\s*%|\s*(?:[-\u2013]|to\b)\s*\d)")
+RATING = r"(-?(?:\d+(?:\.\d+)?|\.\d+))(?!\d|[.,]\d|[ \t]*%|[ \t]*(?:[-\u2013]|to\b)[ \t]*\d)"
 
 
 class RatingJudge:
@@ -61,11 +61,11 @@ class RatingJudge:
 
     def _read(self, answer: str) -> float:
         """The last rating in the judge's words."""
-        found = RATING.findall(answer)
+        found = last_labelled("rating", RATING, answer)
         low, high = self.config.lowest, self.config.highest
-        if not found or not low <= float(found[-1]) <= high:
+        if found is None or not low <= float(found) <= high:
             raise UnreadableError(f"no line 'Rating: <a number from {low:g} to {high:g}>'")
-        return float(found[-1])
+        return float(found)
 
 
 def fill_in(template: str, values: Mapping[str, Any]) -> str:

@@ -157,6 +157,7 @@ def test_pairs_without_a_verdict_in_both_orders_are_left_out_and_none_at_all_is_
         ("Verdict: A at first, but\nVerdict: B", 0.0),
         ("Verdict: `A`", 1.0),
         ("Verdict: a", 1.0),
+        ("Verdict: A\nOr so it seems.", 1.0),
         ("Verdict: b.", 0.0),
         ("Verdict: a tie", 0.5),
         ("Verdict: A tie.", 0.5),

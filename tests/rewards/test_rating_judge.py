@@ -62,6 +62,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_in_the_same_conversati
         ("Rating: [8.5].", 0.85),
         ("Rating: .5", 0.05),
         ("Rating: 8\nA lower rating 3 would be harsh.", 0.8),
+        ("Rating: 8\n- 2 points for style", 0.8),
         ("Rating: 2, at first.\nRating: 10", 1.0),
     ],
 )

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID, TextColumn
 
-from meshift.cli.progress import SECONDS_BETWEEN_LINES, clock_time
+from meshift.cli.progress import SECONDS_BETWEEN_LINES, bar_on, clock_time
 
 
 class Counting:
@@ -27,16 +27,8 @@ class Counting:
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(file=sys.stderr)
         self._clock = clock
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta {task.fields[eta]}", markup=False),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        eta = TextColumn("eta {task.fields[eta]}", markup=False)
+        self._bar = bar_on(self._console, eta, transient=True)
         self._lock = threading.Lock()
         self._task: TaskID | None = None
         self._what = ""

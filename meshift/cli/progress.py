@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -44,17 +45,12 @@ class RichObserver:
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(file=sys.stderr)
         self._clock = clock
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+        self._bar = bar_on(
+            self._console,
             TextColumn("eta"),
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[reading]}", markup=False),
             TextColumn("{task.fields[call]}", style="dim", markup=False),
-            console=self._console,
-            disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
         self._total = 0
@@ -115,6 +111,20 @@ class RichObserver:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def bar_on(console: Console, *more: ProgressColumn, transient: bool = False) -> Progress:
+    """What is done of how many and for how long, and `more` behind that; shown on a terminal alone."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        *more,
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+    )
 
 
 def clock_time(seconds: float) -> str:

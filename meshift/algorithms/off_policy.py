@@ -47,8 +47,8 @@ class Correction:
         return Ragged(apart, lengths).sum_rows().repeat_interleave(lengths.to(apart.device))
 
     def weights(self, log_ratio: Tensor) -> Tensor:
-        """w of every token [tokens]."""
-        return torch.exp(log_ratio if self.cap is None else log_ratio.clamp(max=math.log(self.cap)))
+        """w of every token [tokens]; without a cap at most exp(80), which is still a number."""
+        return torch.exp(log_ratio.clamp(max=LARGEST_LOG if self.cap is None else math.log(self.cap)))
 
     def sums(self, log_ratio: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """What `off_policy_metrics` are made of, summed over tokens; `counted` [tokens] is 1 or 0."""

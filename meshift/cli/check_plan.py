@@ -63,9 +63,11 @@ def check_plan(
     if problems:
         return PlanVerdict(problems=tuple(problems))
     from meshift.runtime.plans import with_micro_batches
+    from meshift.runtime.spread_run import METHODS
 
+    config = make_config(schema, given, file)
     try:
-        config = with_micro_batches(make_config(schema, given, file))
+        config = with_micro_batches(config, METHODS[type(config)].models(config))
     except ConfigError as error:
         return PlanVerdict(problems=(str(error),))
     problems = list(_placing_problems(config))

@@ -15,7 +15,7 @@ from rich.text import Text
 from meshift.config.loading import describe_keys
 from meshift.config.section import Section
 
-WIDTH_WITHOUT_TERMINAL = 140
+WIDTH_WITHOUT_TERMINAL = 160
 
 
 def make_console() -> Console:

@@ -240,8 +240,9 @@ class Problem:
 
 
 def _ops(step: Step, problem: Problem) -> list[Op]:
-    """Calls, each training call followed by its role's moves; mixings at last."""
+    """Calls, each training call (drawing ahead, all) followed by its role's moves; mixings at last."""
     ops: list[Op] = []
+    moves: list[Op] = []
     place: dict[str, int] = {}
     for call in step.calls:
         use = Use(call.role, call.kind)
@@ -251,11 +252,12 @@ def _ops(step: Step, problem: Problem) -> list[Op]:
         place[call.name] = len(ops)
         ops.append(Op(name=call.name, kind="call", uses=(use,), waits=waits, streams=streams))
         if call.kind == "train":
-            ops += [
+            (moves if step.draws_ahead else ops).extend(
                 Op(name=f"{call.role} to {other.kind}", kind="move", uses=(use, other), waits=(place[call.name],))
                 for other in problem.uses
                 if other.role == call.role and other != use
-            ]
+            )
+    ops += moves
     return [*ops, *(_mixing(mixing, ops, problem) for mixing in step.mixings)]
 
 

@@ -100,6 +100,7 @@ def _devices(placements: Placements) -> set[Device]:
 
 def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bool) -> list[_Task]:
     tasks: list[_Task] = []
+    moves: list[_Task] = []
     for call in step.calls:
         role, placement = step.roles[call.role], placements[call.role][call.kind]
         cost = Costs(role, hardware).of(call, placement.layout)
@@ -122,7 +123,8 @@ def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bo
             )
         )
         if call.kind == "train":
-            tasks += _moves(step, hardware, placements[call.role], call)
+            (moves if step.draws_ahead else tasks).extend(_moves(step, hardware, placements[call.role], call))
+    tasks += moves
     return [*tasks, *_mixings(step, hardware, placements, tasks)]
 
 

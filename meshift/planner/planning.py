@@ -56,7 +56,9 @@ class Planned:
     def settings(self) -> tuple[Setting, ...]:
         """Micro-batches other than the config's with which a step of this plan is faster."""
         problem = self.problem
-        return tuple(better_micro_batches(problem.step, problem.hardware, placements_of(problem, self.choice)))
+        placements = placements_of(problem, self.choice)
+        found = better_micro_batches(problem.step, problem.hardware, placements, streaming=problem.streaming)
+        return tuple(found)
 
     @property
     def values(self) -> dict[str, dict[str, Any]]:

@@ -54,9 +54,11 @@ def rollout_calls(
         calls, drawing = [*calls, *greedy], drawing | {call.name for call in greedy}
     kept = _kept_texts(config, texts)
     if isinstance(config, OnlineDPORunConfig):
-        first = frozenset(call.name for call in calls)
+        first = drawing = frozenset(call.name for call in calls)  # pairs are chosen when all is drawn and scored
     calls += _readings(config, models, kept if isinstance(config, OnlineDPORunConfig) else texts, first)
     known = frozenset(one.name for one in calls)
+    if isinstance(config, RAFTRunConfig):
+        drawing = known  # the best are chosen by scores and the reference's log-probs
     calls += [
         PlannedCall(
             name=f"train_{role}",
@@ -77,12 +79,12 @@ def rollout_calls(
 def _ahead(calls: Sequence[PlannedCall], drawing: frozenset[str]) -> tuple[PlannedCall, ...]:
     """Of a step that draws for a later one: drawing waits for none of its calls, nor they for it.
 
-    A process draws after its other readings and before it trains; new weights move when both have ended.
+    A process draws after its other calls. (Where devices draw with what they train, they do so first, which takes
+    them as long.)
     """
     others = [replace(call, waits=call.waits - drawing) for call in calls if call.name not in drawing]
     drawn = [replace(call, waits=call.waits & drawing) for call in calls if call.name in drawing]
-    first = next(i for i, call in enumerate(others) if call.kind == "train")
-    return (*others[:first], *drawn, *others[first:])
+    return (*others, *drawn)
 
 
 def _readings(
@@ -100,7 +102,8 @@ def _readings(
     if config.old_logprobs == "recomputed":
         calls.append(call("old_logprobs", "actor"))
     if isinstance(config, PPORunConfig):
-        calls.append(call("values", "actor" if config.ppo.shared_trunk else "critic"))
+        shared = config.ppo.shared_trunk  # then by a head for one number a row, which is next to nothing
+        calls.append(call("values", "actor", read=0.0) if shared else call("values", "critic"))
     if "cost" in models:
         calls.append(call("cost", "cost", read=1.0))
     if "cost_critic" in models:

@@ -71,7 +71,8 @@ def step_of(
         if isinstance(config, PPORunConfig):
             trained |= {"critic": config.critic, "cost_critic": config.cost_critic}
         calls = rollout_calls(config, models, lengths)
-        return _with_rounds(config, _step(models, trained, dtype, calls, config.reference))
+        step = _with_rounds(config, _step(models, trained, dtype, calls, config.reference))
+        return replace(step, draws_ahead=config.max_staleness > 0)
     if isinstance(config, DPORunConfig):
         return _step(models, {"actor": config.actor}, dtype, _pair_calls(config, lengths), config.reference)
     if isinstance(config, KTORunConfig):

@@ -6,6 +6,7 @@ They change no result but its last bits. It knows nothing of how plans are found
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import Placements, peak_bytes, replay
@@ -27,19 +28,22 @@ class Setting:
     seconds: float
 
 
-def better_micro_batches(step: Step, hardware: Hardware, placements: Placements) -> list[Setting]:
+def better_micro_batches(
+    step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True
+) -> list[Setting]:
     """For each trained role in turn the fastest micro-batches that fit, if they are worth it."""
+    seconds_of = partial(_step_seconds, streaming=streaming)
     used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
     shared = hardware.shared_by(len(used))
     trained = [name for name, role in step.roles.items() if role.trained]
     found: list[Setting] = []
-    best = _seconds(step, step, shared, placements)
+    best = seconds_of(step, step, shared, placements)
     now = step
     for name in trained:
         passes = step.roles[name].passes.max_tokens_per_micro_batch
         tried = [(_with_tokens(now, name, max(1, int(times * passes)), trained), times) for times in TIMES]
         fitting = [(one, times) for one, times in tried if _fits(one, shared, placements)]
-        timed = [(_seconds(step, one, shared, placements), times, one) for one, times in fitting]
+        timed = [(seconds_of(step, one, shared, placements), times, one) for one, times in fitting]
         seconds, times, changed = min(timed, key=lambda one: one[:2], default=(best, 1.0, now))
         if seconds < best * (1 - WORTHWHILE):
             best, now = seconds, changed
@@ -63,11 +67,13 @@ def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
     return max(peak_bytes(step, hardware, placements).values()) <= hardware.usable
 
 
-def _seconds(step: Step, changed: Step, hardware: Hardware, placements: Placements) -> float:
+def _step_seconds(
+    step: Step, changed: Step, hardware: Hardware, placements: Placements, *, streaming: bool
+) -> float:
     """Of a step by the changed roles' costs; moves are those of the step."""
     costs = {
         call.name: Costs(changed.roles[call.role], hardware).of(call, placements[call.role][call.kind].layout)
         for call in changed.calls
     }
-    (events,) = replay(step, hardware, placements, [costs])
+    (events,) = replay(step, hardware, placements, [costs], streaming=streaming)
     return max(event.end for event in events)

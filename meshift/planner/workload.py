@@ -142,11 +142,15 @@ class Mixing:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """All model calls of a step in program order, and the roles that they use."""
+    """All model calls of a step in program order, and the roles that they use.
+
+    With `draws_ahead` new weights move when all calls have ended: some draw for a later step, by older ones.
+    """
 
     roles: Mapping[str, Role]
     calls: tuple[PlannedCall, ...]
     mixings: tuple[Mixing, ...] = ()
+    draws_ahead: bool = False
 
     def as_measured(self, factors: Mapping[str, float]) -> Step:
         """With each call as many times as long as a run measured it, by the name under which it times it."""

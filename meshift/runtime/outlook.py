@@ -169,7 +169,7 @@ def _by_completion(
 
 def _cost(step: Step, hardware: Hardware, placements: Placements, call: PlannedCall, mean: float) -> Cost:
     """Of a call whose completions have this mean."""
-    read = call.num_read if call.num_read == 1.0 else mean
+    read = call.num_read if call.num_read <= 1.0 else mean
     drawn = replace(call, texts=replace(call.texts, completion=mean), num_read=read)
     return Costs(step.roles[call.role], hardware).of(drawn, placements[call.role][call.kind].layout)
 

@@ -109,7 +109,7 @@ def _settled(config: RunConfig, method: Method, observer: Observer) -> Settled:
         if isinstance(trained, TrainableConfig) and trained.num_frozen_layers:
             check_frozen_layers(role, name, trained)
     settled = settle(config, method.rows, observer)
-    return replace(settled, config=with_micro_batches(settled.config))
+    return replace(settled, config=with_micro_batches(settled.config, method.models(config)))
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:

@@ -68,16 +68,18 @@ def as_written(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]
     return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
 
-def with_micro_batches(config: C) -> C:
-    """The config with its plan's micro-batches where it says how roles are trained.
+def with_micro_batches(config: C, roles: Collection[str]) -> C:
+    """The config with its plan's micro-batches where it says how roles are trained; `roles` are the run's.
 
-    Raises `ConfigError` for a role that is not trained: it is read in the micro-batches of one that is.
+    Raises `ConfigError` for one that is not, and one that is not trained: it is read in another's micro-batches.
     """
     changed: dict[str, TrainableConfig] = {}
     for role, plan in config.plan.roles.items():
         tokens = plan.max_tokens_per_micro_batch
         if tokens is None:
             continue
+        if role not in roles:
+            raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
         key = next((k for k in (role, "model") if isinstance(getattr(config, k, None), TrainableConfig)), None)
         if key is None:
             raise ConfigError(

@@ -9,13 +9,13 @@ outcome is that of `AheadStep` in one process. It knows nothing of models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from meshift.batch import Batch, Outcome
 from meshift.graph.ahead import Halves, generators
 from meshift.runtime.ahead import Queue, step_metrics
 from meshift.runtime.spread_role import SpreadRole
-from meshift.runtime.spread_step import Hear, Now, SpreadStep
+from meshift.runtime.spread_step import Hear, Now, Part, SpreadStep
 from meshift.runtime.world import World
 
 
@@ -48,11 +48,12 @@ class SpreadAhead:
         """This process's part of a step, whose completions were drawn for `batch`. See `SpreadStep.run`."""
         now = Now(step=step, began=time.perf_counter(), on_call=on_call)
         due = self._queue.due(step)
-        at_once = [one for one in due if one == step or not self.overlaps]
-        drawn = self._draw(at_once, step, batch, now)
-        own = self._queue.take(step)
+        drawn = [self._drawn(one, self._draw(one, batch, now)) for one in due if one == step]
+        own, later = self._queue.take(step), [one for one in due if one != step]
+        parts = [] if self.overlaps else [self._draw(one, None, now) for one in later]
         part = self._learning.run_own(own.batch, now)
-        drawn += self._draw([one for one in due if one not in at_once], step, batch, now)
+        parts += [self._draw(one, None, now) for one in later] if self.overlaps else []
+        drawn += [self._drawn(one, begun) for one, begun in zip(later, parts, strict=True)]
         learned = self._learning.gather(part)
         moved = self._learning.publish()
         peaks = self._learning.peaks_of_all(self._drawing.take_peaks())
@@ -60,13 +61,15 @@ class SpreadAhead:
         metrics = {**step_metrics(own, drawn, learned), **moved, **peaks}
         return Outcome(batch=learned.batch, metrics=metrics)
 
-    def _draw(self, due: Iterable[int], step: int, batch: Batch, now: Now) -> list[Outcome]:
-        drawn = []
-        for one in due:
-            fed = batch if one == step else self._next_batch(one)
-            drawn.append(self._drawing.run_calls(fed, now))
-            self._queue.put(one, drawn[-1])
-        return drawn
+    def _draw(self, step: int, batch: Batch | None, now: Now) -> Part:
+        """This process's part of drawing for a step; `batch` is that step's, where it is known already."""
+        return self._drawing.run_own(self._next_batch(step) if batch is None else batch, now)
+
+    def _drawn(self, step: int, part: Part) -> Outcome:
+        """What was drawn for a step, in the queue."""
+        outcome = self._drawing.gather(part)
+        self._queue.put(step, outcome)
+        return outcome
 
 
 def _shares_devices(role: SpreadRole) -> bool:

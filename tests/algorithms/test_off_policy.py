@@ -292,3 +292,12 @@ def test_a_correction_needs_the_trainers_log_probs():
     with pytest.raises(ConfigError, match=r"importance_correction: sequence .* set it to true"):
         ppo_config(ppo={"importance_correction": "sequence"})
     assert train_loss(policy_config("grpo", grpo=CORRECTED)).correction == Correction(level="token", cap=2.0)
+
+
+def test_a_ratio_beyond_all_numbers_makes_a_large_weight_and_no_nan():
+    """Of a completion, without a cap: exp(90) is infinite in fp32, and infinite times no advantage is NaN."""
+    weights = Correction(level="sequence").weights(torch.tensor([0.0, 90.0, 1e4]))
+    assert torch.isfinite(weights).all()
+    assert (weights * 0.0).sum() == 0.0
+    assert weights[0] == 1.0
+    assert weights[1] > 1e30

@@ -179,6 +179,12 @@ def test_micro_batches_of_a_role_that_is_only_read_are_refused(room, capsys):
     assert "the reference is not trained: it is read in the actor's micro-batches" in capsys.readouterr().err
 
 
+def test_micro_batches_of_a_critic_that_is_a_head_of_the_actor_are_refused(room, capsys):
+    words = ["ppo", "--config", room.config(values_of(room, "ppo")), "--dry-run", "ppo.shared_trunk=true"]
+    assert main([*words, "plan.critic.max_tokens_per_micro_batch=8"]) == 2
+    assert "`plan.critic` is set, but the run has no such role" in capsys.readouterr().err
+
+
 def test_no_plan_in_a_word(room, capsys):
     values = {**values_of(room, "grpo"), "plan": PLAN}
     assert main(["grpo", "--config", room.config(values), "--plan", "none", "--dry-run"]) == 0

@@ -76,7 +76,8 @@ def test_micro_batches_that_are_faster_are_part_of_the_plan():
 def test_drawing_ahead_takes_as_long_as_the_slower_half_where_they_have_devices_of_their_own():
     given = step("grpo")
     rollout, others = given.calls[0], given.calls[1:]
-    ahead = replace(given, calls=ahead_of(rollout, others))
+    free = (replace(call, waits=call.waits - {rollout.name}) for call in others)
+    ahead = replace(given, calls=(*free, rollout), draws_ahead=True)  # as `rollout_steps` writes it
     apart = {
         "actor": {"generate": Placement.parse("1", "d1"), "train": Placement.parse("0", "d1")},
         "reference": {"infer": Placement.parse("0", "d1")},
@@ -93,12 +94,6 @@ def test_drawing_ahead_takes_as_long_as_the_slower_half_where_they_have_devices_
     planned = [make_plan(one, device(), 2, seconds=2) for one in (ahead, given)]
     assert planned[0].seconds <= planned[1].seconds
     assert planned[0].seconds <= took[0]
-
-
-def ahead_of(rollout, others):
-    """As `rollout_steps` writes it for `max_staleness`."""
-    free = [replace(call, waits=call.waits - {rollout.name}) for call in others]
-    return (*(call for call in free if call.kind != "train"), rollout, *(c for c in free if c.kind == "train"))
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 5, 7])

@@ -29,6 +29,7 @@ from meshift.config.runs import (
     RewardRunConfig,
     SFTRunConfig,
 )
+from meshift.graph.ahead import halves_of
 from meshift.graph.calls import LoopCall, ModelCall, SyncCall
 from meshift.models.hf.families import read_config
 from meshift.planner.rollout_steps import Lengths, prompts_by_round
@@ -161,31 +162,26 @@ def test_a_role_borrows_what_adapters_leave_in_the_plan_as_in_the_run(case, monk
 
 
 AHEAD = {
-    "grpo": (
-        config(GRPORunConfig, reward={"model_name_or_path": "r"}, grpo={"kl_coef": 0.1}),
-        ["score", "reference", "rollout", "train_actor"],
-        {"rollout"},
-    ),
-    "ppo": (
-        config(PPORunConfig, reward={"model_name_or_path": "r"}),
-        ["score", "reference", "values", "rollout", "train_actor", "train_critic"],
-        {"rollout"},
-    ),
-    "remax": (
-        config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, remax={"kl_coef": 0.0}),
-        ["score", "rollout", "rollout (greedy)", "score (greedy)", "train_actor"],
-        {"rollout", "rollout (greedy)", "score (greedy)"},
-    ),
+    "grpo": config(GRPORunConfig, reward={"model_name_or_path": "r"}, grpo={"kl_coef": 0.1}),
+    "ppo": config(PPORunConfig, reward={"model_name_or_path": "r"}),
+    "dapo": config(DAPORunConfig, reward={"model_name_or_path": "r"}),
+    "remax": config(ReMaxRunConfig, reward={"model_name_or_path": "r"}, remax={"kl_coef": 0.0}),
+    "raft": config(RAFTRunConfig, reward={"model_name_or_path": "r"}, raft={"kl_coef": 0.1, "num_kept": 2}),
+    "online dpo": config(OnlineDPORunConfig, reward={"model_name_or_path": "r"}),
 }
 
 
 @pytest.mark.parametrize("case", AHEAD)
 def test_what_is_drawn_ahead_waits_for_nothing_of_its_step_nor_is_waited_for(case):
-    given, order, drawing = AHEAD[case]
+    given = AHEAD[case]
     models = dict.fromkeys(role_names(given), LLAMA)
     at_once = {call.name: call for call in step_of(given, models, "bfloat16").calls}
-    ahead = step_of(given.model_copy(update={"max_staleness": 1}), models, "bfloat16").calls
-    assert [call.name for call in ahead] == order
+    step = step_of(given.model_copy(update={"max_staleness": 1}), models, "bfloat16")
+    ahead, learning = step.calls, {call[1] for call in within(halves_of(graph_of(given)).learning)}
+    drawing = {call.name for call in ahead if call.name not in learning}
+    assert "rollout" in drawing
+    assert [call.name in drawing for call in ahead] == sorted(call.name in drawing for call in ahead)
+    assert step.draws_ahead
     for call in ahead:
         own = call.name in drawing
         assert call.waits == {name for name in at_once[call.name].waits if (name in drawing) == own}

@@ -89,7 +89,7 @@ class UnitTests:
             problem = read_problem(row, prompt, self.config.max_tests)
             work.append((problem, program_of(problem, _text(completion))))
         verdicts = self._sandbox.map(self._verdict, work)
-        for name, values in _metrics(verdicts).items():
+        for name, values in _metrics(verdicts, all_run=self.config.credit == "partial").items():
             log_metric(name, values)
         return [self._reward(verdict) for verdict in verdicts]
 
@@ -115,12 +115,13 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def _metrics(verdicts: Sequence[Verdict]) -> dict[str, list[float]]:
-    """Numbers per completion, which the run averages."""
+def _metrics(verdicts: Sequence[Verdict], *, all_run: bool) -> dict[str, list[float]]:
+    """Numbers per completion, which the run averages; how many tests pass is known where all are run."""
     tested = [verdict for verdict in verdicts if verdict.num_tests]
+    passed = [verdict.num_passed / verdict.num_tests for verdict in tested]
     return {
         "solved": [float(verdict.passed) for verdict in tested],
-        "tests_passed": [verdict.num_passed / verdict.num_tests for verdict in tested],
+        **({"tests_passed": passed} if all_run else {}),
         "tests_run": [float(verdict.num_run) for verdict in tested],
         "tests_too_slow": [float(verdict.num_timeouts) for verdict in tested],
         "without_tests": [float(not verdict.num_tests) for verdict in verdicts],

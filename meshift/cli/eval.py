@@ -45,7 +45,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         metavar="DIR",
-        help="default eval-<task>: completions.jsonl, scores.jsonl, results.json, report.html",
+        help="default eval-<task>, and with --completions eval-<task>-scored: completions.jsonl, scores.jsonl, "
+        "results.json, report.html",
     )
     add("--limit", type=int, metavar="N", help="the first N questions")
     add("--chat", action="store_true", help="ask through the model's chat template")
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace) -> int:
     request = _request(args, ks, n_at_ks)
     questions = load_questions(request.task, request.data, args.limit)
     check_request(request, questions)
-    folder = Path(args.output or f"eval-{args.task}")
+    # Scoring a file leaves alone what was drawn, and found, in the folder of an evaluation.
+    folder = Path(args.output or f"eval-{args.task}{'' if args.completions is None else '-scored'}")
     make_folder(folder)
     saved, results = _completed_and_scored(request, questions, folder)
     _print_table(request, results.metrics, results.num_questions, results.num_samples)

@@ -174,9 +174,10 @@ def _hardware(name: str, config: RunConfig) -> Hardware:
     """A known one, a profile's, or this machine's processors, for which torch is needed."""
     if name.lower() != "cpu":
         return find_hardware(name)
+    from meshift.cli.profile import measuring_observer
     from meshift.runtime.profiling.profile import named_hardware
 
-    return named_hardware(name, (compute_type(config),))
+    return named_hardware(name, (compute_type(config),), measuring_observer())
 
 
 def show(planned: Planned) -> None:

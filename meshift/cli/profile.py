@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from meshift.runtime.observer import Observer
 
 MOST_PROCESSES = 16
-IDLE = 0.2
-"""Processors that other work may take without a word."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +55,13 @@ def _run(args: argparse.Namespace) -> int:
         config=config, model=args.model or "", dtypes=dtypes, num_processes=args.processes, effort=effort
     )
     started = time.perf_counter()
-    hardware = measure(asked, _observer())
+    hardware = measure(asked, measuring_observer())
     write(hardware, Path(args.out))
     print_rows(f"{hardware.name}, measured in {time.perf_counter() - started:.0f} s", _rows(hardware, args.out))
     return 0
 
 
-def _observer() -> Observer:
+def measuring_observer() -> Observer:
     """Says what is being measured."""
     from meshift.runtime.observer import SilentObserver
 
@@ -91,6 +89,8 @@ def _rows(hardware: Hardware, out: str) -> list[tuple[str, str]]:
     for kind, found in profile.crowding.items():
         most = max(found, key=int)
         rows.append((f"{kind} in {most} processes", f"{found[most]:.2f} times as long as in one"))
+    from meshift.runtime.profiling.profile import IDLE
+
     if profile.others > IDLE:
         rows.append(("note", f"other work took {profile.others:.1f} processors: measure again when it has ended"))
     return [*rows, ("profile", out), ("use it", f"meshift plan --config run.yaml --devices N --hardware {out}")]

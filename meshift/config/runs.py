@@ -195,7 +195,7 @@ class PPORunConfig(RolloutRunConfig):
         if self.ppo.shared_trunk and self.critic != CriticConfig():
             raise ValueError(
                 "`critic` is set, but with `ppo.shared_trunk` it is a head of the actor's model, and trained as "
-                "`actor` says; take one of them out"
+                "`actor` says; take one of them out (critic=null on the command line)"
             )
         return self
 

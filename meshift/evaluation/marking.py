@@ -13,7 +13,7 @@ from typing import Any
 
 from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import DataError, InputError
-from meshift.evaluation.answers import is_right
+from meshift.evaluation.answers import final_number, first_number, is_right
 from meshift.evaluation.estimators import (
     Estimate,
     Sample,
@@ -73,10 +73,16 @@ def mark_answers(task: Task, questions: Sequence[Question], saved: Sequence[Sequ
     """By the last number, or for MATH by `math-verify`. Raises `ConfigError` without that."""
     if task.name == "math":
         return _mark_maths(questions, saved)
-    return [
-        Marks(right=[is_right(one.completion, question.truth) for one in of_one])
-        for question, of_one in zip(questions, saved, strict=True)
-    ]
+    return [_mark_numbers(question.truth, of_one) for question, of_one in zip(questions, saved, strict=True)]
+
+
+def _mark_numbers(truth: str, samples: Sequence[Saved]) -> Marks:
+    found = [final_number(one.completion) for one in samples]
+    right = [is_right(one.completion, truth) for one in samples]
+    said = ["no number" if number is None else f"{number:f}" for number in found]
+    expected = first_number(truth)
+    wrong = ["" if ok else f"{read} in place of {expected:f}" for ok, read in zip(right, said, strict=True)]
+    return Marks(right=right, wrong=wrong)
 
 
 def maths_function() -> WeightedFunction:

@@ -119,7 +119,7 @@ def test_completions_are_scored_again_without_a_model(evaluate, tmp_path):
     write(tmp_path / "mine.jsonl", [{"id": str(i), "completion": text} for i, text in enumerate([*right, "9"])])
     code, _, said = evaluate("--task", "gsm8k", "--data", "gsm8k.jsonl", "--completions", "mine.jsonl")
     assert code == 0, said
-    accuracy = results()["metrics"]["accuracy"]
+    accuracy = results("eval-gsm8k-scored")["metrics"]["accuracy"]
     assert (accuracy["value"], accuracy["num"]) == (0.75, 4)
     # Wilson's interval of 3 out of 4, as tables have it.
     assert (accuracy["low"], accuracy["high"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
@@ -201,10 +201,10 @@ def test_a_judge_compares_with_another_models_completions_in_both_orders(evaluat
     assert code == 0, said
     assert "judge's answers: 6/6" in said
     assert {key for _, key, _ in server.asked} == {"Bearer secret"}
-    found = results("eval-hh-rlhf")["metrics"]
+    found = results("eval-hh-rlhf-scored")["metrics"]
     assert found["win rate by judge, against"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["judge agrees with itself"]["value"] == 1.0
-    with open("eval-hh-rlhf/scores.jsonl", encoding="utf-8") as file:
+    with open("eval-hh-rlhf-scored/scores.jsonl", encoding="utf-8") as file:
         assert [json.loads(line)["judge"] for line in file] == [1.0, 0.5, 0.0]
 
 
@@ -248,7 +248,7 @@ def test_a_page_shows_what_models_wrote_as_text(evaluate, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(path.read_text().replace("\\ud800", ""))
     assert evaluate("--task", "gsm8k", "--data", "gsm8k.jsonl", "--completions", "mine.jsonl")[0] == 0
-    page = (tmp_path / "eval-gsm8k/report.html").read_text()
+    page = (tmp_path / "eval-gsm8k-scored/report.html").read_text()
     assert "alert(77)" in page
     assert "<script>alert" not in page
     assert "<img" not in page
@@ -305,7 +305,7 @@ def test_n_at_k_of_a_file_of_programs(evaluate, tmp_path):
     words = ["--task", "codecontests", "--data", data, "--completions", mine, "--k", "1,2", "--n-at-k", "1@4"]
     code, printed, said = evaluate(*words, "--n-at-k", "2@3", "--partial", "--test-timeout", 2)
     assert code == 0, said
-    found = {name: one["value"] for name, one in results("eval-codecontests")["metrics"].items()}
+    found = {name: one["value"] for name, one in results("eval-codecontests-scored")["metrics"].items()}
     assert found["pass@1"] == 0.5
     assert found["pass@2"] == pytest.approx(5 / 6)
     assert found["1@4 filtered"] == pytest.approx(2 / 3)

@@ -10,6 +10,7 @@ from meshift.cli.main import main
 from meshift.models.hf.families import read_config
 from meshift.planner.hardware import find_hardware
 from meshift.planner.profile import PRODUCTS, SPEEDS
+from meshift.runtime.observer import SilentObserver
 from meshift.runtime.profiling.models import Effort, made, narrowed, numbers_of_layer, timed
 from meshift.runtime.profiling.products import Work, products, speeds
 from meshift.runtime.profiling.profile import Asked, measure, named_hardware, write
@@ -74,12 +75,26 @@ def test_this_machine_is_measured_once_and_then_read_from_the_cache(tmp_path, mo
         return measure(Asked(config=config(), num_processes=1, effort=TINY, dtypes=given.dtypes))
 
     monkeypatch.setattr("meshift.runtime.profiling.profile.measure", measured)
+    monkeypatch.setattr("meshift.runtime.profiling.profile._others", lambda: 0.0)
     first, second = named_hardware("cpu"), named_hardware("cpu")
     assert len(asked) == 1
     assert first.profile.products == second.profile.products
     named_hardware("cpu", ("bfloat16",))
     assert len(asked) == 2
     assert named_hardware("h100").profile is None
+
+
+def test_what_is_measured_beside_other_work_is_told_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("meshift.runtime.profiling.profile._others", lambda: 1.5)
+    tiny = Asked(config=config(), num_processes=1, effort=TINY)
+    monkeypatch.setattr("meshift.runtime.profiling.profile.Asked", lambda **given: tiny)
+    heard = []
+    listener = SilentObserver()
+    listener.on_message = heard.append
+    assert named_hardware("cpu", observer=listener).profile.others == 1.5
+    assert "other work took 1.5 processors meanwhile" in heard[-1]
+    assert not list(tmp_path.rglob("cpu-*.json"))
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ RESERVE = 6e8
 FAR_RATE = 1.25e8
 """Of a network that was not measured: 1 Gb/s."""
 LOOK_SECONDS = 0.4
+IDLE = 0.2
+"""Processors that others may take: with more, what is measured is too slow to go by."""
 NUM_PROCESSES = 4
 PER_HOST = 8
 
@@ -176,14 +178,26 @@ def write(hardware: Hardware, path: Path) -> None:
 
 
 def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Observer | None = None) -> Hardware:
-    """As `find_hardware`; and `cpu`: this machine, measured in a short probe that is kept in the cache."""
+    """As `find_hardware`; and `cpu`: this machine, measured in a short probe that is kept in the cache.
+
+    One that was measured beside other work is used, with a word to `observer`, and not kept.
+    """
     if name.lower() != "cpu":
         return find_hardware(name)
     path = profile_path(dtypes)
     if path.is_file():
         return find_hardware(str(path))
+    observer = observer or SilentObserver()
+    observer.on_message("this machine is measured first, once: about two minutes")
     hardware = measure(Asked(dtypes=tuple(dtypes), effort=QUICK), observer)
-    write(hardware, path)
+    others = 0.0 if hardware.profile is None else hardware.profile.others
+    if others > IDLE:
+        observer.on_message(
+            f"other work took {others:.1f} processors meanwhile: what is predicted will be too long, and the "
+            "profile is not kept; plan again when that has ended"
+        )
+    else:
+        write(hardware, path)
     return hardware
 
 

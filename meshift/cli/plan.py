@@ -156,13 +156,23 @@ def _asked(args: argparse.Namespace) -> Asked:
         hardware=hardware,
         num_devices=args.devices,
         seconds=args.seconds,
-        factors={} if args.measured is None else _factors(Path(args.measured)),
+        factors={} if args.measured is None else _factors(Path(args.measured), hardware),
     )
 
 
-def _factors(folder: Path) -> dict[str, float]:
-    """How many times as long as predicted each call of a run took. Raises `InputError` where that is not known."""
-    found = factors(read_run(folder))
+def _factors(folder: Path, hardware: Hardware) -> dict[str, float]:
+    """How many times as long as predicted each call of a run took. Raises `InputError` where that is not known.
+
+    Nor is it of another device than the one that its prediction was for.
+    """
+    run = read_run(folder)
+    found, told = factors(run), run.plan.get("hardware")
+    name = told.get("name") if isinstance(told, dict) else None
+    if found and name != hardware.name:
+        raise UsageError(
+            f"--measured {folder}: what that run was predicted on is `{name}`, and this plan is for "
+            f"`{hardware.name}`; how far a prediction was off on one says nothing of the other"
+        )
     if not found:
         raise UsageError(
             f"--measured {folder}: the run has no plan.json with a prediction, or no step that is done"

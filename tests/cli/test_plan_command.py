@@ -130,6 +130,8 @@ def test_a_run_that_took_longer_makes_the_next_plan_slower(run_file, tmp_path, c
     assert plan(run_file, "--devices", "2", "--out", str(out), "--measured", str(run)) == 0
     after = json.loads(out.read_text())["predicted"]["step_s"]
     assert after == pytest.approx(3 * before["predicted"]["step_s"], rel=0.03)
+    assert plan(run_file, "--devices", "2", "--hardware", "a100", "--measured", str(run)) == 2
+    assert "says nothing of the other" in capsys.readouterr().err
     (run / "plan.json").unlink()
     assert plan(run_file, "--devices", "2", "--measured", str(run)) == 2
     assert "no plan.json with a prediction" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from meshift.runtime.ppo_run import build_ppo_job, run_ppo
 def files_of(run):
     names = ("final/model.safetensors", "final_critic/model.safetensors")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("timing_s/", "perf/t", "perf/mfu", "perf/peak")
+    timed = ("timing_s/", "perf/t", "perf/mfu", "perf/peak", "perf/predicted")  # with what the process had before
     kept = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
     return [(run / name).read_bytes() for name in names], kept
 

@@ -50,6 +50,11 @@ class Duel:
         return None if self.first is None or self.second is None else (self.first + self.second) / 2
 
     @property
+    def first_place(self) -> float | None:
+        """How often the text that stood first won: 0.5 where the judge has no bias to either place."""
+        return None if self.first is None or self.second is None else (self.first + 1 - self.second) / 2
+
+    @property
     def agrees(self) -> bool:
         """Whether the order did not matter."""
         return self.first is not None and self.first == self.second

@@ -124,15 +124,15 @@ def judge_estimates(found: Sequence[Duel], rival: str) -> Mapping[str, Estimate]
     Pairs without a verdict are left out; `pairs judged` is the part of the others, and a warning says why. Raises
     `RewardError` where no pair has one.
     """
-    scores = [duel.score for duel in found if duel.score is not None]
+    scores = [score for duel in found if (score := duel.score) is not None]
     if not scores:
         why = next((duel.wrong for duel in found), "it was asked nothing")
         raise RewardError(f"the judge gave no verdict on any of {len(found)} pairs: it {why}")
-    settled = [duel for duel in found if duel.first is not None and duel.second is not None]
+    settled = [duel for duel in found if duel.score is not None]
     if len(settled) < len(found):
         why = next(duel.wrong for duel in found if duel.wrong)
         logger.warning(f"{len(found) - len(settled)} of {len(found)} pairs have no verdict: the judge {why}")
-    places = [(duel.first + 1 - duel.second) / 2 for duel in settled]  # type: ignore[operator]
+    places = [place for duel in settled if (place := duel.first_place) is not None]
     return {
         f"win rate by judge, {rival}": share(scores),
         "pairs judged": share([float(duel.score is not None) for duel in found]),

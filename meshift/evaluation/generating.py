@@ -82,7 +82,10 @@ class Drawer:
         """
         if not wanted:
             return
-        decode = lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
+
+        def decode(ids: list[int]) -> str:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
         engine = GenerationEngine(open_model(self._model, "lm", self._drawing.dtype), decode=decode)
         requests = [Request(tokens=prompts[i], index=i * INDICES_PER_QUESTION + j) for i, j in wanted]
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from meshift.config.runs import RunConfig
 from meshift.config.sections import TrainableConfig
-from meshift.errors import ConfigError
 from meshift.models.hf.load import load_config
 from meshift.runtime.auto_plan import Settled, settle
 from meshift.runtime.hosts import refuse_hosts
@@ -81,18 +80,12 @@ def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResul
 
 
 def plan_file(settled: Settled, method: Method, job: Job, before: float) -> PlanFile:
-    """What a run writes of its plan; `before` is what the process had in memory before it built the job.
-
-    Without a prediction where the planner cannot count the step.
-    """
+    """What a run writes of its plan; `before` is what the process had in memory before it built the job."""
     config = settled.config
     plan = config.plan.model_dump(mode="json", exclude_none=True, exclude={"auto"})
     placements = placements_of(config.plan, method.uses(config))
     hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
-    try:
-        expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
-    except ConfigError:  # what the planner cannot count
-        return PlanFile(values={"plan": plan, **settled.found})
+    expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
 

@@ -6,7 +6,6 @@ It knows which keys name models, data and functions, and nothing of what a run d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from meshift.config.runs import RunConfig
 from meshift.config.sections import RewardFunctionConfig, TrainableConfig
 from meshift.data.dataset import dataset_rows
-from meshift.errors import ConfigError, MeshiftError
+from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
 from meshift.rewards.configured import load_functions
@@ -87,9 +86,8 @@ def weight_problems(config: RunConfig) -> list[str]:
 def memory_of(config: RunConfig) -> tuple[bool, str]:
     """Whether the run can fit into this machine's memory, and a sentence on it; by its plan, if it has one."""
     if config.plan.is_given and config.launch.launcher == "local":
-        with suppress(ConfigError):  # what the planner cannot count
-            expected = expected_of(config, METHODS[type(config)])
-            return peak_verdict(expected.peaks, expected.worst.name, device_memory())
+        expected = expected_of(config, METHODS[type(config)])
+        return peak_verdict(expected.peaks, expected.worst.name, device_memory())
     return memory_verdict(held_bytes(config, held_models(config)), device_memory())
 
 

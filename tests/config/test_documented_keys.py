@@ -197,9 +197,7 @@ def test_a_key_that_does_nothing_would_be_taken(kind, key, off):
     default = kind.model_fields[key].default
     assert OTHERS[key] != default
     for value in off.values:
-        with pytest.raises(
-            ValueError, match=f"{key} is .* does nothing while {off.key} is .* set {key} back"
-        ):
+        with pytest.raises(ValueError, match=f"{key} is .* does nothing while {off.key} is .* set {key} back"):
             kind(**{off.key: value, key: OTHERS[key]})
         assert getattr(kind(**{off.key: value, key: default}), key) == default
     told = {tuple(keys_in(line)) for line in text_of("keys").splitlines() if line.startswith("|")}

@@ -86,16 +86,18 @@ def check_families(rank, num_ranks, layouts):
 
 
 def test_a_family_would_learn_otherwise_when_its_state_is_shared_out(tmp_path):
-    run_gang(4, check_families, tmp_path, 4, ("d2t1p1s", "d4t1p1s", "d2t2p1s"))
+    """Of d2t1p1s, the least of these layouts, the next test holds one family, and `test_ranks` three."""
+    run_gang(4, check_families, tmp_path, 4, ("d4t1p1s", "d2t2p1s"))
 
 
 @pytest.mark.slow
-def test_eight_ranks_would_learn_otherwise(tmp_path):
-    run_gang(8, check_families, tmp_path, 8, ("d8t1p1s", "d4t2p1s"))
+@pytest.mark.parametrize("layouts", [("d2t1p1s",), ("d8t1p1s", "d4t2p1s")])
+def test_two_and_eight_ranks_would_learn_otherwise(layouts, tmp_path):
+    run_gang(8, check_families, tmp_path, 8, layouts)
 
 
 def check_settings(rank):
-    batches = [rollouts(seed) for seed in range(3)]
+    batches = [rollouts(seed) for seed in range(2)]
     for what, settings in SETTINGS.items():
         config = CONFIG.model_copy(update=settings)
         expected = story(whole := role_of("llama-biases", None, config), batches)

@@ -296,16 +296,9 @@ def make_case(tmp_path_factory, spread_files):
     given[OnlineDPORunConfig] = drawn | {"reference": other}
 
     def make(case, output_dir, **sections):
-        late = {
-            "max_staleness",
-            "reference",
-        } & case.sections.keys()  # what was drawn ahead, or has moved, shows late
-        values = {
-            "output_dir": str(output_dir),
-            "max_steps": 3 if late else 2,
-            "dtype": "float32",
-            "report_to": [],
-        }
+        # What was drawn ahead, or a reference that has moved, shows in the third step.
+        steps = 3 if {"max_staleness", "reference"} & case.sections.keys() else 2
+        values = {"output_dir": str(output_dir), "max_steps": steps, "dtype": "float32", "report_to": []}
         values |= given.get(case.schema, drawn)
         own = {key: values.get(key, {}) | value for key, value in case.sections.items() if isinstance(value, dict)}
         return make_config(case.schema, values | case.sections | own | sections)

@@ -163,6 +163,15 @@ def plain(text):
         return value
 
 
+def test_nothing_would_read_a_key():
+    """Sections know of their keys without reading them; what runs make of them is in the configs of these."""
+    sources = [path for path in (ROOT / "meshift").rglob("*.py") if not path.name.endswith("sections.py")]
+    read = set(re.findall(r"\.([a-z_][a-z_0-9]*)", "\n".join(path.read_text("utf-8") for path in sources)))
+    keys = {key.rpartition(".")[2] for schema in PAGES for key, _, _ in describe_keys(schema)}
+    assert len(keys) > 100
+    assert not keys - read
+
+
 OTHERS = {  # a value that is not the default, for each key that another switches off
     "adaptive_kl": True,
     "importance_cap": 3.0,

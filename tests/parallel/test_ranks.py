@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gang import run_gang
+from gang import Cases
 from tiny_families import family_model
 from tiny_rl import random_rollout
 
@@ -101,17 +101,12 @@ def assert_role_agrees(role, whole, expected, place, what):
         torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{what}: {parameter}")
 
 
-def check_layouts(rank):
-    for name in MODELS:
-        expected = story(whole := role_of(name, None))
-        for layout in LAYOUTS:
-            place = place_in(layout, rank)
-            if place is not None:
-                assert_role_agrees(role_of(name, place), whole, expected, place, f"{name} {layout}")
-
-
-def test_a_role_on_many_ranks_is_the_role_on_one(tmp_path):
-    run_gang(4, check_layouts, tmp_path)
+def check_layouts(rank, name):
+    expected = story(whole := role_of(name, None))
+    for layout in LAYOUTS:
+        place = place_in(layout, rank)
+        if place is not None:
+            assert_role_agrees(role_of(name, place), whole, expected, place, f"{name} {layout}")
 
 
 def assert_trouble_is_heard(role):
@@ -131,10 +126,6 @@ def check_trouble(rank):
     assert_trouble_is_heard(role_of("llama-tied", place_in("d2t2p1", rank)))
 
 
-def test_every_rank_hears_of_one_ranks_trouble(tmp_path):
-    run_gang(4, check_trouble, tmp_path)
-
-
 def check_bfloat16(rank):
     whole = role_of("qwen2", None, dtype=torch.bfloat16)
     task = TrainTask(loss=PolicyLoss(reading=READING))
@@ -150,10 +141,6 @@ def check_bfloat16(rank):
         assert math.isclose(*norms, rel_tol=room), (layout, norms)
 
 
-def test_ranks_would_train_on_a_part_of_the_gradient_in_bfloat16(tmp_path):
-    run_gang(4, check_bfloat16, tmp_path)
-
-
 def check_few_rows(rank):
     whole, ours = role_of("qwen2", None), role_of("qwen2", place_in("d4t1p1", rank))
     task = TrainTask(loss=PolicyLoss(reading=READING))
@@ -165,5 +152,31 @@ def check_few_rows(rank):
     assert_batches_agree(ours.infer(READING, two_rows).batch, whole.infer(READING, two_rows).batch, "two rows")
 
 
-def test_fewer_rows_than_ranks(tmp_path):
-    run_gang(4, check_few_rows, tmp_path)
+CASES = {
+    **{f"layouts: {name}": (check_layouts, name) for name in MODELS},
+    "trouble": (check_trouble,),
+    "bfloat16": (check_bfloat16,),
+    "few rows": (check_few_rows,),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return Cases(4, tmp_path_factory.mktemp("gang"), CASES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_role_on_many_ranks_is_the_role_on_one(ranks, name):
+    ranks.check(f"layouts: {name}")
+
+
+def test_every_rank_hears_of_one_ranks_trouble(ranks):
+    ranks.check("trouble")
+
+
+def test_ranks_would_train_on_a_part_of_the_gradient_in_bfloat16(ranks):
+    ranks.check("bfloat16")
+
+
+def test_fewer_rows_than_ranks(ranks):
+    ranks.check("few rows")

@@ -93,6 +93,9 @@ class CodeSetting(Section):
     ks: list[int] = Field([1, 5], description="k of pass@k")
     temperature: float = Field(0.8, gt=0, description="of these completions; training draws at 1")
     completion_length: int = Field(96, ge=1, description="new tokens at most")
+    sft: list[str] | None = Field(
+        None, description="of fine-tuning on the training problems' solutions, which PPO starts from; null: none"
+    )
     overrides: list[str] = Field([], description="of the PPO run")
 
 

@@ -49,9 +49,8 @@ def run_code(setting: CodeSetting, folder: Path, say: Callable[[str], None]) -> 
     write_training_problems(setting, where)
     policy, tuning = ppo_of(setting, where), tuning_of(setting, where)
     stages: dict[str, dict[str, list[int]]] = {}
-    untrained = policy.actor if tuning is None else tuning.model
     say("code: MBPP before training")
-    stages[BEFORE] = _evaluated(setting, str(untrained.model_name_or_path), where / f"before-{key}")
+    stages[BEFORE] = _evaluated(setting, setting.model, where / f"before-{key}")
     if tuning is not None:
         say("code: fine-tuning on solutions")
         with RichObserver() as observer:
@@ -77,16 +76,17 @@ def tuning_of(setting: CodeSetting, where: Path) -> SFTRunConfig | None:
     """The fine-tuning that PPO starts from, in a folder of its own for each setting."""
     if setting.sft is None:
         return None
-    folder = f"output_dir={_tuned(setting, where)}"
-    data = f"data.dataset_name={where / SOLUTIONS}"
-    return load_config(SFTRunConfig, RUNS / "code_sft.yaml", [folder, data, "report_to=[]", *setting.sft])
+    given = [f"output_dir={_tuned(setting, where)}", f"data.dataset_name={where / SOLUTIONS}", "report_to=[]"]
+    given += [f"model.model_name_or_path={setting.model}"]
+    return load_config(SFTRunConfig, RUNS / "code_sft.yaml", [*given, *setting.sft])
 
 
 def ppo_of(setting: CodeSetting, where: Path) -> PPORunConfig:
     """The PPO run, in a folder of its own for each setting."""
     given = [f"output_dir={where / f'ppo-{key_of(setting)}'}", f"data.dataset_name={where / PROBLEMS}"]
     given += ["report_to=[]", f"generation.max_completion_length={setting.completion_length}"]
-    given += [] if setting.sft is None else [f"actor.model_name_or_path={_tuned(setting, where) / FINAL}"]
+    start = setting.model if setting.sft is None else _tuned(setting, where) / FINAL
+    given += [f"actor.model_name_or_path={start}"]
     return load_config(PPORunConfig, RUNS / "code.yaml", [*given, *setting.overrides])
 
 

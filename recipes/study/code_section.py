@@ -32,7 +32,7 @@ def code_section(setting: CodeSetting, result: Mapping[str, Any]) -> Markup:
     """What was run, and pass@k of every stage."""
     tuned = "" if setting.sft is None else f"fine-tuned on the solutions ({', '.join(setting.sft)}), then "
     words = (
-        f"SmolLM2-135M-Instruct on MBPP: judged on the first {setting.num_heldout} problems, "
+        f"{setting.model} on MBPP: judged on the first {setting.num_heldout} problems, "
         f"{setting.num_samples} samples of at most {setting.completion_length} tokens at temperature "
         f"{setting.temperature:g}; {tuned}trained by PPO on the {setting.num_train} problems behind them "
         f"({', '.join(setting.overrides)}), with 10 where all tests pass and 0 else. Intervals: 95 %, over "

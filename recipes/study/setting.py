@@ -87,6 +87,9 @@ class SentimentSetting(Section):
 class CodeSetting(Section):
     """MBPP with unit tests."""
 
+    model: str = Field(
+        "pypi:smollm2-135m-instruct", description="that is trained: a folder or a name, as in any run"
+    )
     num_heldout: int = Field(40, ge=2, description="problems that models are judged on, the first of the file")
     num_train: int = Field(200, ge=1, description="problems behind these, for training")
     num_samples: int = Field(5, ge=1, description="completions of each held-out problem")

@@ -230,9 +230,13 @@ def test_ppo_on_code_would_not_start_from_the_fine_tuned_model(name, tmp_path):
     setting = setting_of(name).code
     tuned, policy = code.tuning_of(setting, tmp_path), code.ppo_of(setting, tmp_path)
     assert policy.actor.model_name_or_path == f"{tuned.output_dir}/final"
-    bare = setting.model_copy(update={"sft": None})
+    bare = setting.model_copy(update={"sft": None, "model": "larger"})
     assert code.tuning_of(bare, tmp_path) is None
-    assert code.ppo_of(bare, tmp_path).actor.model_name_or_path == tuned.model.model_name_or_path
+    assert code.ppo_of(bare, tmp_path).actor.model_name_or_path == "larger"
+    assert (
+        code.tuning_of(setting.model_copy(update={"model": "larger"}), tmp_path).model.model_name_or_path
+        == "larger"
+    )
 
 
 def test_a_wrong_sample_would_count_as_right_or_after_as_before():

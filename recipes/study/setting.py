@@ -87,12 +87,18 @@ class SentimentSetting(Section):
 class CodeSetting(Section):
     """MBPP with unit tests."""
 
+    model: str = Field(
+        "pypi:smollm2-135m-instruct", description="that is trained: a folder or a name, as in any run"
+    )
     num_heldout: int = Field(40, ge=2, description="problems that models are judged on, the first of the file")
     num_train: int = Field(200, ge=1, description="problems behind these, for training")
     num_samples: int = Field(5, ge=1, description="completions of each held-out problem")
     ks: list[int] = Field([1, 5], description="k of pass@k")
     temperature: float = Field(0.8, gt=0, description="of these completions; training draws at 1")
     completion_length: int = Field(96, ge=1, description="new tokens at most")
+    sft: list[str] | None = Field(
+        None, description="of fine-tuning on the training problems' solutions, which PPO starts from; null: none"
+    )
     overrides: list[str] = Field([], description="of the PPO run")
 
 

@@ -51,18 +51,8 @@ def grids_of(setting: TheorySetting) -> list[GridSetting]:
     ]
 
 
-def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
-    runs = _seeds(grid, num_seeds, torch.get_num_threads())
-    return {
-        "setting": grid.model_dump(),
-        "seeds": [run["figures"] for run in runs],
-        "curves": [run["curves"] for run in runs],
-        "first": {key: runs[0][key] for key in ("covered", "scores", "tables")},
-    }
-
-
-def _seeds(grid: GridSetting, num_seeds: int, num_processes: int) -> list[dict[str, Any]]:
-    """Every seed's run, in order. A network this small fills one core, so seeds share the cores as processes."""
+def runs_of(grid: GridSetting, num_seeds: int, *, num_processes: int) -> list[dict[str, Any]]:
+    """Of every seed, in order. A network this small fills one core, so seeds share the cores as processes."""
     one = partial(run_seed, grid)
     seeds: Iterable[int] = range(num_seeds)
     if num_processes == 1:
@@ -70,6 +60,16 @@ def _seeds(grid: GridSetting, num_seeds: int, num_processes: int) -> list[dict[s
     context = get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(one, seeds))
+
+
+def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
+    runs = runs_of(grid, num_seeds, num_processes=min(num_seeds, torch.get_num_threads()))
+    return {
+        "setting": grid.model_dump(),
+        "seeds": [run["figures"] for run in runs],
+        "curves": [run["curves"] for run in runs],
+        "first": {key: runs[0][key] for key in ("covered", "scores", "tables")},
+    }
 
 
 def _key(grid: GridSetting, num_seeds: int) -> str:

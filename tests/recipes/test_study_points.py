@@ -210,16 +210,33 @@ def test_a_wrong_key_would_end_in_a_traceback(capsys):
 
 def test_problems_would_be_trained_on_that_models_are_judged_on(tmp_path, monkeypatch):
     questions = [
-        Question(id=str(i), prompt=f"p{i}", row={"test_list": [f"assert f() == {i}"]}, where="") for i in range(9)
+        Question(
+            id=str(i), prompt=f"p{i}", row={"test_list": [f"assert f() == {i}"], "code": f"a\r\n{i}"}, where=""
+        )
+        for i in range(9)
     ]
     monkeypatch.setattr(code, "load_questions", lambda task, name: questions)
-    code.write_training_problems(CodeSetting(num_heldout=4, num_train=3), tmp_path / "train.jsonl")
+    code.write_training_problems(CodeSetting(num_heldout=4, num_train=3), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["test_list"]) for row in rows] == [
         (f"p{i}", [f"assert f() == {i}"]) for i in (4, 5, 6)
     ]
-    code.config_of(setting_of().code, tmp_path)
-    code.config_of(setting_of("full.yaml").code, tmp_path)
+    solutions = [json.loads(line) for line in (tmp_path / "solutions.jsonl").read_text().splitlines()]
+    assert solutions == [{"prompt": f"p{i}", "completion": f"a\n{i}"} for i in (4, 5, 6)]
+
+
+@pytest.mark.parametrize("name", ["small.yaml", "full.yaml"])
+def test_ppo_on_code_would_not_start_from_the_fine_tuned_model(name, tmp_path):
+    setting = setting_of(name).code
+    tuned, policy = code.tuning_of(setting, tmp_path), code.ppo_of(setting, tmp_path)
+    assert policy.actor.model_name_or_path == f"{tuned.output_dir}/final"
+    bare = setting.model_copy(update={"sft": None, "model": "larger"})
+    assert code.tuning_of(bare, tmp_path) is None
+    assert code.ppo_of(bare, tmp_path).actor.model_name_or_path == "larger"
+    assert (
+        code.tuning_of(setting.model_copy(update={"model": "larger"}), tmp_path).model.model_name_or_path
+        == "larger"
+    )
 
 
 def test_a_wrong_sample_would_count_as_right_or_after_as_before():
@@ -228,7 +245,8 @@ def test_a_wrong_sample_would_count_as_right_or_after_as_before():
     assert counts == {"a": [4, 0], "b": [4, 2]}
     assert code.rates(counts, 1) == [0.0, 0.5]
     assert code.rates(counts, 2) == pytest.approx([0.0, 1 - 1 / 6])
-    result = {"before": {"a": [4, 0], "b": [4, 0], "c": [4, 1]}, "after": {"a": [4, 4], "b": [4, 4], "c": [4, 4]}}
+    stages = {"before": {i: [4, 4] for i in "abc"}, "start": {"a": [4, 0], "b": [4, 0], "c": [4, 1]}}
+    result = {"stages": {**stages, "end": {i: [4, 4] for i in "abc"}}}
     one, five = code_findings(CodeSetting(ks=[1, 4]), result)
     assert (one.verdict, five.claim) == ("agrees", "Code: PPO with unit tests raises pass@4")
     assert "0.083" in one.figures

@@ -258,12 +258,8 @@ def spread_files(
 def make_case(tmp_path_factory, spread_files):
     rewards = tmp_path_factory.mktemp("rewards") / "odd.py"
     rewards.write_text(ODD, encoding="utf-8")
-    model = {
-        "model_name_or_path": spread_files["actor"],
-        "logits_chunk": 5,
-        "max_tokens_per_micro_batch": 64,
-        **SMOOTH,
-    }
+    scoring = {"model_name_or_path": spread_files["actor"], "max_tokens_per_micro_batch": 64, **SMOOTH}
+    model = {"logits_chunk": 5, **scoring}
     other = {"model_name_or_path": spread_files["other"]}
     held_out = {"batch_size": 6, "max_eval_samples": 7}
     pairs = {**data_of(spread_files["pairs"]), **held_out}
@@ -273,7 +269,7 @@ def make_case(tmp_path_factory, spread_files):
         DPORunConfig: {"actor": model, "data": pairs, "reference": other},
         KTORunConfig: {"actor": model, "data": data_of(spread_files["judged"]) | held_out, "reference": other},
         ORPORunConfig: {"actor": model, "data": pairs},
-        RewardRunConfig: {"model": model, "data": pairs},
+        RewardRunConfig: {"model": scoring, "data": pairs},
         SFTRunConfig: {"model": model, "data": texts | held_out},
     }
     drawn = {

@@ -1,8 +1,8 @@
 """The section `prediction` of `benchmarks.planner`: a step on this machine as the planner says, and as it is.
 
 A profile of the machine is taken first, in the same run. Then PPO of SmolLM2-135M, as in recipes/ppo_local4.yaml,
-by placements over one, two and four processes, in full and by adapters, and the plan that the search chooses against
-one layout for all.
+by placements over one, two and four processes, in full and by adapters; and the plan that the search chooses
+against one layout for all.
 """
 
 from __future__ import annotations

@@ -237,7 +237,10 @@ class Costs:
         return rows * call.num_read * call.texts.num_sequences / max(1.0, all_rows)
 
     def _gathers(self, layout: Layout, num: int, *, learning: bool) -> float:
-        """What `s` brings together and adds up: each layer in each pass, the rest once; in a pipeline all once."""
+        """What `s` brings together and adds up: each layer in each pass, the rest once; in a pipeline all once.
+
+        Backwards only the layers that learn are brought together again, and what is trained is added up.
+        """
         if not layout.sharded or layout.data == 1:
             return 0.0
         layers, span = self._most_layers(layout), layout.data * layout.tensor
@@ -253,10 +256,15 @@ class Costs:
         forward = turns * layers * gather(layer, self.role.width) + gather(rest, self.role.width)
         if not learning:
             return forward
-        backward = (layout.pipeline == 1) * turns * layers * gather(layer, self.role.width)
+        stages = self._stages(layout)
+        learned = max(stage.learned for stage in stages)
+        backward = (layout.pipeline == 1) * turns * learned * gather(layer, self.role.width)
         if self.role.config.adapter is not None:
-            layer, rest = self.memory.sizes.layer_adapters(layout, _last(layout)), 0
-        return forward + backward + turns * layers * gather(layer, FP32) + gather(rest, FP32)
+            layer = self.memory.sizes.layer_adapters(layout, _last(layout))
+        whole_stages = Layout(tensor=layout.tensor, pipeline=layout.pipeline)
+        trained = (self.memory.sizes.held(whole_stages, where).trained for where in _stage_places(whole_stages))
+        loose = max(count - stage.learned * layer for count, stage in zip(trained, stages, strict=True))
+        return forward + backward + turns * learned * gather(layer, FP32) + gather(max(0, loose), FP32)
 
     # Generation
 
@@ -355,6 +363,10 @@ def _from(first: int, layers: range) -> int:
 
 def _first(layout: Layout) -> Coordinates:
     return Coordinates(data=0, tensor=0, pipeline=0)
+
+
+def _stage_places(layout: Layout) -> list[Coordinates]:
+    return [Coordinates(data=0, tensor=0, pipeline=stage) for stage in range(layout.pipeline)]
 
 
 def _last(layout: Layout) -> Coordinates:

@@ -153,6 +153,39 @@ def test_adapters_in_the_upper_layers_make_those_layers_dearer_and_no_others(fir
     assert stages > seconds("infer", "d1t1p4", role=roles[None]).parts["compute"]  # the last stage is the slowest
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_frozen_layers": 3},
+        {"lora": LoraConfig(rank=8)},
+        {"lora": LoraConfig(rank=8), "num_frozen_layers": 5},
+    ],
+    ids=["all", "frozen", "adapters", "adapters above"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_state_is_brought_together_where_passes_go_and_gradients_added_up_where_something_learns(
+    how, tied
+):
+    """By bytes over a link without delays, with two micro-batches; a norm of 512 numbers is of no account."""
+    passes = TrainableConfig(max_tokens_per_micro_batch=1024, **how)
+    config = adapted(llama(layers=8, hidden=512, vocab_size=2000, tie_word_embeddings=tied), passes)
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
+    texts = Texts(num_prompts=16, prompt=1, longest_prompt=1, completion=255, longest_completion=255)
+    plain = replace(H100, near_rate=1e9, link_share=1.0, near_delay=0.0)
+    cost = seconds("train", "d2t1p1s", texts=texts, hardware=plain, role=role)
+    table = shard_table(config, "lm")
+    learns = {name for name in table if is_trained(name, passes, "lm")}
+    lowest = min(shard.layer for name, shard in table.items() if name in learns and shard.layer is not None)
+    sizes = {name: shard.num_elements for name, shard in table.items()}
+    layers = {name: shard.layer for name, shard in table.items() if shard.layer is not None}
+    there = 2 * (2 * sum(sizes[n] for n in layers) + sum(sizes[n] for n in sizes if n not in layers))
+    back = 2 * 2 * sum(sizes[name] for name in layers if layers[name] >= lowest)
+    added = 4 * (2 * sum(sizes[n] for n in layers if n in learns) + sum(sizes[n] for n in learns - layers.keys()))
+    sent = cost.parts["gather"] * 1e9 * 2  # half of all is another's
+    assert sent == pytest.approx(there + back + added, rel=0.01)
+
+
 def test_reading_takes_a_third_of_learning():
     ratio = seconds("infer", "d1t1p1").parts["compute"] / seconds("train", "d1t1p1").parts["compute"]
     assert 0.25 < ratio < 0.34

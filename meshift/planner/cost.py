@@ -243,28 +243,23 @@ class Costs:
         """
         if not layout.sharded or layout.data == 1:
             return 0.0
-        layers, span = self._most_layers(layout), layout.data * layout.tensor
-        layer = self.memory.sizes.layer(layout, _first(layout))
-        whole = self.memory.sizes.held(
-            Layout(tensor=layout.tensor, pipeline=layout.pipeline), _first(layout)
-        ).total
-        rest, turns = max(0, whole - layers * layer), 1 if layout.pipeline > 1 else num
+        sizes, stages, num_bytes = self.memory.sizes, self._stages(layout), self.role.width
+        whole, turns = Layout(tensor=layout.tensor, pipeline=layout.pipeline), 1 if layout.pipeline > 1 else num
+        plain, beside = sizes.layer(layout, _first(layout)), sizes.layer_adapters(layout, _last(layout))
+        there = [sizes.held(whole, where) for where in _stage_places(whole)]
 
         def gather(numbers: float, width: int) -> float:
-            return self.hardware.gather_seconds(numbers * width, layout.data, span)
+            return self.hardware.gather_seconds(numbers * width, layout.data, layout.data * layout.tensor)
 
-        forward = turns * layers * gather(layer, self.role.width) + gather(rest, self.role.width)
+        layer, adapted = gather(plain, num_bytes), gather(plain + beside, num_bytes)
+        rest = max(0, there[0].total - stages[0].layers * plain - stages[0].adapted * beside)
+        forward = turns * max(stage.forward(layer, adapted) for stage in stages) + gather(rest, num_bytes)
         if not learning:
             return forward
-        stages = self._stages(layout)
-        learned = max(stage.learned for stage in stages)
-        backward = (layout.pipeline == 1) * turns * learned * gather(layer, self.role.width)
-        if self.role.config.adapter is not None:
-            layer = self.memory.sizes.layer_adapters(layout, _last(layout))
-        whole_stages = Layout(tensor=layout.tensor, pipeline=layout.pipeline)
-        trained = (self.memory.sizes.held(whole_stages, where).trained for where in _stage_places(whole_stages))
-        loose = max(count - stage.learned * layer for count, stage in zip(trained, stages, strict=True))
-        return forward + backward + turns * learned * gather(layer, FP32) + gather(max(0, loose), FP32)
+        learned, own = max(stage.learned for stage in stages), beside or plain
+        backward = (layout.pipeline == 1) * turns * learned * adapted
+        loose = max(held.trained - stage.learned * own for held, stage in zip(there, stages, strict=True))
+        return forward + backward + turns * learned * gather(own, FP32) + gather(max(0, loose), FP32)
 
     # Generation
 

@@ -119,11 +119,21 @@ def _made(
             least = Proof(choice, found.seconds, 0.0, False)
             changes = tuple(_changes(problem, found.excess))
             return Planned(problem=problem, proof=least, lacking=found.excess, changes=changes)
-    proof = prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds)
+    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
     step, placements = step_of_choice(problem, proof.choice), placements_of(problem, proof.choice)
     events = evaluate(step, hardware, placements, streaming=streaming)
     rivals = tuple(_rival(problem, name, choice) for name, choice in hints.items())
     return Planned(problem=problem, proof=proof, events=tuple(events), rivals=rivals)
+
+
+def _with_all_slots(problem: Problem, proof: Proof) -> Proof:
+    """With the slots of the config wherever they fit: fewer are for memory alone, whatever else is said of them."""
+    choice = dict(proof.choice)
+    for use, spot in proof.choice.items():
+        if spot.candidate.slots is not None:
+            every = {**choice, use: replace(spot, candidate=problem.candidate(use, spot.candidate.layout))}
+            choice = every if score(problem, every).excess == 0 else choice
+    return replace(proof, choice=choice, seconds=score(problem, choice).seconds)
 
 
 def _by_hand(problem: Problem) -> dict[str, Choice | None]:

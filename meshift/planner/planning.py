@@ -127,7 +127,7 @@ def _made(
 
 
 def _with_all_slots(problem: Problem, proof: Proof) -> Proof:
-    """With the slots of the config wherever they fit: fewer are for memory alone, whatever else is said of them."""
+    """With the slots of the config wherever they fit: fewer are for the memory alone."""
     choice = dict(proof.choice)
     for use, spot in proof.choice.items():
         if spot.candidate.slots is not None:

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.plan_request import assumed
+from meshift.cli.plan_request import taken_lengths
 from meshift.cli.tables import make_console, print_problems
 from meshift.config.loading import config_problems, make_config, read_plan
 from meshift.config.runs import RunConfig
@@ -25,7 +25,6 @@ from meshift.layout.layout import Placement
 from meshift.planner.checking import on_hosts, shortages, would_fit
 from meshift.planner.evaluate import Event, Placements, evaluate
 from meshift.planner.hardware import Hardware, find_hardware, from_values
-from meshift.planner.rollout_steps import Lengths
 from meshift.planner.workload import Step
 
 
@@ -36,14 +35,15 @@ class Cluster:
     hardware: str | None = None
     devices: int | None = None
     per_host: int | None = None
-    lengths: Lengths = field(default_factory=Lengths)
+    prompt_tokens: float | None = None
+    completion_tokens: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanVerdict:
     """Problems, and what would help; or the events of a step on a device of that name, and where each call runs.
 
-    `assumed` says what its texts are taken to be.
+    `notes` say what its texts are taken to be, and what else there is to know.
     """
 
     problems: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class PlanVerdict:
     events: tuple[Event, ...] = ()
     calls: Mapping[str, Placement] = field(default_factory=dict)
     device: str = ""
-    assumed: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def check_plan(
@@ -62,12 +62,12 @@ def check_plan(
     problems = config_problems(schema, given, f"{file} with {plan}")
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    from meshift.runtime.plans import with_micro_batches
+    from meshift.runtime.plans import with_plan_settings
     from meshift.runtime.spread_run import METHODS
 
     config = make_config(schema, given, file)
     try:
-        config = with_micro_batches(config, METHODS[type(config)].models(config))
+        config = with_plan_settings(config, METHODS[type(config)].models(config))
     except ConfigError as error:
         return PlanVerdict(problems=(str(error),))
     problems = list(_placing_problems(config))
@@ -147,8 +147,10 @@ def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> Plan
     from meshift.runtime.outlook import planned_step
     from meshift.runtime.plans import as_written
     from meshift.runtime.spread_run import METHODS
+    from meshift.runtime.this_hardware import turns_taken
 
-    step = planned_step(config, cluster.lengths)
+    lengths = taken_lengths(config, cluster.prompt_tokens, cluster.completion_tokens)
+    step = planned_step(config, lengths.means)
     written = as_written(config.plan, METHODS[type(config)].uses(config))
     placements = on_hosts({name: written[name] for name in step.roles}, hardware.per_host)
     problems = [*_beyond(placements, hardware, cluster)]
@@ -161,7 +163,10 @@ def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> Plan
         return PlanVerdict(problems=tuple(short), advice=advice)
     events = evaluate(step, hardware, placements, streaming=config.launch.stream)
     calls = {call.name: placements[call.role][call.kind] for call in step.calls}
-    return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, assumed=assumed(step))
+    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
+    turns = turns_taken(len(used)) if cluster.hardware is None and hardware.machine.packs else None
+    notes = (lengths.in_words(step), *([f"{turns}."] if turns is not None else []))
+    return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, notes=notes)
 
 
 def _beyond(placements: Placements, hardware: Hardware, cluster: Cluster) -> Iterator[str]:
@@ -208,5 +213,6 @@ def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
     title = f"{plan} for {file}: a plan that can run; {seconds:.3g} s a step on {verdict.device}, predicted"
     console.print(title, style="bold", markup=False)
     console.print(table)
-    print(f"  {verdict.assumed}")
+    for note in verdict.notes:
+        print(f"  {note}")
     return True

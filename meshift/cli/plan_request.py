@@ -1,6 +1,6 @@
 """What `meshift plan` is asked: a config's step on so many devices, and the same with one thing changed.
 
-It reads the config and the models' config.json only.
+It reads the config, the models' config.json, and the first rows of data that is here already.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -17,8 +17,9 @@ from rich.text import Text
 
 from meshift.cli.command import UsageError
 from meshift.cli.tables import make_console
-from meshift.config.runs import RunConfig
-from meshift.errors import ModelError
+from meshift.config.runs import RolloutRunConfig, RunConfig
+from meshift.data.names import parse_name
+from meshift.errors import DataError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
 from meshift.planner.hardware import Hardware
@@ -28,6 +29,11 @@ from meshift.planner.steps import in_one_process, role_names, step_of
 from meshift.planner.variants import AS_IT_IS, Variant, head, table_rows
 from meshift.planner.workload import ComputeType, Step
 
+if TYPE_CHECKING:
+    from meshift.runtime.data_lengths import DataLengths
+
+PROMPT, COMPLETION = "prompt-tokens", "completion-tokens"
+EXPECTED = "plan.auto.completion_tokens"
 WHAT_IF = ("devices", "network", "batch", "completion")
 
 
@@ -36,7 +42,7 @@ class Asked:
     """What is to be planned, with all that `--what-if` may change. `factors` are a run's (`--measured`)."""
 
     config: RunConfig
-    lengths: Lengths
+    lengths: TakenLengths
     hardware: Hardware
     num_devices: int
     seconds: float
@@ -45,7 +51,7 @@ class Asked:
     @property
     def step(self) -> Step:
         """The step that is planned."""
-        step = planned_step(self.config, self.lengths).as_measured(self.factors)
+        step = planned_step(self.config, self.lengths.means).as_measured(self.factors)
         return in_one_process(self.config, step) if self.num_devices == 1 else step
 
     def plan(self) -> Planned:
@@ -64,13 +70,54 @@ def planned_step(config: RunConfig, lengths: Lengths) -> Step:
     return step_of(config, models, compute_type(config), lengths)
 
 
-def assumed(step: Step) -> str:
-    """What a step's texts are taken to be."""
-    texts = step.calls[0].texts
-    return (
-        f"Taken to be, in the mean: prompts of {texts.prompt:.4g} tokens, completions of {texts.completion:.4g} "
-        "(--prompt-tokens, --completion-tokens)."
+@dataclass(frozen=True, kw_only=True)
+class TakenLengths:
+    """Means of texts (None: the step's own assumption), and for each where it comes from."""
+
+    means: Lengths
+    prompt: str
+    completion: str
+
+    def in_words(self, step: Step) -> str:
+        """What a step's texts are taken to be, and why."""
+        texts = step.calls[0].texts
+        return (
+            f"Prompts of {texts.prompt:.4g} tokens in the mean: {self.prompt}; completions of "
+            f"{texts.completion:.4g}: {self.completion}."
+        )
+
+
+def taken_lengths(config: RunConfig, prompt: float | None, completion: float | None) -> TakenLengths:
+    """What is said with options, else what the data has, where it can be read here at once."""
+    found = None
+    if prompt is None or (completion is None and not isinstance(config, RolloutRunConfig)):
+        found = _of_data(config)
+    read = Lengths() if found is None else found.lengths
+
+    def source(option: str, given: float | None, of_data: float | None) -> str:
+        if given is not None:
+            return f"--{option}"
+        if found is None or of_data is None:
+            return f"assumed; --{option} sets it"
+        return found.told if option == PROMPT or not isinstance(config, RolloutRunConfig) else EXPECTED
+
+    return TakenLengths(
+        means=Lengths(prompt=prompt or read.prompt, completion=completion or read.completion),
+        prompt=source(PROMPT, prompt, read.prompt),
+        completion=source(COMPLETION, completion, read.completion),
     )
+
+
+def _of_data(config: RunConfig) -> DataLengths | None:
+    """None where there is no data here, or nothing to read it with: then torch is not imported either."""
+    try:
+        name = parse_name(config.data.dataset_name)
+        if not name.is_package and (name.path is None or not name.path.exists()):
+            return None
+        from meshift.runtime.data_lengths import lengths_here
+    except (DataError, ImportError):
+        return None
+    return lengths_here(config)
 
 
 def read_model(name: str) -> DecoderConfig:
@@ -128,9 +175,13 @@ def _changed(key: str, number: float, asked: Asked) -> Asked:
         "devices": lambda: {"num_devices": max(1, int(number))},
         "network": lambda: {"hardware": asked.hardware.changed(far_rate=number)},
         "batch": lambda: {"config": _batched(asked.config, max(1, int(number)))},
-        "completion": lambda: {"lengths": replace(asked.lengths, completion=number)},
+        "completion": lambda: {"lengths": _completing(asked.lengths, number)},
     }
     return replace(asked, **changes[key]())
+
+
+def _completing(lengths: TakenLengths, number: float) -> TakenLengths:
+    return replace(lengths, means=replace(lengths.means, completion=number))
 
 
 def _number_as_it_is(key: str, asked: Asked) -> float:

@@ -31,6 +31,7 @@ def explanation(planned: Planned) -> list[str]:
     calls = [event for event in planned.events if event.kind == "call"]
     return [
         *(_of_call(planned, op) for op in planned.problem.ops if op.kind == "call"),
+        *of_slots(planned),
         *_together(calls),
         *_moves(planned),
         _of_memory(planned, calls),
@@ -55,16 +56,35 @@ def _of_call(planned: Planned, op: Op) -> str:
 
 def _alternative(planned: Planned, use: Use, own: Candidate, name: str) -> str:
     """The next best layout on as many devices, and how much longer it takes; or the faster one, and why not."""
-    others = [one for one in planned.problem.candidates[use] if one.size == own.size and one is not own]
+    others = [one for one in planned.problem.candidates[use] if one.size == own.size and one.layout != own.layout]
     if not others:
         return ""
     other = min(others, key=lambda one: one.seconds[name])
     ratio = other.seconds[name] / own.seconds[name]
     if ratio >= 1:
-        return f"; {other.layout}, the next best, takes {ratio:.2f} times as long"
+        longer = "as long" if f"{ratio:.2f}" == "1.00" else f"{ratio:.2f} times as long"
+        return f"; {other.layout}, the next best, takes {longer}"
     needs = other.kept + other.working[name] > own.kept + own.working[name]
     why = "needs more memory" if needs else "costs more in moves or elsewhere in the step"
     return f"; {other.layout} would take {ratio:.2f} times as long, but {why}"
+
+
+def of_slots(planned: Planned) -> Iterator[str]:
+    """Of each generation that decodes fewer sequences at a time than the config says, since more do not fit."""
+    for use, spot in planned.choice.items():
+        if spot.candidate.slots is None:
+            continue
+        calls, one = planned.problem.calls(use), spot.candidate
+        every = planned.problem.candidate(use, one.layout)
+        name = max(calls, key=lambda call: every.working[call.name]).name
+        peak = next(event.peak for event in planned.events if event.name == name)
+        over = peak + every.working[name] - one.working[name] - planned.problem.capacity
+        yield (
+            f"{name} decodes {one.slots} sequences at a time on each data rank of {one.layout}, of "
+            f"{min(calls[0].num_slots, -(-calls[0].texts.num_sequences // one.layout.data))} that "
+            f"generation.num_slots={calls[0].num_slots} allows: with all of them it would need "
+            f"{every.working[name] / 1e9:.2f} GB beside the weights, {over / 1e9:.2f} GB more than there is."
+        )
 
 
 def _together(calls: list[Event]) -> Iterator[str]:
@@ -101,8 +121,9 @@ def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
         elif rival.lacking > 0:
             yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
         else:
-            times = rival.seconds / planned.proof.seconds
-            yield rival.name, f"{rival.seconds:.3g} s, {times:.2f} times the plan's"
+            times = f"{rival.seconds / planned.proof.seconds:.2f}"
+            beside = "as long as the plan's" if times == "1.00" else f"{times} times the plan's"
+            yield rival.name, f"{rival.seconds:.3g} s, {beside}"
 
 
 def of_proof(planned: Planned) -> str:

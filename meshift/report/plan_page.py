@@ -72,7 +72,6 @@ def _calls(planned: Planned) -> Markup:
         if op.kind != "call":
             continue
         spot = planned.choice[op.uses[0]]
-        mesh = f"{spot.first}-{spot.stop - 1}"
         seconds, memory = f"{event.end - event.start:.2f}", f"{event.peak / 1e9:.1f}"
-        rows.append([op.name, str(spot.candidate.layout), mesh, seconds, memory])
+        rows.append([op.name, str(spot.candidate.layout), spot.devices, seconds, memory])
     return number_table(["call", "layout", "devices", "seconds", "memory, GB"], rows)

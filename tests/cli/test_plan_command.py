@@ -72,7 +72,30 @@ def test_a_plan_is_a_page_to_look_at(run_file, tmp_path):
     assert "(actor.generate) runs as" in page
     by_hand = page[page.index('id="by-hand"') : page.index('id="reasons"')]
     assert all(f">{name}</th>" in by_hand for name in STRATEGIES)
-    assert by_hand.count("times the plan") + by_hand.count("not possible") == len(STRATEGIES)
+    told = ("times the plan", "as long as the plan", "not possible")
+    assert sum(map(by_hand.count, told)) == len(STRATEGIES)
+    assert "1.00 times" not in page
+
+
+def test_one_device_is_no_range_and_a_plan_as_long_is_not_a_number_of_times_as_long(run_file, tmp_path, capsys):
+    out = tmp_path / "plan.html"
+    assert plan(run_file, "--devices", "1", "--hardware", "h200", "--explain", "--out", str(out)) == 0
+    told = capsys.readouterr().out
+    row = next(line.split() for line in told.splitlines() if line.split()[:1] == ["rollout"])
+    assert row[1:3] == ["d1t1p1", "0"]
+    assert "0-0" not in told + out.read_text()
+    assert "1.00 times" not in told + out.read_text()
+    assert "as long as the plan's" in told  # one layout is the only one
+
+
+def test_a_plan_is_written_in_what_its_suffix_says_or_refused_before_anything_is_planned(
+    run_file, tmp_path, capsys
+):
+    assert plan(run_file, "--devices", "1", "--out", str(tmp_path / "plan.txt")) == 2
+    assert "plan.txt: its suffix says what is written; give it one of .yaml, .yml, .json, .html" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "plan.txt").exists()
 
 
 def test_more_devices_and_longer_answers_are_planned_for_comparison(run_file, capsys):

@@ -247,16 +247,18 @@ def _judge(args: argparse.Namespace) -> Judged | None:
 
 def _print_table(request: Request, metrics: Mapping[str, Estimate], num_questions: int, num_samples: int) -> None:
     from meshift.report.evaluation_page import interval
+    from meshift.report.numbers import counted
 
-    title = f"{request.task.name}: {num_questions} questions, {num_samples} completions"
+    said = f"{counted(num_questions, 'question')}, {counted(num_samples, 'completion')}"
+    title = f"{request.task.name}: {said}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, found in metrics.items():
         low, high = interval(found.to_json())
-        said = f"{low:.4g} to {high:.4g}" if high is not None else low or ""
-        table.add_row(Text(name), f"{found.value:.4g}", said)
+        ends = f"{low:.4g} to {high:.4g}" if high is not None else low or ""
+        table.add_row(Text(name), f"{found.value:.4g}", ends)
     make_console().print(table)
 
 

@@ -142,7 +142,7 @@ class Protection:
         """For a dry run: "bubblewrap, namespaces, ..."."""
         inner = ", ".join(layer for layer in self.layers if layer != WALL)
         wall = {"bubblewrap": "bubblewrap", "own": "a wall of its own", "none": "no wall"}[self.wall]
-        return f"{wall}, {inner}" + "".join(f"; no {layer}" for layer in self.missing)
+        return f"{wall}, {inner}" + "".join(f"; no {layer}" for layer in self.missing if layer not in self.layers)
 
 
 def probe(walls: Collection[WallKind] | None = None) -> Protection:

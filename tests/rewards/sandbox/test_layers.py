@@ -101,6 +101,7 @@ def test_a_python_under_tmp_would_be_refused_though_the_user_says_unsafe(monkeyp
     function = UnitTests(UnitTestsConfig(sandbox="unsafe", num_workers=1))
     assert "generated programs run with less protection" in caplog.text
     assert set(function.protection.layers) == set(LAYERS) - {NAMESPACES}
+    assert function.describe().endswith("; no namespaces"), "privileges are dropped all the same"
     tests = [["assert f(1) == 1"]]
     rewards = [function(["p"], [f"def f(x): return {x}"], lambda *_: None, tests=tests) for x in ("x", "x + 1")]
     assert rewards == [[1.0], [0.0]]

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is left and write the report. Returns the exit code."""
     options = parse(arguments)
     try:
-        run(load_config(StudySetting, options.setting, options.overrides), options.only)
+        run(load_config(StudySetting, options.setting, options.overrides), options.only or PARTS)
     except MeshiftError as error:
         print(f"study: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,7 +47,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(prog="python -m recipes.study", description=__doc__)
     parser.add_argument("--setting", type=Path, default=SMALL, help="small.yaml, full.yaml, or your own")
-    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="parts to run (default: all)")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="a part to run; may be given again (default: all)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key, over what the file says")
     return parser.parse_args(arguments)
 

@@ -14,14 +14,14 @@ from recipes.study.setting import CodeSetting
 
 
 def code_findings(setting: CodeSetting, result: Mapping[str, Any]) -> list[Finding]:
-    """pass@k after less before, problem by problem."""
+    """pass@k after PPO less that of what it started from, problem by problem."""
     found = []
     for k in setting.ks:
-        before, after = (rates(result[when], k) for when in ("before", "after"))
-        gain = difference(after, before)
-        figures = (
-            f"{in_words(share_of(before))} before, {in_words(share_of(after))} after; difference {in_words(gain)}"
-        )
+        shares = {stage: rates(counts, k) for stage, counts in result["stages"].items()}
+        *_, start, end = shares.values()
+        gain = difference(end, start)
+        each = ", ".join(f"{in_words(share_of(share))} {stage}" for stage, share in shares.items())
+        figures = f"{each}; difference that PPO made {in_words(gain)}"
         found.append(
             Finding(claim=f"Code: PPO with unit tests raises pass@{k}", figures=figures, verdict=direction(gain))
         )
@@ -29,21 +29,22 @@ def code_findings(setting: CodeSetting, result: Mapping[str, Any]) -> list[Findi
 
 
 def code_section(setting: CodeSetting, result: Mapping[str, Any]) -> Markup:
-    """What was run, and pass@k before and after."""
+    """What was run, and pass@k of every stage."""
+    tuned = "" if setting.sft is None else f"fine-tuned on the solutions ({', '.join(setting.sft)}), then "
     words = (
-        f"SmolLM2-135M-Instruct on MBPP: judged on the first {setting.num_heldout} problems, "
+        f"{setting.model} on MBPP: judged on the first {setting.num_heldout} problems, "
         f"{setting.num_samples} samples of at most {setting.completion_length} tokens at temperature "
-        f"{setting.temperature:g}; trained by PPO on the {setting.num_train} problems behind them "
+        f"{setting.temperature:g}; {tuned}trained by PPO on the {setting.num_train} problems behind them "
         f"({', '.join(setting.overrides)}), with 10 where all tests pass and 0 else. Intervals: 95 %, over "
         "problems; one training seed."
     )
+    stages = result["stages"]
     rows = [
-        [f"pass@{k}", *(in_words(share_of(rates(result[when], k))) for when in ("before", "after"))]
-        for k in setting.ks
+        [f"pass@{k}", *(in_words(share_of(rates(counts, k))) for counts in stages.values())] for k in setting.ks
     ]
     return section(
         "Code",
         element("p", words, class_="hint"),
-        number_table(["", "before", "after"], rows),
+        number_table(["", *stages], rows),
         anchor="code",
     )

@@ -65,7 +65,8 @@ class AblationSetting(Section):
         description="overrides of a small batch; as many completions in all as the large"
     )
     large_batch: list[str] = Field(description="overrides of a large one")
-    ema_rate: float = Field(0.001, gt=0, description="of the moving reference, per step")
+    small_ema_rate: float = Field(gt=0, lt=1, description="of the moving reference, per step of a small batch")
+    large_ema_rate: float = Field(gt=0, lt=1, description="per step of a large one: as far per completion")
     overrides: list[str] = Field([], description="of all")
 
 
@@ -87,12 +88,18 @@ class SentimentSetting(Section):
 class CodeSetting(Section):
     """MBPP with unit tests."""
 
+    model: str = Field(
+        "pypi:smollm2-135m-instruct", description="that is trained: a folder or a name, as in any run"
+    )
     num_heldout: int = Field(40, ge=2, description="problems that models are judged on, the first of the file")
     num_train: int = Field(200, ge=1, description="problems behind these, for training")
     num_samples: int = Field(5, ge=1, description="completions of each held-out problem")
     ks: list[int] = Field([1, 5], description="k of pass@k")
     temperature: float = Field(0.8, gt=0, description="of these completions; training draws at 1")
     completion_length: int = Field(96, ge=1, description="new tokens at most")
+    sft: list[str] | None = Field(
+        None, description="of fine-tuning on the training problems' solutions, which PPO starts from; null: none"
+    )
     overrides: list[str] = Field([], description="of the PPO run")
 
 

@@ -22,7 +22,8 @@ from recipes.study.grid import GridSetting, run_seed
 from recipes.study.setting import TheorySetting
 from recipes.study.three_actions import three_actions
 
-FOLDER = "theory"
+FOLDER, FORM = "theory", 2
+"""`FORM` is of what a cell holds: a cell of another form is computed again."""
 
 
 def run_theory(setting: TheorySetting, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -51,18 +52,8 @@ def grids_of(setting: TheorySetting) -> list[GridSetting]:
     ]
 
 
-def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
-    runs = _seeds(grid, num_seeds, torch.get_num_threads())
-    return {
-        "setting": grid.model_dump(),
-        "seeds": [run["figures"] for run in runs],
-        "curves": [run["curves"] for run in runs],
-        "first": {key: runs[0][key] for key in ("covered", "scores", "tables")},
-    }
-
-
-def _seeds(grid: GridSetting, num_seeds: int, num_processes: int) -> list[dict[str, Any]]:
-    """Every seed's run, in order. A network this small fills one core, so seeds share the cores as processes."""
+def runs_of(grid: GridSetting, num_seeds: int, *, num_processes: int) -> list[dict[str, Any]]:
+    """Of every seed, in order. A network this small fills one core, so seeds share the cores as processes."""
     one = partial(run_seed, grid)
     seeds: Iterable[int] = range(num_seeds)
     if num_processes == 1:
@@ -72,8 +63,20 @@ def _seeds(grid: GridSetting, num_seeds: int, num_processes: int) -> list[dict[s
         return list(pool.map(one, seeds))
 
 
+def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
+    runs = runs_of(grid, num_seeds, num_processes=min(num_seeds, torch.get_num_threads()))
+    return {
+        "setting": grid.model_dump(),
+        "seeds": [run["figures"] for run in runs],
+        "curves": [run["curves"] for run in runs],
+        "first": {key: runs[0][key] for key in ("covered", "scores", "tables")},
+    }
+
+
 def _key(grid: GridSetting, num_seeds: int) -> str:
-    return hashlib.sha256(json.dumps([grid.model_dump(), num_seeds], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([FORM, grid.model_dump(), num_seeds], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _kept(

@@ -173,22 +173,43 @@ def test_a_finding_would_be_called_agreement_whatever_came_out():
     low, high = [0.1, 0.2, 0.3, 0.25], [0.61, 0.69, 0.8, 0.76]
     found = {f.claim[:8]: f.verdict for f in sentiment_findings([place("ppo", high), place("dpo", low)])}
     turned = {f.claim[:8]: f.verdict for f in sentiment_findings([place("ppo", low), place("dpo", high)])}
-    assert (found["PPO reac"], turned["PPO reac"]) == ("agrees", "contradicts")
+    assert (found["PPO reac"], turned["PPO reac"]) == ("one seed agrees", "one seed contradicts")
+
+
+def test_prompts_would_make_up_for_seeds():
+    worse = place("dpo", [0.1] * 8).runs
+    seeds = [[0.9] * 8, [0.0] * 8]  # one run far above, one below: over prompts a sure gain, over runs none
+    better = Place(method="ppo", strength=0.1, runs=[place("ppo", true).runs[0] for true in seeds])
+    (found,) = sentiment_findings([better, Place(method="dpo", strength=0.1, runs=[*worse, *worse])])
+    assert found.verdict == "open"
+    assert "difference over seeds 0.350" in found.figures
+
+
+def test_going_furthest_would_pass_for_being_best():
+    far, near, other = place("ppo", [0.9, 0.8]), place("ppo", [0.3, 0.2], 0.5), place("dpo", [0.5, 0.4])
+    far.runs[0]["kl"] = [9.0, 9.0]
+    (found,) = sentiment_findings([far, near, other])
+    assert "with at most that KL it reaches 0.250" in found.figures
+    (found,) = sentiment_findings([far, other])
+    assert "none of its points has a KL of at most 1.0" in found.figures
 
 
 SPANS = ((0.5, 0.1, 0.9), (-0.5, -0.9, -0.1), (0.1, -0.1, 0.3))
 
 
 def test_a_factor_would_be_credited_with_another_ones_effect():
+    lucks = iter((0.02, -0.03, 0.01, 0.0))
     runs = [
-        ({"A": a, "B": b}, {"true": [0.1 + 0.5 * a + noise for noise in (0.0, 0.1, 0.05)]})
+        ({"A": a, "B": b}, {"true": [0.1 + 0.5 * a + luck + noise for noise in (0.0, 0.1, 0.05)]})
         for a in (True, False)
-        for b in (True, False)
+        for b, luck in ((True, next(lucks)), (False, next(lucks)))
     ]
     found = {f.claim: f for f in ablation_findings(runs)}
     assert found["PPO: A raises the true reward"].verdict == "agrees"
     assert found["PPO: B raises the true reward"].verdict == "open"
-    assert "0.500 (0.500 to 0.500)" in found["PPO: A raises the true reward"].figures
+    assert (
+        "over 2 pairs of runs that differ in nothing else 0.490" in found["PPO: A raises the true reward"].figures
+    )
 
 
 def test_a_mark_would_stand_elsewhere_than_its_values_say():
@@ -210,16 +231,33 @@ def test_a_wrong_key_would_end_in_a_traceback(capsys):
 
 def test_problems_would_be_trained_on_that_models_are_judged_on(tmp_path, monkeypatch):
     questions = [
-        Question(id=str(i), prompt=f"p{i}", row={"test_list": [f"assert f() == {i}"]}, where="") for i in range(9)
+        Question(
+            id=str(i), prompt=f"p{i}", row={"test_list": [f"assert f() == {i}"], "code": f"a\r\n{i}"}, where=""
+        )
+        for i in range(9)
     ]
     monkeypatch.setattr(code, "load_questions", lambda task, name: questions)
-    code.write_training_problems(CodeSetting(num_heldout=4, num_train=3), tmp_path / "train.jsonl")
+    code.write_training_problems(CodeSetting(num_heldout=4, num_train=3), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["test_list"]) for row in rows] == [
         (f"p{i}", [f"assert f() == {i}"]) for i in (4, 5, 6)
     ]
-    code.config_of(setting_of().code, tmp_path)
-    code.config_of(setting_of("full.yaml").code, tmp_path)
+    solutions = [json.loads(line) for line in (tmp_path / "solutions.jsonl").read_text().splitlines()]
+    assert solutions == [{"prompt": f"p{i}", "completion": f"a\n{i}"} for i in (4, 5, 6)]
+
+
+@pytest.mark.parametrize("name", ["small.yaml", "full.yaml"])
+def test_ppo_on_code_would_not_start_from_the_fine_tuned_model(name, tmp_path):
+    setting = setting_of(name).code
+    tuned, policy = code.tuning_of(setting, tmp_path), code.ppo_of(setting, tmp_path)
+    assert policy.actor.model_name_or_path == f"{tuned.output_dir}/final"
+    bare = setting.model_copy(update={"sft": None, "model": "larger"})
+    assert code.tuning_of(bare, tmp_path) is None
+    assert code.ppo_of(bare, tmp_path).actor.model_name_or_path == "larger"
+    assert (
+        code.tuning_of(setting.model_copy(update={"model": "larger"}), tmp_path).model.model_name_or_path
+        == "larger"
+    )
 
 
 def test_a_wrong_sample_would_count_as_right_or_after_as_before():
@@ -228,7 +266,8 @@ def test_a_wrong_sample_would_count_as_right_or_after_as_before():
     assert counts == {"a": [4, 0], "b": [4, 2]}
     assert code.rates(counts, 1) == [0.0, 0.5]
     assert code.rates(counts, 2) == pytest.approx([0.0, 1 - 1 / 6])
-    result = {"before": {"a": [4, 0], "b": [4, 0], "c": [4, 1]}, "after": {"a": [4, 4], "b": [4, 4], "c": [4, 4]}}
+    stages = {"before": {i: [4, 4] for i in "abc"}, "start": {"a": [4, 0], "b": [4, 0], "c": [4, 1]}}
+    result = {"stages": {**stages, "end": {i: [4, 4] for i in "abc"}}}
     one, five = code_findings(CodeSetting(ks=[1, 4]), result)
     assert (one.verdict, five.claim) == ("agrees", "Code: PPO with unit tests raises pass@4")
     assert "0.083" in one.figures

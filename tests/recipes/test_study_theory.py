@@ -139,3 +139,8 @@ def test_a_mean_would_lose_its_interval():
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - half, 2 + half), rel=1e-4)
     assert mean_of([4.0]).low == mean_of([4.0]).high == 4.0
     assert difference([3.0, 5.0], [2.0, 4.0]).low == pytest.approx(1.0), "pair by pair nothing varies"
+
+
+def test_seeds_that_share_the_cores_would_not_be_those_of_one_process():
+    grid = GridSetting(reward_steps=5, dpo_steps=5, ppo_steps=2)
+    assert theory_part.runs_of(grid, 3, num_processes=2) == theory_part.runs_of(grid, 3, num_processes=1)

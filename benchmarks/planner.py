@@ -235,10 +235,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas between")
     parser.add_argument("--under", default="", help="begins each command of `prediction` that measures")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="what `prediction` measures; not measured again")
+    parser.add_argument(
+        "--rows", default="", help="placements of `prediction`, or parts of their names, by commas"
+    )
     given = parser.parse_args(arguments)
+    wanted = [part.strip() for part in given.rows.split(",") if part.strip()]
+    measured = partial(in_prediction, prefix=shlex.split(given.under), folder=given.keep, wanted=wanted)
     sections: dict[str, tuple[Callable[[float], Any], float]] = {
         **SECTIONS,
-        "prediction": (partial(in_prediction, prefix=shlex.split(given.under), folder=given.keep), 10.0),
+        "prediction": (measured, 10.0),
     }
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,8 @@
 """The section `prediction` of `benchmarks.planner`: a step on this machine as the planner says, and as it is.
 
 A profile of the machine is taken first, in the same run. Then PPO of SmolLM2-135M, as in recipes/ppo_local4.yaml,
-by placements over one, two and four processes, and the plan that the search chooses against one layout for all.
+by placements over one, two and four processes, in full and by adapters; and the plan that the search chooses
+against one layout for all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -29,7 +31,7 @@ from meshift.planner.evaluate import evaluate
 from meshift.planner.hardware import Hardware, find_hardware
 from meshift.planner.planning import make_plan
 from meshift.planner.search import score
-from meshift.planner.steps import Lengths, role_names, step_of
+from meshift.planner.steps import Lengths, in_one_process, role_names, step_of
 from meshift.planner.strategies import one_layout
 from meshift.planner.workload import Step
 from meshift.planner.written import placements_of as placements_of_choice
@@ -68,6 +70,15 @@ def _each(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A placement of the recipe's step (None: one process), with keys over the recipe's."""
+
+    plan: Plan | None
+    keys: tuple[str, ...] = ()
+
+
+LORA = ("actor.lora={rank: 16, alpha: 32}", "critic.lora={rank: 16, alpha: 32}")
 PLANS: Mapping[str, Plan | None] = MappingProxyType(
     {
         "one process": None,
@@ -85,12 +96,19 @@ PLANS: Mapping[str, Plan | None] = MappingProxyType(
         ),
     }
 )
+BY_ADAPTERS = ("one process", "2: d2", "2: t2", "2: actor beside the others")
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        **{name: Case(plan=plan) for name, plan in PLANS.items()},
+        **{f"LoRA, {name}": Case(plan=PLANS[name], keys=LORA) for name in BY_ADAPTERS},
+    }
+)
 
 
-def config_of(plan: Plan | None) -> PPORunConfig:
-    """The recipe by this plan."""
-    values = "null" if plan is None else json.dumps(plan)
-    overrides = [f"plan={values}", "max_steps=1000", "output_dir=/dev/null/none"]
+def config_of(case: Case) -> PPORunConfig:
+    """The recipe by this plan, with these keys."""
+    values = "null" if case.plan is None else json.dumps(case.plan)
+    overrides = [f"plan={values}", "max_steps=1000", "output_dir=/dev/null/none", *case.keys]
     return load_config(PPORunConfig, RECIPE, overrides)
 
 
@@ -100,7 +118,8 @@ def step_and_lengths(config: PPORunConfig) -> Step:
     prompt = fmean(len(one.tokens) for one in prompts)
     models = {role: read_model(model_folder(name)) for role, name in role_names(config).items()}
     completion = config.generation.max_completion_length
-    return step_of(config, models, "float32", Lengths(prompt=prompt, completion=completion))
+    step = step_of(config, models, "float32", Lengths(prompt=prompt, completion=completion))
+    return step if config.plan.is_given else in_one_process(config, step)
 
 
 def predicted(
@@ -112,53 +131,71 @@ def predicted(
     return {**found, "step": max(event.end for event in events)}
 
 
-def in_prediction(seconds: float, prefix: Sequence[str] = (), folder: Path | None = None) -> dict[str, Any]:
+def in_prediction(
+    seconds: float, prefix: Sequence[str] = (), folder: Path | None = None, wanted: Sequence[str] = ()
+) -> dict[str, Any]:
     """All of it. `prefix` begins the commands that measure (as `nice -n 0`); each takes some minutes.
 
-    What is in `folder` already (a profile, seconds) is not measured again, but predicted anew.
+    What is in `folder` already (a profile, seconds) is not measured again, but predicted anew. `wanted` are names
+    of placements, or parts of names: these alone, and no plan is searched for then.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="meshift-benchmark-") as own:
-            return in_prediction(seconds, prefix, Path(own))
+            return in_prediction(seconds, prefix, Path(own), wanted)
+    cases = {name: case for name, case in CASES.items() if not wanted or any(part in name for part in wanted)}
+    if not cases:
+        raise SystemExit(f"no placement's name has {' or '.join(wanted)} in it; they are {'; '.join(CASES)}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "profile.json"
     if not path.is_file():
-        model = str(config_of(None).actor.model_name_or_path)
+        model = str(config_of(Case(plan=None)).actor.model_name_or_path)
         asked = ["profile", "--model", model, "--dtype", "float32", "--out", str(path)]
         subprocess.run([*prefix, sys.executable, "-m", "meshift.cli.main", *asked], check=True)
     hardware = find_hardware(str(path))
-    step = step_and_lengths(config_of(None))
-    rows = _rows(step, hardware, folder, prefix)
+    rows = _rows(cases, hardware, folder, prefix)
     found = {"profile": _in_brief(hardware), "rows": rows, "summary": summary(rows)}
+    if wanted:
+        return found
+    step = step_and_lengths(config_of(CASES["2: d2"]))
     return {**found, "chosen": _chosen(step, hardware, seconds, folder, prefix)}
 
 
-def _rows(step: Step, hardware: Hardware, folder: Path, prefix: Sequence[str]) -> list[dict[str, Any]]:
-    configs = {name: config_of(plan) for name, plan in PLANS.items()}
+def _rows(
+    cases: Mapping[str, Case], hardware: Hardware, folder: Path, prefix: Sequence[str]
+) -> list[dict[str, Any]]:
+    configs = {name: config_of(case) for name, case in cases.items()}
     found = _kept(folder / "placements.json", list(configs.values()), prefix)
     rows = []
     for (name, config), seconds in zip(configs.items(), found, strict=True):
+        step = step_and_lengths(config)
         said = predicted(step, hardware, placements_of(config.plan, PPO_METHOD.uses(config)))
         calls = {
             call: {"predicted_s": said[call], "measured_s": value, "error": said[call] / value - 1}
             for call, value in seconds.items()
             if call in said
         }
-        rows.append({"placement": name, "processes": num_processes(config), "plan": PLANS[name], "calls": calls})
+        case = cases[name]
+        told = {"placement": name, "processes": num_processes(config), "plan": case.plan, "keys": case.keys}
+        rows.append({**told, "calls": calls})
     return rows
 
 
 def _kept(file: Path, configs: Sequence[PPORunConfig], prefix: Sequence[str]) -> list[dict[str, float]]:
-    """Measured, or as the file has it of these very plans."""
-    plans = [config.plan.model_dump(mode="json") for config in configs]
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["plans"] == plans:
-            found: list[dict[str, float]] = kept["seconds"]
-            return found
-    found = measured(configs, file.parent, prefix)
-    file.write_text(json.dumps({"plans": plans, "seconds": found}), encoding="utf-8")
-    return found
+    """Measured, or as the file has it of these very configs; what is measured is added to the file."""
+    values = [config.model_dump(mode="json") for config in configs]
+    kept: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    left, found = list(kept), dict[int, dict[str, float]]()
+    for i, value in enumerate(values):
+        one = next((one for one in left if one["config"] == value), None)
+        if one is not None:
+            left.remove(one)
+            found[i] = one["seconds"]
+    missing = [i for i in range(len(configs)) if i not in found]
+    for i, seconds in zip(missing, measured([configs[i] for i in missing], file.parent, prefix), strict=True):
+        found[i] = seconds
+        kept.append({"config": values[i], "seconds": seconds})
+        file.write_text(json.dumps(kept), encoding="utf-8")
+    return [found[i] for i in range(len(configs))]
 
 
 def measured(configs: Sequence[PPORunConfig], folder: Path, prefix: Sequence[str]) -> list[dict[str, float]]:
@@ -210,7 +247,7 @@ def _chosen(step: Step, hardware: Hardware, seconds: float, folder: Path, prefix
     assert by_hand is not None  # the model can be cut over so many
     plans: list[Plan] = [plan_values(planned.problem, planned.choice), plan_values(problem, by_hand)]
     alone = planned.problem.num_devices == 1
-    configs = [config_of(None if alone else plans[0]), config_of(plans[1])]
+    configs = [config_of(Case(plan=None if alone else plans[0])), config_of(Case(plan=plans[1]))]
     found = _kept(folder / "chosen.json", configs * 2, prefix)
     times = [fmean(one["step"] for one in found[side::2]) for side in (0, 1)]
     said = [planned.seconds, predicted(step, hardware, placements_of_choice(problem, by_hand))["step"]]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.numbers import above_zero, whole
 from meshift.cli.tables import print_problems, print_rows
 from meshift.cli.train import Training
 from meshift.config.loading import config_problems, make_config, read_values
@@ -48,10 +49,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --plan: as `meshift plan` (default: the plan's, else this machine)",
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="with --plan: as many there are")
-    parser.add_argument("--per-host", type=int, metavar="N", help="with --plan: devices of a host")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="with --plan: mean of prompts")
-    parser.add_argument("--completion-tokens", type=float, metavar="N", help="with --plan: mean of completions")
+    parser.add_argument("--devices", type=whole(1), metavar="N", help="with --plan: as many there are")
+    parser.add_argument("--per-host", type=whole(1), metavar="N", help="with --plan: devices of a host")
+    parser.add_argument("--prompt-tokens", type=above_zero, metavar="N", help="with --plan: mean of prompts")
+    parser.add_argument(
+        "--completion-tokens", type=above_zero, metavar="N", help="with --plan: mean of completions"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -81,7 +84,6 @@ def _run_plan(
 ) -> int:
     """Check a plan for one config."""
     from meshift.cli.check_plan import Cluster, check_plan, show_plan
-    from meshift.planner.rollout_steps import Lengths
 
     if len(named) > 1:
         raise UsageError(f"--plan is checked for one config, and {len(named)} are named")
@@ -90,8 +92,13 @@ def _run_plan(
     fitting = [told or args.command] if told or args.command else commands_for(values, file, commands)
     if len(fitting) > 1:
         raise UsageError(f"{file} could be of {' or '.join(fitting)}; say which with --command")
-    lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
-    cluster = Cluster(hardware=args.hardware, devices=args.devices, per_host=args.per_host, lengths=lengths)
+    cluster = Cluster(
+        hardware=args.hardware,
+        devices=args.devices,
+        per_host=args.per_host,
+        prompt_tokens=args.prompt_tokens,
+        completion_tokens=args.completion_tokens,
+    )
     verdict = check_plan(values, commands[fitting[0]].schema, file, plan, cluster)
     if not show_plan(file, plan, verdict):
         raise CheckFailedError(f"{plan} cannot be run; the problems are listed above")

@@ -1,6 +1,7 @@
 """`meshift plan`: before anything is launched, the best plan for a run, how long a step takes, and what it needs.
 
-It reads the config and the models' config.json only. It knows nothing of how plans are found.
+It reads the config, the models' config.json and a few rows of data that is here. It knows nothing of how plans are
+found.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from rich.text import Text
 
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
-from meshift.cli.plan_request import Asked, assumed, check_variants, compute_type, show_variants, variants_of
+from meshift.cli.numbers import above_zero, whole
+from meshift.cli.plan_request import (
+    Asked,
+    as_assumed,
+    check_lengths,
+    check_variants,
+    compute_type,
+    of_network,
+    show_variants,
+    taken_lengths,
+    variants_of,
+)
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import RunConfig
@@ -28,13 +40,14 @@ from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof, of_rivals
 from meshift.planner.hardware import Hardware, as_values, find_hardware
 from meshift.planner.planning import Planned, shortage
-from meshift.planner.rollout_steps import Lengths
 from meshift.planner.simulate import in_sentences, simulate
 from meshift.planner.written import named_hosts, placements_of
 from meshift.report.plan_page import plan_page
 from meshift.report.reconciled import factors
 from meshift.report.run_data import read_run
 
+WRITTEN = (".yaml", ".yml", ".json", ".html")
+"""Suffixes of `--out`."""
 SIMULATED = 20
 """Steps with random lengths that `--explain` plays."""
 
@@ -46,26 +59,35 @@ class NothingFitsError(ConfigError):
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
     parser.add_argument("--command", metavar="NAME", help="ppo, grpo, dpo, ...; default: told from the keys")
-    parser.add_argument("--devices", type=int, metavar="N", required=True, help="devices to plan for")
+    parser.add_argument("--devices", type=whole(1), metavar="N", required=True, help="devices to plan for")
     parser.add_argument(
         "--hardware", metavar="NAME", default="h100", help="a100, h100, h200, b200, cpu, or a JSON file"
     )
-    parser.add_argument("--per-host", type=int, metavar="N", help="devices of a host (default: the hardware's)")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="mean of prompts (default: half the limit)")
     parser.add_argument(
-        "--completion-tokens", type=float, metavar="N", help="mean of completions (default: half the limit)"
+        "--per-host", type=whole(1), metavar="N", help="devices of a host (default: the hardware's)"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="time to search and prove (20)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=above_zero,
+        metavar="N",
+        help="mean of prompts (default: the data's; else half the limit)",
+    )
+    parser.add_argument(
+        "--completion-tokens", type=above_zero, metavar="N", help="mean of completions (default: half the limit)"
+    )
+    parser.add_argument(
+        "--seconds", type=above_zero, default=20.0, metavar="S", help="time to search and prove (20)"
+    )
     parser.add_argument("--explain", action="store_true", help="say in sentences why the plan is what it is")
     parser.add_argument(
         "--what-if",
         action="append",
         default=[],
         metavar="KEY=A,B",
-        help="plan again with other devices, network (2x), batch or completion",
+        help="plan again with other devices, network (2x), batch, prompt or completion",
     )
     parser.add_argument(
-        "--simulate", type=int, metavar="N", help="play N steps with random lengths (--explain: 20 of them)"
+        "--simulate", type=whole(0), metavar="N", help="play N steps with random lengths (--explain: 20 of them)"
     )
     parser.add_argument(
         "--measured",
@@ -78,9 +100,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.devices < 1:
-        raise UsageError(f"--devices {args.devices} is none; give at least 1")
+    if args.out is not None and Path(args.out).suffix not in WRITTEN:
+        raise UsageError(f"--out {args.out}: its suffix says what is written; give it one of {', '.join(WRITTEN)}")
     asked = _asked(args)
+    check_lengths(asked, "--prompt-tokens", "--completion-tokens")
     check_variants(args.what_if, asked)
     planned = asked.plan()
     if planned.lacking > 0:
@@ -89,37 +112,33 @@ def _run(args: argparse.Namespace) -> int:
         print(f"what would fit: {'; or '.join(planned.changes) or 'smaller models, or more memory'}")
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
-    print(f"  {assumed(planned.problem.step)}")
-    more = [*_simulated(planned, args), *_advice(planned)]
+    print(f"  {asked.lengths.in_words(planned.step)}")
+    more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
     variants = variants_of(args.what_if, asked, planned)
     show_variants(variants)
     if args.out is not None:
-        _write(Path(args.out), planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
+        _write(Path(args.out), asked, planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
     return 0
 
 
 def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
     """Sentences on steps with random lengths, where they are asked for."""
     num_steps = args.simulate or (SIMULATED if args.explain else 0)
-    if num_steps < 0:
-        raise UsageError(f"--simulate {num_steps} is no number of steps")
     if num_steps == 0:
         return []
     problem = planned.problem
     placements = placements_of(problem, planned.choice)
-    found = simulate(problem.step, problem.hardware, placements, num_steps=num_steps)
+    streaming = problem.streaming
+    found = simulate(planned.step, problem.hardware, placements, num_steps=num_steps, streaming=streaming)
     return [] if found is None else list(in_sentences(found))
 
 
 def _advice(planned: Planned) -> Iterator[str]:
-    """Micro-batches that make this plan faster."""
+    """Slots and micro-batches that make this plan faster."""
     for one in planned.settings:
-        yield (
-            f"With {one.role}.max_tokens_per_micro_batch={one.tokens}, which --out writes too, a step takes "
-            f"{one.seconds:.3g} s."
-        )
+        yield f"With {one}, which --out writes too, a step takes {one.seconds:.3g} s."
 
 
 def _hosts(args: argparse.Namespace, planned: Planned) -> list[str]:
@@ -149,10 +168,9 @@ def _asked(args: argparse.Namespace) -> Asked:
     hardware = _hardware(args.hardware, config)
     if args.per_host is not None:
         hardware = replace(hardware, per_host=args.per_host)
-    lengths = Lengths(prompt=args.prompt_tokens, completion=args.completion_tokens)
     return Asked(
         config=config,
-        lengths=lengths,
+        lengths=taken_lengths(config, args.prompt_tokens, args.completion_tokens),
         hardware=hardware,
         num_devices=args.devices,
         seconds=args.seconds,
@@ -200,30 +218,33 @@ def show(planned: Planned) -> None:
         spot = spots.get(event.name)
         if spot is None and event.end == event.start:
             continue
-        placed = ("", "") if spot is None else (str(spot.candidate.layout), f"{spot.first}-{spot.stop - 1}")
+        placed = ("", "") if spot is None else (str(spot.candidate.layout), spot.devices)
         memory = f"{event.peak / 1e9:.1f}" if spot is not None else ""
-        row = (event.name, *placed, f"{event.start:.2f}", f"{event.end - event.start:.2f}", memory)
+        row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
         table.add_row(*map(Text, row))
     problem = planned.problem
     console = make_console()
     console.print(f"{problem.num_devices} {problem.hardware.name}, one step", style="bold", markup=False)
     console.print(table)
     rows = [("proof", of_proof(planned)), *of_rivals(planned)]
+    fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
+    rows += [("slots", f"{count} completions are drawn at a time, since more do not fit") for count in fewer]
     away = [name for name, role in problem.step.roles.items() if role.offloaded]
     if away:
         rows.append(("offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"))
     print_rows(f"step {planned.seconds:.3g} s", rows)
 
 
-def _write(path: Path, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
-    """The plan, in JSON with what was predicted, or as a page."""
+def _write(path: Path, asked: Asked, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
+    """The plan with what it assumes, in JSON with what was predicted too, or as a page."""
     plan = planned.values
     values: dict[str, Any] = {"plan": named_hosts(plan, hosts) if hosts else plan}
+    values["assumed"] = as_assumed(asked, planned.step)
     if path.suffix == ".json":
         values["hardware"] = as_values(planned.problem.hardware)
         values["predicted"] = {
             "step_s": planned.seconds,
-            "step_s_with_its_micro_batches": planned.settings[-1].seconds if planned.settings else planned.seconds,
+            "step_s_with_its_settings": planned.settings[-1].seconds if planned.settings else planned.seconds,
             "bound_s": planned.proof.bound,
             "proven": planned.proof.proven,
             "events": [

@@ -25,7 +25,7 @@ class PlacementConfig(Section):
 class RolePlan(Section):
     """A role's placements by kind of call. One that is not given is that of `train`, or the only one there is.
 
-    `offload` and `max_tokens_per_micro_batch` need no placement, and no second process.
+    `offload`, `max_tokens_per_micro_batch` and `num_slots` need no placement, and no second process.
     """
 
     generate: PlacementConfig | None = Field(None, description="where completions are sampled")
@@ -34,6 +34,9 @@ class RolePlan(Section):
     offload: bool = Field(False, description="leave the GPU for the host's memory while no call uses the role")
     max_tokens_per_micro_batch: int | None = Field(
         None, ge=1, description="token budget of a pass, in place of the one where the role is trained"
+    )
+    num_slots: int | None = Field(
+        None, ge=1, description="completions that each data rank decodes at a time, in place of generation's"
     )
 
     @property
@@ -45,7 +48,7 @@ class RolePlan(Section):
     @property
     def stays_in_process(self) -> bool:
         """Whether it says what needs no placement."""
-        return self.offload or self.max_tokens_per_micro_batch is not None
+        return self.offload or self.max_tokens_per_micro_batch is not None or self.num_slots is not None
 
     @property
     def says_something(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from meshift.data.hub import folder_values, hub_values
 from meshift.data.names import DatasetName, parse_name
-from meshift.data.packages import obtain
+from meshift.data.packages import is_kept, obtain
 from meshift.data.reasoning import reasoning_rows
 from meshift.data.rows import Row, iter_rows, no_rows
 from meshift.errors import DataError
@@ -30,6 +30,14 @@ def dataset_rows(dataset_name: str) -> Iterator[Row]:
         if name.part is not None:
             raise DataError(f"{dataset_name}: the slice leaves no row: give one that lies within the dataset.")
         raise no_rows(dataset_name)
+
+
+def is_here(dataset_name: str) -> bool:
+    """Whether its rows can be read without anything being fetched or made first."""
+    name = parse_name(dataset_name)
+    if name.is_package:
+        return is_kept(name.source)
+    return name.path is not None and name.path.exists()
 
 
 def _source_rows(name: DatasetName) -> Iterator[Row]:

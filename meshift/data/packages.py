@@ -173,6 +173,14 @@ def is_package_name(name: str) -> bool:
     return name.startswith(PACKAGE_PREFIX)
 
 
+def is_kept(name: str) -> bool:
+    """Whether what `name` stands for is in the cache, whole, so that nothing need be fetched or made."""
+    if name not in NAMES:
+        return False
+    derived, _ = NAMES[name]
+    return _fault(cache_root() / "derived" / derived.folder, derived.recipe_version) is None
+
+
 def obtain(name: str, *, progress: bool | None = None) -> Path:
     """Return the folder (a model) or file (a dataset) called `name`, from the cache or made now.
 

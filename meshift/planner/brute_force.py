@@ -12,9 +12,8 @@ from meshift.planner.timeline import Spot, excess_bytes, step_seconds
 
 
 def all_spots(problem: Problem, use: Use) -> list[Spot]:
-    """Every layout that fits alone or not, dominated or not, at every aligned place."""
-    candidates = [problem.candidate(use, layout) for layout in problem.layouts(use)]
-    return [Spot(one, first) for one in candidates for first in problem.offsets(one.size)]
+    """Every layout and number of slots that fits alone or not, dominated or not, at every aligned place."""
+    return [Spot(one, first) for one in problem.all_candidates(use) for first in problem.offsets(one.size)]
 
 
 def brute_force(problem: Problem) -> tuple[float, dict[Use, Spot]] | None:

@@ -8,7 +8,7 @@ no more memory. It knows nothing of where meshes lie.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 
@@ -16,12 +16,14 @@ from meshift.graph.calls import Kind
 from meshift.layout.layout import Coordinates, Layout
 from meshift.planner.cost import Cost, Costs
 from meshift.planner.hardware import Hardware
-from meshift.planner.memory import Memory
+from meshift.planner.memory import SLOT_STEP, Memory
 from meshift.planner.moving import Moving
 from meshift.planner.workload import Mixing, PlannedCall, Step
 
 GRAIN = 0.01
 """Of a device's memory: finer differences do not decide between layouts."""
+SPARED, LEAST_SPARED = 0.2, 0.05
+"""Of a device's memory: fewer slots that spare less are no candidate of their own; and of the fewest there are."""
 MAX_STAGES = 32
 """More stages than this do not pay for themselves, and make for many layouts."""
 
@@ -42,7 +44,8 @@ class Candidate:
     """A layout for a use: what its calls cost, and bytes of the rank that needs the most of each.
 
     `kept` is what a rank keeps where the role lives in this layout, `copy` where it lives in another; `working`
-    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`).
+    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `slots` are the
+    sequences that a generation decodes at a time, where they are fewer than the config's.
     """
 
     layout: Layout
@@ -50,6 +53,7 @@ class Candidate:
     kept: int
     copy: int
     working: Mapping[str, int]
+    slots: int | None = None
 
     @property
     def size(self) -> int:
@@ -117,7 +121,7 @@ class Problem:
     @cached_property
     def candidates(self) -> Mapping[Use, tuple[Candidate, ...]]:
         """Of every use, the smallest first; those that are dominated are left out."""
-        every = {use: [self.candidate(use, layout) for layout in self.layouts(use)] for use in self.uses}
+        every = {use: list(self.all_candidates(use)) for use in self.uses}
         fitting = {use: self._fitting(use, found) for use, found in every.items()}
         found: dict[Use, tuple[Candidate, ...]] = {}
         for use in sorted(self.uses, key=lambda use: use != self.home(use.role)):
@@ -153,10 +157,49 @@ class Problem:
                     if self.sharding and data > 1 and use.kind != "generate":
                         yield Layout(data=data, tensor=tensor, pipeline=pipeline, sharded=True)
 
-    def candidate(self, use: Use, layout: Layout) -> Candidate:
-        """A layout with its seconds and bytes, whether or not it fits."""
+    def fewer_slots(self, use: Use, layout: Layout) -> Iterator[int]:
+        """Slots of a generation below what it has by the config, the most first.
+
+        Three quarters, a half, three eighths, ... in whole steps of what a session's memory grows by.
+        """
+        if use.kind != "generate":
+            return
+        own = max(ceil(call.texts.num_sequences / layout.data) for call in self.calls(use))
+        sessions = min(layout.pipeline, own)
+        before = each = min(self.calls(use)[0].num_slots // sessions, ceil(own / sessions))
+        for halvings in range(each.bit_length()):
+            for quarters in (3, 2):
+                found = quarters * each // (4 << halvings) // SLOT_STEP * SLOT_STEP
+                if 0 < found < before:
+                    yield sessions * found
+                    before = found
+
+    def slot_choices(self, use: Use, layout: Layout) -> Iterator[int | None]:
+        """The config's (None), and fewer where that spares memory worth speaking of."""
+        yield None
+        every = list(self.fewer_slots(use, layout))
+        before = self._working(use, layout, None) if every else 0
+        for slots in every:
+            needed = self._working(use, layout, slots)
+            if before - needed >= (LEAST_SPARED if slots == every[-1] else SPARED) * self.capacity:
+                yield slots
+                before = needed
+
+    def all_candidates(self, use: Use) -> Iterator[Candidate]:
+        """Every layout with all its slots, whether or not it fits, and whatever is better."""
+        for layout in self.layouts(use):
+            for slots in self.slot_choices(use, layout):
+                yield self.candidate(use, layout, slots)
+
+    def _working(self, use: Use, layout: Layout, slots: int | None) -> int:
         memory, ranks = self.memories[use.role], _telling_ranks(layout)
-        calls, grain = self.calls(use), GRAIN * self.capacity
+        calls = with_slots(self.calls(use), slots)
+        return max(memory.working(call, layout, rank).total for call in calls for rank in ranks)
+
+    def candidate(self, use: Use, layout: Layout, slots: int | None = None) -> Candidate:
+        """A layout with its seconds and bytes, whether or not it fits; `slots` None: the config's."""
+        memory, ranks = self.memories[use.role], _telling_ranks(layout)
+        calls, grain = with_slots(self.calls(use), slots), GRAIN * self.capacity
         return Candidate(
             layout=layout,
             costs={call.name: self.costs[use.role].of(call, layout) for call in calls},
@@ -166,6 +209,7 @@ class Problem:
                 call.name: _round_up((memory.working(call, layout, rank).total for rank in ranks), grain)
                 for call in calls
             },
+            slots=slots,
         )
 
     def _fitting(self, use: Use, found: Sequence[Candidate]) -> list[Candidate]:
@@ -237,6 +281,13 @@ class Problem:
 
     def _every(self, op: Op) -> int:
         return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)
+
+
+def with_slots(calls: Iterable[PlannedCall], slots: int | None) -> list[PlannedCall]:
+    """Calls whose generations decode so many sequences at a time; None: as they are."""
+    if slots is None:
+        return list(calls)
+    return [replace(call, num_slots=slots) if call.kind == "generate" else call for call in calls]
 
 
 def _ops(step: Step, problem: Problem) -> list[Op]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
+from math import ceil
 from typing import Any
 
 from meshift.graph.calls import Kind
@@ -14,7 +16,8 @@ from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
 from meshift.planner.evaluate import Placements, peak_bytes
 from meshift.planner.hardware import Hardware
-from meshift.planner.workload import Step
+from meshift.planner.memory import SLOT_STEP, Memory
+from meshift.planner.workload import PlannedCall, Step
 
 GIGABYTE = 1e9
 
@@ -46,17 +49,33 @@ def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[st
     for call in step.calls:
         peak = peak_bytes(step, hardware, placements)[call.name]
         if peak > hardware.usable:
+            cache = _of_cache(step, hardware, placements, call)
             found.append(
                 f"`{call.name}` ({call.role}.{call.kind}) needs {peak / GIGABYTE:.1f} GB on a device, where "
                 f"{hardware.name} has {hardware.usable / GIGABYTE:.1f} GB for models and calls: "
-                f"{(peak - hardware.usable) / GIGABYTE:.1f} GB too much"
+                f"{(peak - hardware.usable) / GIGABYTE:.1f} GB too much{cache}"
             )
     return found
 
 
+def _of_cache(step: Step, hardware: Hardware, placements: Placements, call: PlannedCall) -> str:
+    """What of it are keys and values of a generation's slots."""
+    if call.kind != "generate":
+        return ""
+    memory, layout = Memory(step.roles[call.role], hardware.machine), placements[call.role][call.kind].layout
+    ranks = map(layout.coordinates, range(layout.num_ranks))
+    cache = max(memory.working(call, layout, rank).cache for rank in ranks)
+    return f" ({cache / GIGABYTE:.1f} GB are keys and values of {slots_in_use(call, layout)} slots)"
+
+
 def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
-    """Single changes, with the same meshes, after which every call fits; the cheapest in time first."""
-    return [words for words, changed, places in _changes(step, placements) if _fits(changed, hardware, places)]
+    """Single changes, with the same meshes, after which every call fits; the cheapest in time first.
+
+    Of slots there is one: the most that fit.
+    """
+    fewer = (words for words, changed in _fewer_slots(step, placements) if _fits(changed, hardware, placements))
+    others = [words for words, changed, places in _changes(step, placements) if _fits(changed, hardware, places)]
+    return [*islice(fewer, 1), *others]
 
 
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
@@ -67,6 +86,21 @@ def _shared(hardware: Hardware, placements: Placements) -> Hardware:
     """As it is to each process of the plan, where they share a host's processors and memory."""
     used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
     return hardware.shared_by(len(used))
+
+
+def slots_in_use(call: PlannedCall, layout: Layout) -> int:
+    """Of one data rank: no more than it has sequences."""
+    return min(call.num_slots, ceil(call.texts.num_sequences / layout.data))
+
+
+def _fewer_slots(step: Step, placements: Placements) -> Iterator[tuple[str, Step]]:
+    """For roles that generate, the most slots first; nothing else of the step takes longer for it."""
+    for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
+        calls = [call for call in step.calls if (call.role, call.kind) == (name, "generate")]
+        slots = max(slots_in_use(call, placements[name]["generate"].layout) for call in calls)
+        while slots > SLOT_STEP:
+            slots = max(SLOT_STEP, 3 * slots // 4 // SLOT_STEP * SLOT_STEP)
+            yield f"{name}: num_slots={slots}", step.with_slots(name, slots)
 
 
 def _changes(step: Step, placements: Placements) -> Iterator[tuple[str, Step, Placements]]:

@@ -46,11 +46,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Stage:
-    """Of a pipeline: its layers, those of them that learn, and whether the head is here."""
+    """Of a pipeline: its layers, those of them that learn and that have adapters, and whether the head is here."""
 
     layers: int
     learned: int
+    adapted: int
     is_last: bool
+
+    def forward(self, plain: float, adapted: float) -> float:
+        """Seconds of a pass, by those of a layer without adapters and with them."""
+        return (self.layers - self.adapted) * plain + self.adapted * adapted
 
 
 class Costs:
@@ -74,14 +79,17 @@ class Costs:
             return self._generating(call, layout)
         return self._learning(call, layout) if call.kind == "train" else self._reading(call, layout)
 
-    def _layer(self, kind: str, layout: Layout, rows: float, seen: float) -> float:
-        """One layer's pass over rows that see `seen` tokens each, without communication."""
+    def _layer(self, kind: str, layout: Layout, rows: float, seen: float, *, plain: bool = False) -> float:
+        """One layer's pass over rows that see `seen` tokens each, without communication.
+
+        `plain`: one that has no adapters, though its role has some.
+        """
         config = self.role.config
         attention = 4.0 * config.num_heads / layout.tensor * config.head_dim * rows * seen
         attention *= 2 if kind == "backward" else 1
         passing = rows * self.role.width * (8 * config.hidden_size + 4 * config.intermediate_size / layout.tensor)
         numbers = float(self.memory.sizes.layer(layout, _first(layout)))
-        if config.adapter is None or kind not in ("forward", "backward"):  # generation multiplies by sums
+        if plain or config.adapter is None or kind not in ("forward", "backward"):  # generation: by sums
             return self.rates.layer(kind, numbers, rows, attention, passing)
         beside = self.memory.sizes.layer_adapters(layout, _last(layout))
         if kind == "backward":
@@ -89,6 +97,11 @@ class Costs:
         passing_by = (1 + (kind == "backward")) * ADAPTER_PASSES * rows * beside / config.adapter.rank
         seconds = self.rates.layer(kind, numbers + beside, rows, attention, passing)
         return seconds + self.rates.over("copy", passing_by * self.role.width)
+
+    def _forward(self, layout: Layout, rows: float, seen: float) -> tuple[float, float]:
+        """Of a layer without adapters, and of one with them."""
+        plain = self._layer("forward", layout, rows, seen, plain=True)
+        return plain, plain if self.role.config.adapter is None else self._layer("forward", layout, rows, seen)
 
     def _head(self, kind: str, layout: Layout, rows: float) -> float:
         if self.role.head != "lm":
@@ -115,9 +128,10 @@ class Costs:
         """Of a pipeline, in order."""
         if layout.pipeline not in self._known_stages:
             every = layout.stage_layers(self.role.config.num_layers)
-            frozen = self.role.num_frozen_layers
+            config, frozen = self.role.config, self.role.num_frozen_layers
+            first = config.num_layers if config.adapter is None else config.adapter.first_layer
             self._known_stages[layout.pipeline] = [
-                Stage(len(one), max(0, one.stop - max(one.start, frozen)), number == len(every) - 1)
+                Stage(len(one), _from(frozen, one), _from(first, one), number == len(every) - 1)
                 for number, one in enumerate(every)
             ]
         return self._known_stages[layout.pipeline]
@@ -152,8 +166,8 @@ class Costs:
     def _reading(self, call: PlannedCall, layout: Layout) -> Cost:
         rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
-        layer, head = self._layer("forward", layout, rows, seen), self._head("read", layout, read)
-        each = [stage.layers * layer + stage.is_last * head for stage in self._stages(layout)]
+        layer, head = self._forward(layout, rows, seen), self._head("read", layout, read)
+        each = [stage.forward(*layer) + stage.is_last * head for stage in self._stages(layout)]
         passes, busy = self._passes(each, num, layout, "forward")
         sums = (2 * self._most_layers(layout) + 1) * self._tensor_sum(layout, rows)
         turns = num + layout.pipeline - 1
@@ -170,10 +184,11 @@ class Costs:
         rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
         read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
         again, stages = self.role.passes.gradient_checkpointing, self._stages(layout)
-        forward, back = (self._layer(kind, layout, rows, seen) for kind in ("forward", "backward"))
+        forward, back = self._forward(layout, rows, seen), self._layer("backward", layout, rows, seen)
         head = self._head("pass" if self._has_frozen_head else "learn", layout, read)
         each = [
-            one.layers * forward + one.learned * (back + again * forward) + one.is_last * head for one in stages
+            one.forward(*forward) + one.learned * (back + again * forward[-1]) + one.is_last * head
+            for one in stages
         ]
         passes, busy = self._passes(each, num, layout, "backward")
         sums = max(2 * (one.layers + (1 + again) * one.learned) + 2 for one in stages)
@@ -222,26 +237,29 @@ class Costs:
         return rows * call.num_read * call.texts.num_sequences / max(1.0, all_rows)
 
     def _gathers(self, layout: Layout, num: int, *, learning: bool) -> float:
-        """What `s` brings together and adds up: each layer in each pass, the rest once; in a pipeline all once."""
+        """What `s` brings together and adds up: each layer in each pass, the rest once; in a pipeline all once.
+
+        Backwards only the layers that learn are brought together again, and what is trained is added up.
+        """
         if not layout.sharded or layout.data == 1:
             return 0.0
-        layers, span = self._most_layers(layout), layout.data * layout.tensor
-        layer = self.memory.sizes.layer(layout, _first(layout))
-        whole = self.memory.sizes.held(
-            Layout(tensor=layout.tensor, pipeline=layout.pipeline), _first(layout)
-        ).total
-        rest, turns = max(0, whole - layers * layer), 1 if layout.pipeline > 1 else num
+        sizes, stages, num_bytes = self.memory.sizes, self._stages(layout), self.role.width
+        whole, turns = Layout(tensor=layout.tensor, pipeline=layout.pipeline), 1 if layout.pipeline > 1 else num
+        plain, beside = sizes.layer(layout, _first(layout)), sizes.layer_adapters(layout, _last(layout))
+        there = [sizes.held(whole, where) for where in _stage_places(whole)]
 
         def gather(numbers: float, width: int) -> float:
-            return self.hardware.gather_seconds(numbers * width, layout.data, span)
+            return self.hardware.gather_seconds(numbers * width, layout.data, layout.data * layout.tensor)
 
-        forward = turns * layers * gather(layer, self.role.width) + gather(rest, self.role.width)
+        layer, adapted = gather(plain, num_bytes), gather(plain + beside, num_bytes)
+        rest = max(0, there[0].total - stages[0].layers * plain - stages[0].adapted * beside)
+        forward = turns * max(stage.forward(layer, adapted) for stage in stages) + gather(rest, num_bytes)
         if not learning:
             return forward
-        backward = (layout.pipeline == 1) * turns * layers * gather(layer, self.role.width)
-        if self.role.config.adapter is not None:
-            layer, rest = self.memory.sizes.layer_adapters(layout, _last(layout)), 0
-        return forward + backward + turns * layers * gather(layer, FP32) + gather(rest, FP32)
+        learned, own = max(stage.learned for stage in stages), beside or plain
+        backward = (layout.pipeline == 1) * turns * learned * adapted
+        loose = max(held.trained - stage.learned * own for held, stage in zip(there, stages, strict=True))
+        return forward + backward + turns * learned * gather(own, FP32) + gather(max(0, loose), FP32)
 
     # Generation
 
@@ -293,10 +311,11 @@ class Costs:
         """A few texts' log-probs where a role is trained, then by the generator (`runtime.probe`)."""
         rows, seconds = float(PROBE_TEXTS * PROBE_LENGTH), 2 * self.rates.call
         seconds += self._gathers(home, 1, learning=False)
-        for layout, kind, head in ((home, "forward", "read"), (target, "prompt", "draw")):
-            layer = self._layer(kind, layout, rows, PROBE_LENGTH / 2)
+        summed = (self._layer("prompt", target, rows, PROBE_LENGTH / 2),) * 2
+        passes = (home, self._forward(home, rows, PROBE_LENGTH / 2), "read"), (target, summed, "draw")
+        for layout, layer, head in passes:
             each = [
-                one.layers * layer + one.is_last * self._head(head, layout, rows) for one in self._stages(layout)
+                one.forward(*layer) + one.is_last * self._head(head, layout, rows) for one in self._stages(layout)
             ]
             replicas = layout.data * layout.tensor
             seconds += sum(each) * self.rates.slow("forward", replicas)
@@ -332,8 +351,17 @@ class Costs:
         return turns * each, turns * (2 * layers + 1) * self._tensor_sum(layout, rows)
 
 
+def _from(first: int, layers: range) -> int:
+    """Layers of a stage from this one on."""
+    return max(0, layers.stop - max(layers.start, first))
+
+
 def _first(layout: Layout) -> Coordinates:
     return Coordinates(data=0, tensor=0, pipeline=0)
+
+
+def _stage_places(layout: Layout) -> list[Coordinates]:
+    return [Coordinates(data=0, tensor=0, pipeline=stage) for stage in range(layout.pipeline)]
 
 
 def _last(layout: Layout) -> Coordinates:

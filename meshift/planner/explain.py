@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from meshift.planner.candidates import Candidate, Op, Use
 from meshift.planner.evaluate import Event
+from meshift.planner.footprint import Footprint, footprints, tightest
 from meshift.planner.planning import Planned
+from meshift.planner.written import placements_of
 
 NOTABLE = 0.01
 """Parts of a call below this share are not spoken of."""
@@ -31,9 +33,10 @@ def explanation(planned: Planned) -> list[str]:
     calls = [event for event in planned.events if event.kind == "call"]
     return [
         *(_of_call(planned, op) for op in planned.problem.ops if op.kind == "call"),
+        *of_slots(planned),
         *_together(calls),
         *_moves(planned),
-        _of_memory(planned, calls),
+        tightest(of_calls(planned), planned.problem.capacity),
         of_proof(planned),
     ]
 
@@ -47,24 +50,44 @@ def _of_call(planned: Planned, op: Op) -> str:
         f"{WORDS[name]} {value / cost.seconds:.0%}" for name, value in parts if value > NOTABLE * cost.seconds
     ]
     others = _alternative(planned, use, spot.candidate, op.name)
+    devices = "one device" if spot.candidate.size == 1 else f"{spot.candidate.size} devices"
     return (
-        f"{op.name} ({use}) runs as {spot.candidate.layout} on {spot.candidate.size} devices in "
+        f"{op.name} ({use}) runs as {spot.candidate.layout} on {devices} in "
         f"{cost.seconds:.3g} s: {', '.join(shares)}{others}."
     )
 
 
 def _alternative(planned: Planned, use: Use, own: Candidate, name: str) -> str:
     """The next best layout on as many devices, and how much longer it takes; or the faster one, and why not."""
-    others = [one for one in planned.problem.candidates[use] if one.size == own.size and one is not own]
+    others = [one for one in planned.problem.candidates[use] if one.size == own.size and one.layout != own.layout]
     if not others:
         return ""
     other = min(others, key=lambda one: one.seconds[name])
     ratio = other.seconds[name] / own.seconds[name]
     if ratio >= 1:
-        return f"; {other.layout}, the next best, takes {ratio:.2f} times as long"
+        longer = "as long" if f"{ratio:.2f}" == "1.00" else f"{ratio:.2f} times as long"
+        return f"; {other.layout}, the next best, takes {longer}"
     needs = other.kept + other.working[name] > own.kept + own.working[name]
     why = "needs more memory" if needs else "costs more in moves or elsewhere in the step"
     return f"; {other.layout} would take {ratio:.2f} times as long, but {why}"
+
+
+def of_slots(planned: Planned) -> Iterator[str]:
+    """Of each generation that decodes fewer sequences at a time than the config says, since more do not fit."""
+    for use, spot in planned.choice.items():
+        if spot.candidate.slots is None:
+            continue
+        calls, one = planned.problem.calls(use), spot.candidate
+        every = planned.problem.candidate(use, one.layout)
+        name = max(calls, key=lambda call: every.working[call.name]).name
+        peak = next(event.peak for event in planned.events if event.name == name)
+        over = peak + every.working[name] - one.working[name] - planned.problem.capacity
+        yield (
+            f"{name} decodes {one.slots} sequences at a time on each data rank of {one.layout}, of "
+            f"{min(calls[0].num_slots, -(-calls[0].texts.num_sequences // one.layout.data))} that "
+            f"generation.num_slots={calls[0].num_slots} allows: with all of them it would need "
+            f"{every.working[name] / 1e9:.2f} GB beside the weights, {over / 1e9:.2f} GB more than there is."
+        )
 
 
 def _together(calls: list[Event]) -> Iterator[str]:
@@ -84,13 +107,10 @@ def _moves(planned: Planned) -> Iterator[str]:
         yield f"Parameters move for {total:.3g} s, {total / planned.seconds:.1%} of the step: {names}."
 
 
-def _of_memory(planned: Planned, calls: list[Event]) -> str:
-    worst = max(calls, key=lambda event: event.peak)
-    capacity = planned.problem.capacity
-    return (
-        f"Memory is tightest in {worst.name}: {worst.peak / 1e9:.1f} of {capacity / 1e9:.1f} GB on the device "
-        "that needs the most."
-    )
+def of_calls(planned: Planned) -> dict[str, list[Footprint]]:
+    """For each call of the plan, what every device of its mesh holds meanwhile."""
+    hardware, placements = planned.problem.hardware, placements_of(planned.problem, planned.choice)
+    return {call.name: footprints(planned.step, hardware, placements, call) for call in planned.step.calls}
 
 
 def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
@@ -101,8 +121,9 @@ def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
         elif rival.lacking > 0:
             yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
         else:
-            times = rival.seconds / planned.proof.seconds
-            yield rival.name, f"{rival.seconds:.3g} s, {times:.2f} times the plan's"
+            times = f"{rival.seconds / planned.proof.seconds:.2f}"
+            beside = "as long as the plan's" if times == "1.00" else f"{times} times the plan's"
+            yield rival.name, f"{rival.seconds:.3g} s, {beside}"
 
 
 def of_proof(planned: Planned) -> str:

@@ -18,9 +18,9 @@ from meshift.planner.prove import Proof, prove
 from meshift.planner.search import score, search
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.timeline import Choice, peak_bytes
-from meshift.planner.tuning import Setting, better_micro_batches
+from meshift.planner.tuning import Setting, better_settings
 from meshift.planner.workload import Role, Step
-from meshift.planner.written import placements_of, plan_values
+from meshift.planner.written import placements_of, plan_values, step_of_choice
 
 SEARCH_SHARE = 0.3
 """Of the time, for the local search before the proof."""
@@ -53,24 +53,28 @@ class Planned:
         return self.proof.choice
 
     @cached_property
+    def step(self) -> Step:
+        """The step with the slots that the plan has, where those of the config do not fit."""
+        return step_of_choice(self.problem, self.choice)
+
+    @cached_property
     def settings(self) -> tuple[Setting, ...]:
-        """Micro-batches other than the config's with which a step of this plan is faster."""
+        """Slots and micro-batches other than the config's with which a step of this plan is faster."""
         problem = self.problem
         placements = placements_of(problem, self.choice)
-        found = better_micro_batches(problem.step, problem.hardware, placements, streaming=problem.streaming)
-        return tuple(found)
+        return tuple(better_settings(self.step, problem.hardware, placements, streaming=problem.streaming))
 
     @property
     def values(self) -> dict[str, dict[str, Any]]:
-        """What `plan:` of a run's config holds, its micro-batches too."""
+        """What `plan:` of a run's config holds, its micro-batches and slots too."""
         found = plan_values(self.problem, self.choice)
         for setting in self.settings:
-            found[setting.role]["max_tokens_per_micro_batch"] = setting.tokens
+            found[setting.role][setting.key] = setting.value
         return found
 
     @property
     def seconds(self) -> float:
-        """Of a step with the config's micro-batches, as it was played through."""
+        """Of a step with the config's micro-batches, as it was played through; without `settings`."""
         return max(event.end for event in self.events)
 
 
@@ -106,19 +110,30 @@ def _made(
     choice = search(
         problem, seconds=SEARCH_SHARE * seconds, hints=[one for one in hints.values() if one is not None]
     )
-    lacking = score(problem, choice).excess
-    if lacking > 0:
-        found = _offloaded(problem, seconds)
-        if found is None:
-            least = Proof(choice, score(problem, choice).seconds, 0.0, False)
-            return Planned(
-                problem=problem, proof=least, lacking=lacking, changes=tuple(_changes(problem, lacking))
-            )
-        problem, choice = found
-    proof = prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds)
-    events = evaluate(problem.step, hardware, placements_of(problem, proof.choice), streaming=streaming)
+    found = score(problem, choice)
+    if found.excess > 0 or any(spot.candidate.slots is not None for spot in choice.values()):
+        away = _offloaded(problem, seconds)
+        if away is not None and score(*away) < found:
+            problem, choice = away
+        elif found.excess > 0:
+            least = Proof(choice, found.seconds, 0.0, False)
+            changes = tuple(_changes(problem, found.excess))
+            return Planned(problem=problem, proof=least, lacking=found.excess, changes=changes)
+    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
+    step, placements = step_of_choice(problem, proof.choice), placements_of(problem, proof.choice)
+    events = evaluate(step, hardware, placements, streaming=streaming)
     rivals = tuple(_rival(problem, name, choice) for name, choice in hints.items())
     return Planned(problem=problem, proof=proof, events=tuple(events), rivals=rivals)
+
+
+def _with_all_slots(problem: Problem, proof: Proof) -> Proof:
+    """With the slots of the config wherever they fit: fewer are for the memory alone."""
+    choice = dict(proof.choice)
+    for use, spot in proof.choice.items():
+        if spot.candidate.slots is not None:
+            every = {**choice, use: replace(spot, candidate=problem.candidate(use, spot.candidate.layout))}
+            choice = every if score(problem, every).excess == 0 else choice
+    return replace(proof, choice=choice, seconds=score(problem, choice).seconds)
 
 
 def _by_hand(problem: Problem) -> dict[str, Choice | None]:
@@ -133,7 +148,9 @@ def _rival(problem: Problem, name: str, choice: Choice | None) -> Rival:
 
 
 def _offloaded(problem: Problem, seconds: float) -> tuple[Problem, Choice] | None:
-    """With roles away between their calls: those that stand still, else all."""
+    """With roles away between their calls: those that stand still, else all. A CPU has no other memory."""
+    if problem.hardware.machine.packs:
+        return None
     still = {name for name, role in problem.step.roles.items() if not role.trained}
     for names in (still, set(problem.step.roles)):
         away = _with_roles(problem, partial(_away, names))

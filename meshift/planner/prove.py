@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from math import floor
 from typing import Any, NamedTuple
 
+from meshift.layout.layout import Layout
 from meshift.planner.bounds import Candidates, least_seconds, reduced
 from meshift.planner.candidates import GRAIN, Op, Problem, Use
 from meshift.planner.search import score
@@ -99,6 +100,7 @@ class _Model:
         self.first: dict[Use, Any] = {}
         self.size: dict[Use, Any] = {}
         self.meets: dict[frozenset[Use], Any] = {}
+        self.of_layout: dict[Use, dict[Layout, Any]] = {}
         for use in problem.uses:
             self._place(use)
         for i, use in enumerate(problem.uses):
@@ -187,17 +189,17 @@ class _Model:
         """No less than its pair of candidates asks for where one mesh is in the other, or is not."""
         source, target = op.uses
         last, nested = self.model.NewIntVar(0, TICKS, ""), self._nested(source, target)
-        if len(self.candidates[source]) * len(self.candidates[target]) > self.limits.pairs:
+        sources, targets = self._by_layout(source), self._by_layout(target)
+        if len(sources) * len(targets) > self.limits.pairs:
             self.is_exact = False
             return last
-        for one, chosen in zip(self.candidates[source], self.chosen[source], strict=True):
+        for one, chosen in sources.items():
             if time.monotonic() > self.limits.deadline:
                 self.is_exact = False
                 break
-            for other, with_it in zip(self.candidates[target], self.chosen[target], strict=True):
+            for other, with_it in targets.items():
                 inside, outside = (
-                    self._ticks(self.problem.moving_seconds(op, one.layout, other.layout, shift))
-                    for shift in (0, None)
+                    self._ticks(self.problem.moving_seconds(op, one, other, shift)) for shift in (0, None)
                 )
                 least = min(inside, outside)
                 if least:
@@ -205,6 +207,23 @@ class _Model:
                 if outside > least:
                     self.model.Add(last >= outside).OnlyEnforceIf([chosen, with_it, nested.Not()])
         return last
+
+    def _by_layout(self, use: Use) -> dict[Layout, Any]:
+        """For each layout a literal that is true where it is chosen, with however many slots."""
+        if use not in self.of_layout:
+            found: dict[Layout, list[Any]] = {}
+            for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
+                found.setdefault(one.layout, []).append(chosen)
+            self.of_layout[use] = {layout: self._either(some) for layout, some in found.items()}
+        return self.of_layout[use]
+
+    def _either(self, literals: list[Any]) -> Any:
+        """At most one of which is true."""
+        if len(literals) == 1:
+            return literals[0]
+        either = self.model.NewBoolVar("")
+        self.model.Add(sum(literals) == either)
+        return either
 
     def _nested(self, source: Use, target: Use) -> Any:
         """A literal that may be true only where one mesh lies in the other."""
@@ -247,9 +266,7 @@ class _Model:
             return self._memory(use, [self._units(one.kept) for one in self.candidates[use]])
         kept, same = self.model.NewIntVar(0, round(1 / GRAIN), ""), self.model.NewBoolVar("")
         self.model.Add(self.first[use] == self.first[home]).OnlyEnforceIf(same)
-        at_home = {
-            one.layout: chosen for one, chosen in zip(self.candidates[home], self.chosen[home], strict=True)
-        }
+        at_home = self._by_layout(home)
         for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
             self.model.Add(kept >= self._units(one.copy)).OnlyEnforceIf([chosen, same.Not()])
             also = [at_home[one.layout]] if one.layout in at_home else []
@@ -271,7 +288,8 @@ class _Model:
         for use, spot in self.known.items():
             self.model.AddHint(self.first[use], spot.first)
             for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
-                self.model.AddHint(chosen, int(one.layout == spot.candidate.layout))
+                known = spot.candidate
+                self.model.AddHint(chosen, int((one.layout, one.slots) == (known.layout, known.slots)))
 
     def solve(self, seconds: float, workers: int) -> tuple[dict[Use, Spot] | None, float]:
         """A plan, if one was found, and the bound in seconds."""

@@ -157,11 +157,12 @@ class Sizes:
         )
 
     def _layer(self, layout: Layout, where: Coordinates, *, adapters: bool) -> int:
+        """Of the last layer, which has adapters if any has; a matrix is of another pattern where it has none."""
         whole = Layout(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
         return sum(
             num_elements(held_box(p.shard, whole, where)) * p.count
             for p in self.patterns
-            if p.shard.layer is not None and p.is_adapter == adapters
+            if p.is_adapter == adapters and p.layers and p.layers[-1] == self.num_layers - 1
         )
 
     def largest(self, layout: Layout, where: Coordinates) -> int:

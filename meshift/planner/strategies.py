@@ -85,7 +85,14 @@ def _for_all(problem: Problem) -> set[Layout]:
 
 
 def _everywhere(problem: Problem, layout: Layout) -> dict[Use, Spot]:
-    return {use: Spot(problem.candidate(use, layout), 0) for use in problem.uses}
+    """With as many slots as fit."""
+    choice = {use: Spot(problem.candidate(use, layout), 0) for use in problem.uses}
+    for use in problem.uses:
+        for slots in problem.slot_choices(use, layout):  # those of candidates, so that bounds hold for it
+            if score(problem, choice).excess == 0:
+                break
+            choice[use] = Spot(problem.candidate(use, layout, slots), 0)
+    return choice
 
 
 def _best(problem: Problem, areas: Mapping[Use, tuple[int, int]]) -> dict[Use, Spot]:
@@ -147,4 +154,4 @@ def _shares(count: int) -> list[tuple[int, ...]]:
 
 def placed(choice: Choice) -> dict[str, str]:
     """In words: each use with its layout and devices."""
-    return {str(use): f"{spot.candidate.layout}@{spot.first}-{spot.stop - 1}" for use, spot in choice.items()}
+    return {str(use): f"{spot.candidate.layout}@{spot.devices}" for use, spot in choice.items()}

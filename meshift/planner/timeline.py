@@ -30,6 +30,11 @@ class Spot:
         """The device after the last."""
         return self.first + self.candidate.size
 
+    @property
+    def devices(self) -> str:
+        """Their numbers, as `0-3` or `0`."""
+        return str(self.first) if self.candidate.size == 1 else f"{self.first}-{self.stop - 1}"
+
     def meets(self, other: Spot) -> bool:
         """Whether they have a device in common."""
         return self.first < other.stop and other.first < self.stop

@@ -1,31 +1,93 @@
-"""Micro-batches for a plan whose placements are known: larger or smaller ones that make its step faster, and fit.
+"""Micro-batches and slots for a plan whose placements are known: more or fewer that make its step faster, and fit.
 
 They change no result but its last bits. It knows nothing of how plans are found.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
+from typing import Literal
 
+from meshift.layout.layout import Layout
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import Placements, peak_bytes, replay
 from meshift.planner.hardware import Hardware
-from meshift.planner.workload import Step
+from meshift.planner.memory import SLOT_STEP
+from meshift.planner.workload import PlannedCall, Step
 
 TIMES = (0.125, 0.25, 0.5, 2, 4, 8, 16)
 """As many tokens as the config has, times these, are tried."""
+MOST_COUNTS = 64
+"""Numbers of slots that are tried, about."""
 WORTHWHILE = 0.01
 """Of a step: less is not worth another setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """`<role>.max_tokens_per_micro_batch`, and the seconds of a step with it and all settings before."""
+    """A key of a role's plan, and the seconds of a step with it and all settings before."""
 
     role: str
-    tokens: int
+    key: Literal["max_tokens_per_micro_batch", "num_slots"]
+    value: int
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.role}.{self.key}={self.value}"
+
+
+def better_settings(
+    step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True
+) -> list[Setting]:
+    """Slots, then micro-batches."""
+    slots = better_slots(step, hardware, placements, streaming=streaming)
+    for one in slots:
+        step = step.with_slots(one.role, one.value)
+    return [*slots, *better_micro_batches(step, hardware, placements, streaming=streaming)]
+
+
+def better_slots(
+    step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True
+) -> list[Setting]:
+    """For a role that generates, and by the step not all at once, the most useful slots that fit, if worth it."""
+    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
+    shared, found = hardware.shared_by(len(used)), list[Setting]()
+    for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
+        layout = placements[name]["generate"].layout
+        given = next(call.num_slots for call in step.calls if _draws(call, name))
+        more = [count for count in _slot_counts(step, name, layout) if count > given]
+        if not more:
+            continue
+        tried = [given, *more]
+        steps = [step.with_slots(name, count) for count in tried]
+        costs = Costs(step.roles[name], shared)
+        drawn = ({c.name: costs.of(c, layout) for c in one.calls if _draws(c, name)} for one in steps)
+        played = replay(step, hardware, placements, drawn, streaming=streaming)
+        seconds = [max(event.end for event in events) for events in played]
+        fitting = [i for i in range(1, len(tried)) if _fits(steps[i], shared, placements)]
+        best = min(fitting, key=lambda i: (seconds[i], tried[i]), default=0)
+        if seconds[best] < seconds[0] * (1 - WORTHWHILE):
+            found.append(Setting(role=name, key="num_slots", value=tried[best], seconds=seconds[best]))
+            step = steps[best]
+    return found
+
+
+def _slot_counts(step: Step, name: str, layout: Layout) -> Iterator[int]:
+    """In whole steps of a session's memory, up to where all sequences of a data rank are decoded at once."""
+    own = max(ceil(call.texts.num_sequences / layout.data) for call in step.calls if _draws(call, name))
+    sessions = min(layout.pipeline, own)
+    each = ceil(own / sessions)
+    stride = SLOT_STEP * max(1, round(each / SLOT_STEP / MOST_COUNTS))
+    for count in range(stride, each, stride):
+        yield sessions * count
+    yield sessions * each
+
+
+def _draws(call: PlannedCall, role: str) -> bool:
+    return call.kind == "generate" and call.role == role
 
 
 def better_micro_batches(
@@ -47,7 +109,8 @@ def better_micro_batches(
         seconds, times, changed = min(timed, key=lambda one: one[:2], default=(best, 1.0, now))
         if seconds < best * (1 - WORTHWHILE):
             best, now = seconds, changed
-            found.append(Setting(role=name, tokens=max(1, int(times * passes)), seconds=seconds))
+            value = max(1, int(times * passes))
+            found.append(Setting(role=name, key="max_tokens_per_micro_batch", value=value, seconds=seconds))
     return found
 
 

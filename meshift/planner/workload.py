@@ -152,6 +152,14 @@ class Step:
     mixings: tuple[Mixing, ...] = ()
     draws_ahead: bool = False
 
+    def with_slots(self, role: str, slots: int) -> Step:
+        """With so many sequences decoded at a time by each engine of a role."""
+        calls = (
+            replace(call, num_slots=slots) if (call.role, call.kind) == (role, "generate") else call
+            for call in self.calls
+        )
+        return replace(self, calls=tuple(calls))
+
     def as_measured(self, factors: Mapping[str, float]) -> Step:
         """With each call as many times as long as a run measured it, by the name under which it times it."""
         calls = (replace(call, factor=factors.get(call.timed_as, 1.0)) for call in self.calls)

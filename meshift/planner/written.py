@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device, Mesh
-from meshift.planner.candidates import Problem
+from meshift.planner.candidates import Problem, Use, with_slots
 from meshift.planner.timeline import Choice, Spot
+from meshift.planner.workload import Step
 
 
 def placements_of(problem: Problem, choice: Choice) -> dict[str, dict[Kind, Placement]]:
@@ -26,6 +28,14 @@ def placements_of(problem: Problem, choice: Choice) -> dict[str, dict[Kind, Plac
     return found
 
 
+def step_of_choice(problem: Problem, choice: Choice) -> Step:
+    """The step with the slots that were chosen for generation."""
+    calls = []
+    for call in problem.step.calls:
+        calls += with_slots([call], choice[Use(call.role, call.kind)].candidate.slots)
+    return replace(problem.step, calls=tuple(calls))
+
+
 def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:
     """What `plan:` of a run's config holds: `{"actor": {"train": {"mesh": "0-3", "layout": "d2t2p1"}}}`."""
     values: dict[str, dict[str, Any]] = {}
@@ -33,6 +43,9 @@ def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:
         written: dict[str, Any] = {k: {"mesh": str(p.mesh), "layout": str(p.layout)} for k, p in kinds.items()}
         if problem.step.roles[role].offloaded:
             written["offload"] = True
+        slots = next((spot.candidate.slots for use, spot in choice.items() if use == Use(role, "generate")), None)
+        if slots is not None:
+            written["num_slots"] = slots
         values[role] = written
     return values
 

@@ -109,10 +109,9 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     rivals = [rival for rival in planned.rivals if rival.seconds is not None and rival.lacking == 0]
     best = min(rivals, key=lambda rival: rival.seconds or 0.0, default=None)
     beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
-    tuned = "".join(
-        f"; {one.seconds:.3g} s with {one.role}.max_tokens_per_micro_batch={one.tokens}, which it sets"
-        for one in planned.settings
-    )
+    fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
+    tuned = "".join(f"; {count} completions at a time, since more do not fit" for count in fewer)
+    tuned += "".join(f"; {one.seconds:.3g} s with {one}, which it sets" for one in planned.settings)
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
     bound = f"no plan below {planned.proof.bound:.3g} s"
     return (

@@ -29,12 +29,13 @@ from meshift.runtime.plans import (
     check_cuts,
     in_words,
     mesh_of,
+    num_processes,
     placements_of,
-    with_micro_batches,
+    with_plan_settings,
 )
 from meshift.runtime.role_spec import LocalOpener, Opener
 from meshift.runtime.run import Job, PlanFile, RunResult, finished_run, run_job
-from meshift.runtime.this_hardware import PROCESS_BYTES, hardware_of_run
+from meshift.runtime.this_hardware import PROCESS_BYTES, hardware_of_run, turns_taken
 
 C = TypeVar("C", bound=RunConfig)
 SHARE = "meshift.runtime.spread_run:run_share"
@@ -102,14 +103,16 @@ def _settled(config: RunConfig, method: Method, observer: Observer) -> Settled:
         if isinstance(trained, TrainableConfig) and trained.num_frozen_layers:
             check_frozen_layers(role, name, trained)
     settled = settle(config, method.rows, observer)
-    return replace(settled, config=with_micro_batches(settled.config, method.models(config)))
+    return replace(settled, config=with_plan_settings(settled.config, method.models(config)))
 
 
 def plan_row(config: RunConfig, method: Method) -> list[tuple[str, str]]:
     """A dry run's rows of the plan, if there is one. Raises `ConfigError` for a plan that cannot be."""
     if not config.plan.is_given:
         return []
-    return [("plan", in_words(planned(config, method)))]
+    placements = planned(config, method)
+    turns = turns_taken(num_processes(placements)) if config.launch.launcher == "local" else None
+    return [("plan", in_words(placements)), *([("processes", turns)] if turns is not None else [])]
 
 
 def expected_of(config: RunConfig, method: Method) -> Outlook:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from meshift.config.plan import KINDS, PlanConfig, RolePlan
-from meshift.config.runs import RunConfig
+from meshift.config.runs import RolloutRunConfig, RunConfig
+from meshift.config.section import Section
 from meshift.config.sections import TrainableConfig
 from meshift.errors import ConfigError, LayoutError
 from meshift.graph.calls import Call, Graph, Kind, LoopCall, ModelCall
@@ -68,18 +69,23 @@ def as_written(plan: PlanConfig, uses: Uses) -> dict[str, dict[Kind, Placement]]
     return {role: _of_role(role, getattr(plan, role, None), kinds) for role, kinds in uses.items()}
 
 
-def with_micro_batches(config: C, roles: Collection[str]) -> C:
-    """The config with its plan's micro-batches where it says how roles are trained; `roles` are the run's.
+def with_plan_settings(config: C, roles: Collection[str]) -> C:
+    """The config with its plan's micro-batches and slots in place of its own; `roles` are the run's.
 
-    Raises `ConfigError` for one that is not, and one that is not trained: it is read in another's micro-batches.
+    Raises `ConfigError` for a role that is not, for micro-batches of one that is not trained (it is read in
+    another's), and for slots of one that draws nothing.
     """
-    changed: dict[str, TrainableConfig] = {}
+    changed: dict[str, Section] = {}
     for role, plan in config.plan.roles.items():
         tokens = plan.max_tokens_per_micro_batch
+        if (tokens is not None or plan.num_slots is not None) and role not in roles:
+            raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
+        if plan.num_slots is not None:
+            if role != "actor" or not isinstance(config, RolloutRunConfig):
+                raise ConfigError(f"`plan.{role}.num_slots` is set, but the {role} draws nothing; take it out")
+            changed["generation"] = config.generation.model_copy(update={"num_slots": plan.num_slots})
         if tokens is None:
             continue
-        if role not in roles:
-            raise ConfigError(f"`plan.{role}` is set, but the run has no such role; take it out")
         key = next((k for k in (role, "model") if isinstance(getattr(config, k, None), TrainableConfig)), None)
         if key is None:
             raise ConfigError(

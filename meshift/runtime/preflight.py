@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from meshift.config.runs import RunConfig
+from meshift.config.runs import RolloutRunConfig, RunConfig
 from meshift.config.sections import RewardFunctionConfig, TrainableConfig
 from meshift.data.dataset import dataset_rows
 from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
+from meshift.planner.memory import SLOT_STEP
 from meshift.rewards.configured import load_functions
 from meshift.rewards.own import OWN
+from meshift.runtime.machine import Memory
 from meshift.runtime.memory import device_memory, held_bytes, held_models, memory_verdict, peak_verdict
 from meshift.runtime.models import check_frozen_layers, model_folder, open_tokenizer
 from meshift.runtime.observer import SilentObserver
@@ -86,9 +88,25 @@ def weight_problems(config: RunConfig) -> list[str]:
 def memory_of(config: RunConfig) -> tuple[bool, str]:
     """Whether the run can fit into this machine's memory, and a sentence on it; by its plan, if it has one."""
     if config.plan.is_given and config.launch.launcher == "local":
-        expected = expected_of(config, METHODS[type(config)])
-        return peak_verdict(expected.peaks, expected.worst.name, device_memory())
+        expected, memory = expected_of(config, METHODS[type(config)]), device_memory()
+        fits, sentence = peak_verdict(expected.peaks, expected.worst.name, memory)
+        slots = None if fits else _slots_that_fit(config, memory)
+        return fits, sentence if slots is None else f"{sentence}; it would fit with num_slots={slots}"
     return memory_verdict(held_bytes(config, held_models(config)), device_memory())
+
+
+def _slots_that_fit(config: RunConfig, memory: Memory) -> int | None:
+    """How many completions could be drawn at a time, if fewer were all that it takes; by halves."""
+    if not isinstance(config, RolloutRunConfig):
+        return None
+    slots = config.generation.num_slots
+    while slots > SLOT_STEP:
+        slots = max(SLOT_STEP, slots // 2)
+        generation = config.generation.model_copy(update={"num_slots": slots})
+        expected = expected_of(config.model_copy(update={"generation": generation}), METHODS[type(config)])
+        if peak_verdict(expected.peaks, expected.worst.name, memory)[0]:
+            return slots
+    return None
 
 
 def as_it_would_run(config: RunConfig, tell: Callable[[str], None] = lambda text: None) -> RunConfig:

@@ -33,6 +33,15 @@ def num_devices() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def turns_taken(num_processes: int) -> str | None:
+    """A sentence where so many processes of this machine share its processors or GPUs; None: each has its own."""
+    count = num_devices()
+    if num_processes <= count:
+        return None
+    what = "GPU" if torch.cuda.is_available() else "processor"
+    return f"{count} {what}{'s' * (count != 1)} here for {num_processes} processes, which take turns"
+
+
 def hardware_of_run(
     name: str | None, dtype: str, *, measure: bool = False, observer: Observer | None = None
 ) -> tuple[Hardware, bool]:

@@ -1,7 +1,8 @@
 """What the paper says, what came out here, and whether the direction is the same.
 
 A direction counts as the paper's where the whole 95 % interval lies on its side of zero, as the opposite where the
-whole interval lies on the other side, and else as open; `beside` is what the paper does not ask.
+whole interval lies on the other side, and else as open; `beside` is what the paper does not ask. Intervals are
+over training seeds; how another seed would end nobody knows of one, so its verdict says that it is one seed's.
 Nothing here knows how anything was computed.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from recipes.study.intervals import Mean, difference, mean_of
 
-Verdict = Literal["agrees", "contradicts", "open", "beside"]
+Verdict = Literal["agrees", "contradicts", "open", "beside", "one seed agrees", "one seed contradicts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,12 @@ def direction(found: Mean) -> Verdict:
     if found.low > 0:
         return "agrees"
     return "contradicts" if found.high < 0 else "open"
+
+
+def of_one_seed(verdict: Verdict) -> Verdict:
+    """The verdict of an interval over prompts."""
+    names: dict[Verdict, Verdict] = {"agrees": "one seed agrees", "contradicts": "one seed contradicts"}
+    return names.get(verdict, verdict)
 
 
 def in_words(found: Mean, digits: int = 3) -> str:
@@ -51,9 +58,7 @@ def theory_findings(theory: Mapping[str, Any], shown: Sequence[float]) -> list[F
     rise = {name: mean_of(figures(cell, name, "largest_rise")) for name in ("dpo", "ppo", "optimum")}
     less = difference(figures(cell, "dpo", "largest_rise"), figures(cell, "ppo", "largest_rise"))
     wrong = mean_of([seed["reward_above_right"] for seed in cell["seeds"]])
-    ppo_falls = Mean(
-        value=-rise["ppo"].value, low=-rise["ppo"].high, high=-rise["ppo"].low, count=rise["ppo"].count
-    )
+    away = mean_of([seed["ppo_to_optimum"] for seed in cell["seeds"]])
     return [
         Finding(
             claim="Three actions: DPO's loss is least at (.1, 0, .9), though nobody ever saw the third",
@@ -77,12 +82,17 @@ def theory_findings(theory: Mapping[str, Any], shown: Sequence[float]) -> list[F
             verdict=direction(rise["dpo"]),
         ),
         Finding(
-            claim="PPO does not raise it",
-            figures=f"{in_words(rise['ppo'])}; of the exact optimum of its objective {in_words(rise['optimum'])}",
-            verdict=direction(ppo_falls),
+            claim="The optimum of PPO's objective does not raise it",
+            figures=f"{in_words(rise['optimum'])}, computed exactly",
+            verdict=direction(_negative(rise["optimum"])),
         ),
         Finding(
-            claim="PPO raises uncovered responses less than DPO",
+            claim="PPO, trained for as many updates as DPO, does not raise it",
+            figures=f"{in_words(rise['ppo'])}; it is {in_words(away, 2)} nats from that optimum",
+            verdict=direction(_negative(rise["ppo"])),
+        ),
+        Finding(
+            claim="PPO so trained raises uncovered responses less than DPO",
             figures=f"DPO's largest rise less PPO's, seed by seed: {in_words(less)}",
             verdict=direction(less),
         ),
@@ -92,6 +102,10 @@ def theory_findings(theory: Mapping[str, Any], shown: Sequence[float]) -> list[F
             verdict=direction(wrong),
         ),
     ]
+
+
+def _negative(found: Mean) -> Mean:
+    return Mean(value=-found.value, low=-found.high, high=-found.low, count=found.count)
 
 
 def _grid_words(cell: Mapping[str, Any]) -> str:
@@ -140,19 +154,43 @@ COMPARED = (
 
 
 def sentiment_findings(places: Sequence[Place]) -> list[Finding]:
-    """The best of each method's sweep against the best of another's, prompt by prompt."""
+    """The best of each method's sweep against another's, seed by seed, or prompt by prompt where there is one."""
     best = {method: best_of(places, method) for method in {place.method for place in places}}
     found = []
     for better, worse, claim in COMPARED:
         if better in best and worse in best:
-            gain = difference(best[better].per_prompt("true"), best[worse].per_prompt("true"))
+            one, other = best[better], best[worse]
+            gain, over = gain_of(one, other)
             figures = (
-                f"{in_words(best[better].mean('true'))} at KL {best[better].mean('kl').value:.1f} against "
-                f"{in_words(best[worse].mean('true'))} at KL {best[worse].mean('kl').value:.1f}; difference "
-                f"over prompts {in_words(gain)}"
+                f"{in_words(one.mean('true'))} at KL {one.mean('kl').value:.1f} against "
+                f"{in_words(other.mean('true'))} at KL {other.mean('kl').value:.1f}; difference "
+                f"over {over} {in_words(gain)}{_no_further(places, one, other)}"
             )
-            found.append(Finding(claim=claim, figures=figures, verdict=direction(gain)))
+            verdict = direction(gain)
+            found.append(
+                Finding(claim=claim, figures=figures, verdict=verdict if over == "seeds" else of_one_seed(verdict))
+            )
     return found
+
+
+def gain_of(one: Place, other: Place) -> tuple[Mean, str]:
+    """The true reward of one place less another's, and what the interval is over: seeds, or the prompts of one."""
+    if len(one.runs) > 1:
+        pairs = ([fmean(run["true"]) for run in place.runs] for place in (one, other))
+        return difference(*pairs), "seeds"
+    return difference(one.per_prompt("true"), other.per_prompt("true")), "prompts"
+
+
+def _no_further(places: Sequence[Place], one: Place, other: Place) -> str:
+    """What the first method reaches with at most the other's KL, where its best point went further."""
+    limit = other.mean("kl").value
+    if one.mean("kl").value <= limit:
+        return ""
+    near = [place for place in places if place.method == one.method and place.mean("kl").value <= limit]
+    if not near:
+        return f"; none of its points has a KL of at most {limit:.1f}"
+    place = best_of(near, one.method)
+    return f"; with at most that KL it reaches {in_words(place.mean('true'))} (at {place.mean('kl').value:.1f})"
 
 
 def best_of(places: Sequence[Place], method: str) -> Place:
@@ -161,19 +199,20 @@ def best_of(places: Sequence[Place], method: str) -> Place:
 
 
 def ablation_findings(runs: Sequence[tuple[Mapping[str, bool], Mapping[str, Any]]]) -> list[Finding]:
-    """Each factor's main effect: runs with it less runs without it, prompt by prompt, over all else."""
+    """Each factor's main effect: over pairs of runs that differ in it alone, so that runs count, not prompts."""
     found = []
     for factor in runs[0][0] if runs else ():
-        sides = {on: [run["true"] for factors, run in runs if factors[factor] == on] for on in (True, False)}
+        sides = {
+            on: [fmean(run["true"]) for factors, run in runs if factors[factor] == on] for on in (True, False)
+        }
         if len(sides[True]) != len(sides[False]):
             continue  # a study that is not finished
-        means = {on: [fmean(numbers) for numbers in zip(*side, strict=True)] for on, side in sides.items()}
-        gain = difference(means[True], means[False])
+        gain = difference(sides[True], sides[False])
         found.append(
             Finding(
                 claim=f"PPO: {factor} raises the true reward",
-                figures=f"{fmean(means[True]):.3f} with, {fmean(means[False]):.3f} without (means of "
-                f"{len(sides[True])} runs each); difference over prompts {in_words(gain)}",
+                figures=f"{fmean(sides[True]):.3f} with, {fmean(sides[False]):.3f} without; difference over "
+                f"{gain.count} pairs of runs that differ in nothing else {in_words(gain)}",
                 verdict=direction(gain),
             )
         )

@@ -149,6 +149,14 @@ def of_uncovered(table: Tensor, start: Tensor, covered: Tensor) -> dict[str, flo
     }
 
 
+def kl(policy: Tensor, other: Tensor) -> float:
+    """KL(policy || other) in nats, mean over prompts.
+
+    Of the optimum of PPO's objective it is what the policy's own objective lacks to that, over beta.
+    """
+    return float(torch.xlogy(policy, policy / other.clamp(min=torch.finfo(other.dtype).tiny)).sum(1).mean())
+
+
 def figures_of(tables: dict[str, Tensor], scores: Tensor, covered: Tensor) -> dict[str, Any]:
     """The same of every final table, the cell that DPO raised most, and where the reward model is wrong."""
     start = tables["reference"]
@@ -157,6 +165,7 @@ def figures_of(tables: dict[str, Tensor], scores: Tensor, covered: Tensor) -> di
     above = (scores > scores.diagonal()[:, None]) & ~covered
     return {
         **{name: of_uncovered(table, start, covered) for name, table in tables.items()},
+        "ppo_to_optimum": kl(tables["ppo"], tables["optimum"]) if "ppo" in tables else None,
         "marked": {"cell": list(cell), **{name: float(table[cell]) for name, table in tables.items()}},
         "reward_above_right": float(above.any(1).float().mean()),
     }

@@ -19,10 +19,18 @@ from recipes.study.setting import StudySetting
 from recipes.study.theory_sections import actions_section, grid_section
 
 TITLE = "Is DPO superior to PPO? The study again"
-CHIPS = {"agrees": "good", "contradicts": "warning", "open": "notice", "beside": "notice"}
+CHIPS = {
+    "agrees": "good",
+    "contradicts": "warning",
+    "open": "notice",
+    "beside": "notice",
+    "one seed agrees": "good",
+    "one seed contradicts": "warning",
+}
 HOW_TO_READ = (
     "agrees: the whole 95 % interval lies on the paper's side of zero; contradicts: on the other side; open: it "
-    "holds zero; beside: the paper does not ask. The paper is Xu et al. 2024, arXiv 2404.10719."
+    "holds zero; one seed: the interval is over the prompts of one run, and another run may end elsewhere; "
+    "beside: the paper does not ask. The paper is Xu et al. 2024, arXiv 2404.10719."
 )
 
 

@@ -139,7 +139,8 @@ def _ablated(ablation: AblationSetting, seed: int) -> list[Point]:
     found = []
     for large, whitened, moving in product((False, True), repeat=3):
         letters = "".join(word for word, on in (("B", large), ("A", whitened), ("E", moving)) if on) or "none"
-        reference = [f"reference.ref_model_mixup_alpha={ablation.ema_rate:g}"] if moving else []
+        rate = ablation.large_ema_rate if large else ablation.small_ema_rate
+        reference = [f"reference.ref_model_mixup_alpha={rate:g}"] if moving else []
         found.append(
             Point(
                 name=f"ablation_{letters}_seed{seed}",
@@ -182,10 +183,10 @@ def config_of(point: Point, setting: SentimentSetting, folder: Path) -> RunConfi
 def key_of(config: RunConfig, parents: Sequence[str], judging: Sequence[Any]) -> str:
     """What a finished point is known by: its config, whatever folder it is in, its parents' keys, the judging.
 
-    Of the config what is no default, so that a key that is new in a later version changes nothing.
+    Defaults count too: a version of Meshift that has others, or further keys, runs its points again.
     """
     kept_out = {"output_dir", "resume", "overwrite_output_dir"}
-    values = config.model_dump(mode="json", exclude=kept_out, exclude_defaults=True)
+    values = config.model_dump(mode="json", exclude=kept_out)
     for section, key in (("data", "dataset_name"), ("data", "eval_dataset_name")):
         if isinstance(values[section].get(key), str):
             values[section][key] = Path(values[section][key]).name

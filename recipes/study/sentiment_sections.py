@@ -126,7 +126,7 @@ def ablation_section(setting: SentimentSetting, ablated: Ablated) -> Markup:
     words = (
         f"As many completions in all with either batch: {', '.join(ablation.small_batch)} against "
         f"{', '.join(ablation.large_batch)}; each step in 4 mini-batches. Moving reference at "
-        f"{ablation.ema_rate:g} a step. {', '.join(ablation.overrides)}."
+        f"{ablation.small_ema_rate:g} and {ablation.large_ema_rate:g} a step. {', '.join(ablation.overrides)}."
         if ablation is not None
         else ""
     )

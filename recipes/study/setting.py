@@ -65,7 +65,8 @@ class AblationSetting(Section):
         description="overrides of a small batch; as many completions in all as the large"
     )
     large_batch: list[str] = Field(description="overrides of a large one")
-    ema_rate: float = Field(0.001, gt=0, description="of the moving reference, per step")
+    small_ema_rate: float = Field(gt=0, lt=1, description="of the moving reference, per step of a small batch")
+    large_ema_rate: float = Field(gt=0, lt=1, description="per step of a large one: as far per completion")
     overrides: list[str] = Field([], description="of all")
 
 

@@ -22,7 +22,8 @@ from recipes.study.grid import GridSetting, run_seed
 from recipes.study.setting import TheorySetting
 from recipes.study.three_actions import three_actions
 
-FOLDER = "theory"
+FOLDER, FORM = "theory", 2
+"""`FORM` is of what a cell holds: a cell of another form is computed again."""
 
 
 def run_theory(setting: TheorySetting, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -73,7 +74,9 @@ def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
 
 
 def _key(grid: GridSetting, num_seeds: int) -> str:
-    return hashlib.sha256(json.dumps([grid.model_dump(), num_seeds], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([FORM, grid.model_dump(), num_seeds], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _kept(

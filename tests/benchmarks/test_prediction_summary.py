@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.prediction import PLANS, config_of, summary
+from benchmarks.prediction import CASES, config_of, summary
 from meshift.runtime.plans import placements_of
 from meshift.runtime.ppo_run import PPO_METHOD
 
@@ -30,8 +30,9 @@ def test_errors_are_of_steps_and_of_calls_apart_and_the_order_of_pairs_is_counte
 
 def test_the_placements_are_plans_of_the_recipe_over_one_two_and_four_processes():
     sizes = {}
-    for name, plan in PLANS.items():
-        config = config_of(plan)
+    for name, case in CASES.items():
+        config = config_of(case)
+        assert all((role.lora is not None) == ("LoRA" in name) for role in (config.actor, config.critic))
         placements = placements_of(config.plan, PPO_METHOD.uses(config))
         devices = {d for kinds in placements.values() for one in kinds.values() for d in one.mesh.devices}
         sizes.setdefault(len(devices), []).append(name)

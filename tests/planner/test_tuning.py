@@ -39,8 +39,8 @@ def test_what_is_advised_is_the_best_of_all_that_fit():
             if max(peak_bytes(one, hardware, PLACED).values()) <= hardware.usable
         }
         (found,) = better_micro_batches(given, hardware, PLACED)
-        assert found.tokens == min(fitting, key=lambda n: (fitting[n], n))
-        assert found.seconds == pytest.approx(fitting[found.tokens])
+        assert found.value == min(fitting, key=lambda n: (fitting[n], n))
+        assert found.seconds == pytest.approx(fitting[found.value])
         assert found.role == "actor"
 
 

@@ -173,22 +173,43 @@ def test_a_finding_would_be_called_agreement_whatever_came_out():
     low, high = [0.1, 0.2, 0.3, 0.25], [0.61, 0.69, 0.8, 0.76]
     found = {f.claim[:8]: f.verdict for f in sentiment_findings([place("ppo", high), place("dpo", low)])}
     turned = {f.claim[:8]: f.verdict for f in sentiment_findings([place("ppo", low), place("dpo", high)])}
-    assert (found["PPO reac"], turned["PPO reac"]) == ("agrees", "contradicts")
+    assert (found["PPO reac"], turned["PPO reac"]) == ("one seed agrees", "one seed contradicts")
+
+
+def test_prompts_would_make_up_for_seeds():
+    worse = place("dpo", [0.1] * 8).runs
+    seeds = [[0.9] * 8, [0.0] * 8]  # one run far above, one below: over prompts a sure gain, over runs none
+    better = Place(method="ppo", strength=0.1, runs=[place("ppo", true).runs[0] for true in seeds])
+    (found,) = sentiment_findings([better, Place(method="dpo", strength=0.1, runs=[*worse, *worse])])
+    assert found.verdict == "open"
+    assert "difference over seeds 0.350" in found.figures
+
+
+def test_going_furthest_would_pass_for_being_best():
+    far, near, other = place("ppo", [0.9, 0.8]), place("ppo", [0.3, 0.2], 0.5), place("dpo", [0.5, 0.4])
+    far.runs[0]["kl"] = [9.0, 9.0]
+    (found,) = sentiment_findings([far, near, other])
+    assert "with at most that KL it reaches 0.250" in found.figures
+    (found,) = sentiment_findings([far, other])
+    assert "none of its points has a KL of at most 1.0" in found.figures
 
 
 SPANS = ((0.5, 0.1, 0.9), (-0.5, -0.9, -0.1), (0.1, -0.1, 0.3))
 
 
 def test_a_factor_would_be_credited_with_another_ones_effect():
+    lucks = iter((0.02, -0.03, 0.01, 0.0))
     runs = [
-        ({"A": a, "B": b}, {"true": [0.1 + 0.5 * a + noise for noise in (0.0, 0.1, 0.05)]})
+        ({"A": a, "B": b}, {"true": [0.1 + 0.5 * a + luck + noise for noise in (0.0, 0.1, 0.05)]})
         for a in (True, False)
-        for b in (True, False)
+        for b, luck in ((True, next(lucks)), (False, next(lucks)))
     ]
     found = {f.claim: f for f in ablation_findings(runs)}
     assert found["PPO: A raises the true reward"].verdict == "agrees"
     assert found["PPO: B raises the true reward"].verdict == "open"
-    assert "0.500 (0.500 to 0.500)" in found["PPO: A raises the true reward"].figures
+    assert (
+        "over 2 pairs of runs that differ in nothing else 0.490" in found["PPO: A raises the true reward"].figures
+    )
 
 
 def test_a_mark_would_stand_elsewhere_than_its_values_say():

@@ -42,7 +42,11 @@ def test_the_role_that_takes_longest_may_have_most_devices_whichever_it_is(large
     assert len(groups) == 4
     found = score(given, split_by_role(given))
     for shares in (one for one in product(range(1, 6), repeat=4) if sum(one) == 8):
-        areas = {use: (n, sum(shares[:i])) for i, (n, group) in enumerate(zip(shares, groups)) for use in group}
+        areas = {
+            use: (n, sum(shares[:i]))
+            for i, (n, group) in enumerate(zip(shares, groups, strict=True))
+            for use in group
+        }
         assert found <= score(given, _best(given, areas)), shares
     train = split_by_role(given)[Use(largest, "train")]
     assert train.candidate.size > 2

@@ -136,9 +136,9 @@ def _places(problem: Problem, candidates: Sequence[Candidate], choice: Choice) -
     """Every candidate, at every offset where a mesh of another use begins or ends (others are alike)."""
     edges = {0, *(edge for spot in choice.values() for edge in (spot.first, spot.stop))}
     for candidate in candidates:
-        size = candidate.size
-        firsts = {edge // size * size for edge in edges} | {-(-edge // size) * size for edge in edges}
-        firsts |= {(edge - size) // size * size for edge in edges if edge >= size}
+        size, step = candidate.size, problem.stride(candidate.size)
+        firsts = {edge // step * step for edge in edges} | {-(-edge // step) * step for edge in edges}
+        firsts |= {(edge - size) // step * step for edge in edges if edge >= size}
         for first in sorted(firsts):
             if 0 <= first <= problem.num_devices - size:
                 yield Spot(candidate, first)

@@ -107,11 +107,14 @@ def _best(problem: Problem, areas: Mapping[Use, tuple[int, int]]) -> dict[Use, S
     draw = Random(0)
     best = score(problem, choice)
     for _ in range(ROUNDS):
+        before = best
         for use in draw.sample(problem.uses, len(problem.uses)):
             for spot in spots[use]:
                 found = score(problem, {**choice, use: spot})
                 if found < best:
                     choice, best = {**choice, use: spot}, found
+        if best == before:
+            break
     return choice
 
 

@@ -106,6 +106,7 @@ class Problem:
         self.memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
         self.costs = {name: Costs(step.roles[name], hardware, memory) for name, memory in self.memories.items()}
         self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
+        self._layouts: dict[Use, frozenset[Layout]] = {}
         self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
         self.ops = tuple(_ops(step, self))
 
@@ -126,12 +127,22 @@ class Problem:
     @cached_property
     def candidates(self) -> Mapping[Use, tuple[Candidate, ...]]:
         """Of every use, the smallest first; those that are dominated are left out."""
-        every = {use: list(self.all_candidates(use)) for use in self.uses}
+        every = {use: [one for one in self.all_candidates(use) if self._is_shared(use, one)] for use in self.uses}
         fitting = {use: self._fitting(use, found) for use, found in every.items()}
         found: dict[Use, tuple[Candidate, ...]] = {}
         for use in sorted(self.uses, key=lambda use: use != self.home(use.role)):
             found[use] = tuple(self._undominated(use, fitting, found))
         return {use: found[use] for use in self.uses}
+
+    def _is_shared(self, use: Use, one: Candidate) -> bool:
+        """Whether all uses of its role can run in this layout, where they must."""
+        others = [other for other in self.uses if other.role == use.role and self.is_bound(use.role)]
+        return all(one.layout in self._layouts_of(other) for other in others)
+
+    def _layouts_of(self, use: Use) -> frozenset[Layout]:
+        if use not in self._layouts:
+            self._layouts[use] = frozenset(self.layouts(use))
+        return self._layouts[use]
 
     def sizes(self) -> list[int]:
         """Sizes of meshes: within a host all (on one host), else those that divide it; and whole hosts.
@@ -169,7 +180,7 @@ class Problem:
         return self.num_devices > min(self.hardware.per_host, FREE_DEVICES)
 
     def is_bound(self, role: str) -> bool:
-        """Whether all calls of the role have one placement: of a trained role that is offloaded (`spread_role`)."""
+        """Whether all calls of the role have one placement: a trained one that is offloaded (`spread_role`)."""
         return self.step.roles[role].offloaded and self.step.roles[role].trained
 
     def layouts(self, use: Use) -> Iterator[Layout]:
@@ -273,7 +284,10 @@ class Problem:
     def _undominated(
         self, use: Use, fitting: Mapping[Use, Sequence[Candidate]], found: Mapping[Use, Sequence[Candidate]]
     ) -> Iterator[Candidate]:
-        """`found` has what is left of the homes, if this is none."""
+        """`found` has what is left of the homes, if this is none. Of a role with one placement all are left."""
+        if self.is_bound(use.role):
+            yield from sorted(fitting[use], key=lambda one: one.size)
+            return
         by_size: dict[int, list[Candidate]] = {}
         moving: dict[Layout, float] = {}
         home = self.home(use.role)

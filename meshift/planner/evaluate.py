@@ -87,10 +87,11 @@ def replay(
 
 def _there(step: Step, hardware: Hardware, placements: Placements) -> tuple[Step, Hardware]:
     """As it is for these processes; offloading without another memory is none."""
-    return _offloading(step, hardware), hardware.shared_by(len(_devices(placements)))
+    return offloading_there(step, hardware), hardware.shared_by(len(_devices(placements)))
 
 
-def _offloading(step: Step, hardware: Hardware) -> Step:
+def offloading_there(step: Step, hardware: Hardware) -> Step:
+    """The step, with no role offloaded where the device's memory is the host's."""
     return step.never_away() if hardware.machine.packs else step
 
 
@@ -324,7 +325,7 @@ def _lead(task: _Task, earlier: _Task) -> float:
 
 def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[str, float]:
     """For each call, bytes on the device of its mesh that needs the most, counted device by device."""
-    step = _offloading(step, hardware)
+    step = offloading_there(step, hardware)
     memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
     kept: dict[Device, dict[str, int]] = {}
     for name, of_role in placements.items():

@@ -5,10 +5,10 @@ They change no result but its last bits. It knows nothing of how plans are found
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, log2
 from typing import Literal
 
 from meshift.layout.layout import Layout
@@ -28,7 +28,7 @@ WORTHWHILE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A key of a role's plan, and the seconds of a step with it and all settings before."""
+    """A key of a role's plan that differs from the config's, and the seconds of a step with it and all before."""
 
     role: str
     key: Literal["max_tokens_per_micro_batch", "num_slots"]
@@ -44,9 +44,46 @@ def better_settings(
 ) -> list[Setting]:
     """Slots, then micro-batches."""
     slots = better_slots(step, hardware, placements, streaming=streaming)
-    for one in slots:
-        step = step.with_slots(one.role, one.value)
+    step = with_settings(step, slots)
     return [*slots, *better_micro_batches(step, hardware, placements, streaming=streaming)]
+
+
+def with_settings(step: Step, settings: Iterable[Setting]) -> Step:
+    """The step as it is with them."""
+    trained = [name for name, role in step.roles.items() if role.trained]
+    for one in settings:
+        if one.key == "num_slots":
+            step = step.with_slots(one.role, one.value)
+        else:
+            step = _with_tokens(step, one.role, one.value, trained)
+    return step
+
+
+def settings_of(step: Step, asked: Step, seconds: float) -> Iterator[Setting]:
+    """What a plan has to set, so that a run of the config of `asked` makes `step`, which takes so long."""
+    for name, role in step.roles.items():
+        slots = {c.num_slots for c in step.calls if _draws(c, name)}
+        if slots != {c.num_slots for c in asked.calls if _draws(c, name)}:
+            yield Setting(role=name, key="num_slots", value=max(slots), seconds=seconds)
+        tokens = role.passes.max_tokens_per_micro_batch
+        if role.trained and tokens != asked.roles[name].passes.max_tokens_per_micro_batch:
+            yield Setting(role=name, key="max_tokens_per_micro_batch", value=tokens, seconds=seconds)
+
+
+def smaller_passes(step: Step, halvings: int) -> Step:
+    """With micro-batches of trained roles (and of those that are read with them) halved so many times."""
+    trained = [name for name, role in step.roles.items() if role.trained]
+    for name in trained:
+        tokens = step.roles[name].passes.max_tokens_per_micro_batch >> halvings
+        step = _with_tokens(step, name, max(1, tokens), trained)
+    return step
+
+
+def most_halvings(step: Step) -> int:
+    """After which a micro-batch of any trained role is one text, so that more would change nothing."""
+    longest = min(call.texts.longest for call in step.calls)
+    most = max(role.passes.max_tokens_per_micro_batch for role in step.roles.values() if role.trained)
+    return max(0, ceil(log2(most / longest)))
 
 
 def better_slots(

@@ -26,8 +26,8 @@ SPARED, LEAST_SPARED = 0.2, 0.05
 """Of a device's memory: fewer slots that spare less are no candidate of their own; and of the fewest there are."""
 FREE_DEVICES = 8
 """Of one host, up to which a mesh may begin at any device."""
-MOST_HOSTS = 16
-"""Up to which any number of hosts, from any host on, is a mesh."""
+FEW_HOSTS, FREE_HOSTS = 8, 16
+"""Up to which any number of hosts is a mesh, and up to which one begins at any host."""
 MAX_STAGES = 32
 """More stages than this do not pay for themselves, and make for many layouts."""
 
@@ -154,7 +154,7 @@ class Problem:
             return list(range(1, num_devices + 1))
         hosts = num_devices // per_host
         wholes = {k for i in range(hosts.bit_length()) for k in (1 << i, 3 << i) if k <= hosts} | {hosts}
-        if hosts <= MOST_HOSTS:
+        if hosts <= FEW_HOSTS:
             wholes = set(range(1, hosts + 1))
         return [n for n in range(1, per_host) if per_host % n == 0] + [per_host * k for k in sorted(wholes)]
 
@@ -170,7 +170,7 @@ class Problem:
         per_host = self.hardware.per_host
         if self.num_devices <= min(per_host, FREE_DEVICES):
             return 1
-        if size >= per_host and self.num_devices <= MOST_HOSTS * per_host:
+        if size >= per_host and self.num_devices <= FREE_HOSTS * per_host:
             return per_host
         return size
 

@@ -7,7 +7,7 @@ counted device by device, and moves take the bytes of real reallocation plans. I
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshift.graph.calls import Kind
@@ -79,10 +79,23 @@ def replay(
     streaming: bool = True,
 ) -> Iterator[list[Event]]:
     """The events of a step, once for each of `drawn`: costs of some of its calls; moves are planned once."""
+    play = player(step, hardware, placements, streaming=streaming)
+    for costs in drawn:
+        yield play(costs)
+
+
+Player = Callable[[Mapping[str, Cost]], list[Event]]
+
+
+def player(step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True) -> Player:
+    """The step's events by costs of some of its calls; its moves are planned here, once."""
     step, hardware = _there(step, hardware, placements)
     tasks = _tasks(step, hardware, placements, streaming)
-    for costs in drawn:
-        yield _play([_with_cost(task, costs.get(task.name)) for task in tasks], hardware)
+
+    def play(costs: Mapping[str, Cost]) -> list[Event]:
+        return _play([_with_cost(task, costs.get(task.name)) for task in tasks], hardware)
+
+    return play
 
 
 def _there(step: Step, hardware: Hardware, placements: Placements) -> tuple[Step, Hardware]:

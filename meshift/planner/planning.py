@@ -198,7 +198,7 @@ def _with_smaller_passes(problem: Problem, seconds: float) -> tuple[Problem, Cho
     middle = high  # the smallest first: where these do not help, none do
     while low <= high:
         halved = _of_step(problem, smaller_passes(problem.step, middle))
-        choice = search(halved, seconds=min(2.0, 0.1 * seconds))
+        choice = search(halved, seconds=min(2.0, 0.1 * seconds), any_that_fits=True)
         if score(halved, choice).excess > 0:
             low = middle + 1
         else:

@@ -24,7 +24,7 @@ MOST_HOSTS = 1024
 """That are advised."""
 TRY_SECONDS = 1.0
 """For each search."""
-ALL_SECONDS = 25.0
+ALL_SECONDS = 15.0
 """After which no further change is tried."""
 TOLD = 6
 """Changes at most."""
@@ -140,9 +140,23 @@ def _fits(problem: Problem, step: Step, count: int, hardware: Hardware | None = 
     away = replace(small, roles={name: replace(role, offloaded=True) for name, role in small.roles.items()})
     for one in (small, *([] if hardware.machine.packs else [away])):
         tried = Problem(one, hardware, count, streaming=problem.streaming, sharding=problem.sharding)
-        if score(tried, search(tried, seconds=TRY_SECONDS)).excess == 0:
-            return True
+        if _may_fit(tried):
+            found = search(tried, seconds=TRY_SECONDS, any_that_fits=True)
+            if score(tried, found).excess == 0:
+                return True
     return False
+
+
+def _may_fit(problem: Problem) -> bool:
+    """Whether each use fits alone, and all devices together have what roles keep at least."""
+    kept = 0
+    for use, found in problem.candidates.items():
+        away, is_home = problem.step.roles[use.role].offloaded, use == problem.home(use.role)
+        least = min((one.kept if is_home or away else one.copy) + max(one.working.values()) for one in found)
+        if least > problem.capacity:
+            return False
+        kept += 0 if away or not is_home else min(one.kept * one.size for one in found)
+    return kept <= problem.num_devices * problem.capacity
 
 
 def _of_trained(step: Step, change: Callable[[Role], Role]) -> Step:

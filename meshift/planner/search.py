@@ -36,25 +36,40 @@ def score(problem: Problem, choice: Choice) -> Score:
     return Score(excess_bytes(problem, choice), max(bar.end for bar in bars), used)
 
 
-def search(problem: Problem, *, seconds: float = 5.0, seed: int = 0, hints: Iterable[Choice] = ()) -> Choice:
+def search(
+    problem: Problem,
+    *,
+    seconds: float = 5.0,
+    seed: int = 0,
+    hints: Iterable[Choice] = (),
+    any_that_fits: bool = False,
+) -> Choice:
     """The best plan found in so many seconds, from `hints` and beginnings of its own.
 
-    First where each use has few layouts to choose from, then among all that are left.
+    First where each use has few layouts to choose from, then among all that are left. `any_that_fits`: the first
+    that does is enough.
     """
     begun, draw = time.monotonic(), Random(seed)
     starts = sorted((dict(first) for first in (*hints, *beginnings(problem))), key=partial(score, problem))
-    best = _explore(problem, _quick(problem, problem.candidates), starts, draw, begun + seconds / 2)
-    return _explore(problem, problem.candidates, [best], draw, begun + seconds)
+    few, ends = _quick(problem, problem.candidates), begun + seconds
+    best = _explore(problem, few, starts, draw, begun + seconds / 2, any_that_fits=any_that_fits)
+    return _explore(problem, problem.candidates, [best], draw, ends, any_that_fits=any_that_fits)
 
 
 def _explore(
-    problem: Problem, candidates: Candidates, starts: Sequence[Choice], draw: Random, deadline: float
+    problem: Problem,
+    candidates: Candidates,
+    starts: Sequence[Choice],
+    draw: Random,
+    deadline: float,
+    *,
+    any_that_fits: bool,
 ) -> dict[Use, Spot]:
     """Descend from the starts, then from disturbed versions of the best."""
     best, best_score = dict(starts[0]), score(problem, starts[0])
     disturbed = (_disturbed(problem, candidates, best, draw) for _ in range(MAX_DISTURBANCES))
     for first in chain(starts, disturbed):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (any_that_fits and best_score.excess == 0):
             break
         if best_score.excess == 0:
             candidates = _left(problem, candidates, best_score.seconds)

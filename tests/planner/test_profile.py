@@ -206,7 +206,7 @@ def eight(**changes):
 
 
 def test_every_number_of_processes_is_tried_and_the_bound_is_of_all_of_them():
-    planned = make_plan(step(), eight(), 8, seconds=8)
+    planned = make_plan(step(), eight(), 8, seconds=4)
     by_count = {}
     for count in (1, 2, 4):
         problem = Problem(step(), eight(), count)

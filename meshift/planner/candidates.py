@@ -196,8 +196,19 @@ class Problem:
                     if pipeline > min(config.num_layers, MAX_STAGES) or data > rows:
                         continue
                     yield Layout(data=data, tensor=tensor, pipeline=pipeline)
-                    if self.sharding and data > 1 and use.kind != "generate":
+                    if data > 1 and self._may_shard(use):
                         yield Layout(data=data, tensor=tensor, pipeline=pipeline, sharded=True)
+
+    def _may_shard(self, use: Use) -> bool:
+        """Whether data ranks may each keep some rows.
+
+        Not where weights are drawn with, nor of adapters whose sums with their matrices another role follows: a
+        run by plan needs both whole there, and refuses such a config.
+        """
+        followed = any(mixing.source == use.role for mixing in self.step.mixings)
+        adapted = self.step.roles[use.role].config.adapter is not None
+        sums = followed and adapted and use == self.home(use.role)
+        return self.sharding and use.kind != "generate" and not sums
 
     def fewer_slots(self, use: Use, layout: Layout) -> Iterator[int]:
         """Slots of a generation below what it has by the config, the most first.

@@ -74,7 +74,11 @@ def join(placement: Placement, device: Device, ranks: Mapping[Device, int]) -> P
             peers = _form(of_line, line.index(own) if own in line else None, two_ways=axis == "pipeline")
             if peers is not None:
                 found[axis] = peers
-    return None if own is None else Place(layout=layout, coordinates=layout.coordinates(own), **found)
+    if own is None:
+        return None
+    tensor, data, pipeline = found["tensor"], found["data"], found["pipeline"]
+    where = layout.coordinates(own)
+    return Place(layout=layout, coordinates=where, tensor=tensor, data=data, pipeline=pipeline)
 
 
 def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup | None:

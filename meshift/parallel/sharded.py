@@ -183,6 +183,8 @@ def passes_of(model: Decoder, place: Place | None) -> Passes:
     if place is not None and place.layout.sharded and place.data.group is not None:
         return ShardedPasses(model, place.data, place.device)
     if place is not None and place.device is not None:
-        for parameter in model.parameters():
-            parameter.data = copied(parameter.detach(), place.device)
+        for name, parameter in list(model.named_parameters()):
+            owner, _, own = name.rpartition(".")
+            there = nn.Parameter(copied(parameter.detach(), place.device), parameter.requires_grad)
+            setattr(model.get_submodule(owner), own, there)
     return Passes()

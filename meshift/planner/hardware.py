@@ -6,6 +6,7 @@ It knows nothing of models or layouts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, isfinite
@@ -26,9 +27,9 @@ class Hardware:
     of them large matrix products and long reads reach. `near_rate` is the link within a host, `far_rate` its
     part of the network between hosts, `host_rate` the way to the host's memory; `link_share` of them is reached.
     `near_delay` and `far_delay` are seconds for a message, `layer_delay` for starting one layer's operations.
-    `reserve`: bytes that the runtime, libraries and fragments take. With a `profile` what was measured stands for
-    all of these but memory and the network between hosts; `processes` are those of a plan on a host, which share
-    its processors where it has no devices (`Profile.cores`).
+    `reserve`: bytes that the runtime, libraries, buffers of NCCL's groups and fragments take. What a `profile`
+    measured stands for all of these but memory and the network between hosts; `processes` are those of a plan on
+    a host, which share its processors where it has no devices (`Profile.cores`).
     """
 
     name: str
@@ -125,26 +126,48 @@ class Hardware:
         return replace(self, **{key: getattr(self, key) * factor for key, factor in factors.items()})
 
 
-def _gpu(name: str, memory: float, bfloat16: float, rate: float, near: float, far: float, pcie: float) -> Hardware:
-    flops = MappingProxyType({"bfloat16": bfloat16, "float32": bfloat16 / 2})  # TF32 products
+def _gpu(
+    name: str, memory: float, peaks: tuple[float, float], rate: float, near: float, far: float, pcie: float
+) -> Hardware:
+    flops = MappingProxyType(dict(zip(COMPUTED_IN, peaks, strict=True)))
     return Hardware(
         name=name, memory=memory, flops=flops, memory_rate=rate, near_rate=near, far_rate=far, host_rate=pcie
     )
 
 
+COMPUTED_IN = ("bfloat16", "float32")
+"""Of the data sheets' peaks, dense products in bfloat16, and fp32 without TF32, which runs do not turn on."""
+
+
 KNOWN: Mapping[str, Hardware] = MappingProxyType(
     {
-        # NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 2039 GB/s, NVLink 600 GB/s (two ways); DGX: 8 x 200 Gb/s.
-        "a100": _gpu("a100", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9),
-        # NVIDIA H100 SXM datasheet: 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s; DGX: 8 x 400 Gb/s.
-        "h100": _gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),
+        # NVIDIA A100 80GB SXM datasheet: 312 and 19.5 TFLOP/s, 2039 GB/s, NVLink 600 GB/s both ways; 8 x 200 Gb/s.
+        "a100": _gpu("a100", 85e9, (312e12, 19.5e12), 2.039e12, 300e9, 25e9, 32e9),
+        # NVIDIA H100 SXM datasheet: 989 and 67 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s; DGX: 8 x 400 Gb/s.
+        "h100": _gpu("h100", 84.9e9, (989e12, 67e12), 3.35e12, 450e9, 50e9, 64e9),
         # NVIDIA H200 SXM datasheet: 141 GB, 4.8 TB/s, else as H100.
-        "h200": _gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
-        # NVIDIA DGX B200 datasheet: 180 GB, 8 TB/s, 2.25 PFLOP/s dense, NVLink 1.8 TB/s; 8 x 400 Gb/s.
-        "b200": _gpu("b200", 180e9, 2250e12, 8e12, 900e9, 50e9, 64e9),
+        "h200": _gpu("h200", 150e9, (989e12, 67e12), 4.8e12, 450e9, 50e9, 64e9),
+        # NVIDIA DGX B200 datasheet: 180 GB, 8 TB/s, 2250 and 75 TFLOP/s dense, NVLink 1.8 TB/s; 8 x 400 Gb/s.
+        "b200": _gpu("b200", 191e9, (2250e12, 75e12), 8e12, 900e9, 50e9, 64e9),
     }
 )
-"""By the names that `--hardware` takes. Shares and delays are estimates, to be replaced by a profile."""
+"""By the names that `--hardware` takes. Memory is about what CUDA says that such a device has (the names'
+GB are nearer to GiB). Shares and delays are estimates, to be replaced by a profile."""
+SAME_MEMORY = 0.05
+"""A device whose memory differs by more from a known one's of its name is another edition."""
+
+
+def like_named(name: str, memory: float) -> tuple[Hardware, bool]:
+    """The known device whose rates stand for those of one that CUDA gives this name and so many bytes.
+
+    And whether it is that device: its name is a word of the other's, which is of no slower edition. What is unlike
+    all of them is taken to be an A100.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    found = next((one for key, one in KNOWN.items() if key in words), None)
+    if found is None:
+        return KNOWN["a100"], False
+    return found, not words & {"pcie", "nvl"} and abs(memory / found.memory - 1) <= SAME_MEMORY
 
 
 def find_hardware(name: str) -> Hardware:
@@ -176,7 +199,6 @@ def from_values(values: Mapping[str, Any]) -> Hardware:
 NO_RATES = ("reserve", "near_delay", "far_delay", "layer_delay")
 """Numbers that may be 0."""
 COUNTS = ("per_host", "processes")
-COMPUTED_IN = ("bfloat16", "float32")
 
 
 def _check(key: str, value: object) -> None:

@@ -2,8 +2,9 @@
 
 What is kept follows from the shard table and is exact. What a call needs on top follows `training/`, `generation/`
 and `parallel/` as they are; measured activations are 0.8 to 1.1 of what is said here, and the peak of training a
-real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`). Allocators' fragments, the runtime's own memory and
-libraries are not counted. It knows nothing of time.
+real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`). What generation had is freed when a rollout ends
+where a device has other calls, but for a cache of at most 256 MiB (`runtime.role.KEPT_CACHE_BYTES`). That,
+allocators' fragments, the runtime's own memory and libraries are not counted. It knows nothing of time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
     begun = _begun_plan(config) if config.resume else None
     if begun is not None:
         observer.on_message(f"the plan is the one that the run in {config.output_dir} was begun with")
-        return Settled(config=config.model_copy(update={"plan": begun}))
+        return Settled(config=_with_plan(config, begun))
     if config.launch.launcher == "ray" and auto.devices is None:
         raise ConfigError(
             "`plan: auto` over Ray has to be told how many devices there are; set `plan.auto.devices`"
@@ -62,7 +63,14 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
     plan = _plan_config(config, planned)
     observer.on_message(_in_a_sentence(planned, count, measured=measured))
-    return Settled(config=config.model_copy(update={"plan": plan}), found=_found(planned, auto, count))
+    return Settled(config=_with_plan(config, plan), found=_found(planned, auto, count))
+
+
+def _with_plan(config: C, plan: PlanConfig) -> C:
+    """The config with a plan, both held against each other as where a user writes them."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["plan"] = plan.model_dump(mode="json", exclude_unset=True)
+    return make_config(type(config), values, "the plan that was found")
 
 
 def _begun_plan(config: C) -> PlanConfig | None:
@@ -77,28 +85,35 @@ def _begun_plan(config: C) -> PlanConfig | None:
 def _plan_config(config: RunConfig, planned: Planned) -> PlanConfig:
     """The choice as the config's `plan`; nothing of placements where one process is all."""
     values = planned.values
-    per_host = planned.problem.hardware.per_host
     used = {device for event in planned.events for device in event.devices}
     if len(used) == 1:
         bare = {role: {k: v for k, v in given.items() if k not in KINDS} for role, given in values.items()}
         values = {role: given for role, given in bare.items() if given}
     elif any(device.host for device in used):
-        values = {role: _counted_through(given, per_host) for role, given in values.items()}
+        numbers = _numbers(used)
+        values = {role: _counted_through(given, numbers) for role, given in values.items()}
     return make_config(type(config.plan), values, "the plan that was found")
 
 
-def _counted_through(given: Mapping[str, Any], per_host: int) -> dict[str, Any]:
+def _numbers(used: Collection[Device]) -> dict[Device, int]:
+    """Devices with work, counted without gaps: a run starts a process for each.
+
+    Hosts of which most is used come first, so that processes that are started host by host meet as planned.
+    """
+    sizes = Counter(device.host for device in used)
+    order = sorted(used, key=lambda d: (-sizes[d.host], int(d.host.removeprefix("node") or 0), d.index))
+    return {device: number for number, device in enumerate(order)}
+
+
+def _counted_through(given: Mapping[str, Any], numbers: Mapping[Device, int]) -> dict[str, Any]:
     """A role's placements with devices that count through all hosts, since their names are not known."""
     found: dict[str, Any] = {}
     for kind, placement in given.items():
         if kind not in KINDS:
             found[kind] = placement
             continue
-        numbers = [
-            per_host * int(device.host.removeprefix("node") or 0) + device.index
-            for device in Mesh.parse(placement["mesh"]).devices
-        ]
-        mesh = Mesh(devices=tuple(Device(index=number) for number in numbers))
+        devices = Mesh.parse(placement["mesh"]).devices
+        mesh = Mesh(devices=tuple(Device(index=numbers[device]) for device in devices))
         found[kind] = {**placement, "mesh": str(mesh)}
     return found
 
@@ -111,7 +126,7 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
     fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
     tuned = "".join(f"; {count} completions at a time, since more do not fit" for count in fewer)
-    tuned += "".join(f"; {one.seconds:.3g} s with {one}, which it sets" for one in planned.settings)
+    tuned += "".join(f"; with {one}, which it sets" for one in planned.settings if one.value not in fewer)
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
     bound = f"no plan below {planned.proof.bound:.3g} s"
     return (

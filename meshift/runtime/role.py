@@ -33,8 +33,8 @@ from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
 
 KEPT_CACHE_BYTES = 256 * 2**20
-"""Key-value memory that a trained role may keep while it trains. A larger one is freed after every rollout: its
-fresh pages then cost some tenths of a second a step, small beside a rollout of that size."""
+"""Key-value memory that a role may keep while its device does something else, as training. A larger one is
+freed after every rollout: fresh pages then cost some tenths of a second a step, small beside such a rollout."""
 
 
 def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> LocalRole:
@@ -45,7 +45,8 @@ def open_role(name: str, model: str, head: HeadKind, dtype: torch.dtype) -> Loca
 class LocalRole:
     """Meets `step.Role` with one model on one device.
 
-    A role that is trained too keeps at most `KEPT_CACHE_BYTES` of key-value memory through its training. With a
+    A role that is trained too, or whose device has other calls, keeps at most `KEPT_CACHE_BYTES` of key-value
+    memory after a rollout, and no copy of its weights. With a
     `place`, `model` is that rank's part, and each process of the placement gives its role the same calls with the
     same whole batch: all get the same whole outcome.
     """
@@ -70,6 +71,7 @@ class LocalRole:
         self.seed = seed
         self.trainer = TrainingEngine(model, config, trainable=trainable, name=name, place=place)
         self.generator: GenerationEngine | None = None
+        self._lends = trainable
         self._peak_rate = PeakRate()
         self._ages = Ages(name)
         self._mixed: dict[str, torch.Tensor] = {}
@@ -136,8 +138,14 @@ class LocalRole:
         sizes = [(p.numel(), learns and p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, trained in sizes if not trained)
 
-    def can_generate(self, num_slots: int, decode: Callable[[list[int]], str]) -> LocalRole:
-        """Give the role a generation engine over its own weights."""
+    def can_generate(
+        self, num_slots: int, decode: Callable[[list[int]], str], *, lends: bool = False
+    ) -> LocalRole:
+        """Give the role a generation engine over its own weights.
+
+        `lends`: other calls run on its device before the next rollout, and have the memory of this one.
+        """
+        self._lends = self._lends or lends
         stages = None if self.trainer.ranks is None else self.trainer.ranks.stages
         self.generator = GenerationEngine(self.model, num_slots=num_slots, decode=decode, stages=stages)
         return self
@@ -150,10 +158,9 @@ class LocalRole:
         assert self.generator is not None, f"role {self.name} has no generation engine"
         with self._here():
             completed = self._rollout(self.generator, task, batch, on_part)
-        is_trained = self.trainer.optimizer is not None
-        if is_trained or self.trainer.passes.is_sharded:
+        if self._lends or self.trainer.passes.is_sharded:
             self.generator.release_weights()  # an update will change them, or only some rows are to be kept here
-        if is_trained and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
+        if self._lends and self.generator.num_kept_bytes > KEPT_CACHE_BYTES:
             self.generator.release()
         num_tokens = int(completed["completion_lengths"].values.sum())
         return Outcome(batch=completed, metrics={"perf/generated_tokens": num_tokens})

@@ -66,9 +66,18 @@ class RoleSpec:
         return learns_beside and same and still and model_folder(self.model) == model_folder(other.model)
 
     def make(
-        self, model: Decoder, place: Place | None = None, trainable: bool | None = None, *, offload: bool = False
+        self,
+        model: Decoder,
+        place: Place | None = None,
+        trainable: bool | None = None,
+        *,
+        offload: bool = False,
+        lends: bool = False,
     ) -> LocalRole:
-        """The role with this model, or its part of it at `place`; trained if the spec says so, or as given."""
+        """The role with this model, or its part of it at `place`; trained if the spec says so, or as given.
+
+        `lends` is as in `LocalRole.can_generate`.
+        """
         role = LocalRole(
             self.name,
             model,
@@ -79,7 +88,7 @@ class RoleSpec:
             place=place,
             offload=offload,
         )
-        return role if self.decode is None else role.can_generate(self.num_slots, self.decode)
+        return role if self.decode is None else role.can_generate(self.num_slots, self.decode, lends=lends)
 
 
 class Opener(Protocol):

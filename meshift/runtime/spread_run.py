@@ -92,10 +92,20 @@ class SpreadOpener:
 
     def open(self, spec: RoleSpec) -> Everywhere:
         """See `Opener`."""
-        make = partial(spec.make, offload=spec.name in self._offloaded)
+        make = partial(spec.make, offload=spec.name in self._offloaded, lends=self._lends(spec.name))
         opened = partial(spec.open_model, to_cut=True)
         given = (self._placements[spec.name], self._world, opened, make)
         return Everywhere(SpreadRole(spec.name, *given, spec.config))
+
+    def _lends(self, generator: str) -> bool:
+        """Whether this process has other calls than a role's rollouts."""
+        here = {
+            (role, kind)
+            for role, kinds in self._placements.items()
+            for kind, placement in kinds.items()
+            if self._world.device in placement.mesh.devices
+        }
+        return bool(here - {(generator, "generate")})
 
 
 def spread_job(job: Job, world: World, launch: LaunchConfig) -> tuple[Job, Mapping[str, SpreadRole]]:

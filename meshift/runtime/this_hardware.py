@@ -6,11 +6,12 @@ It knows nothing of plans.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 
-from meshift.planner.hardware import KNOWN, Hardware, find_hardware
+from meshift.planner.hardware import Hardware, find_hardware, like_named
 from meshift.planner.memory import Machine
 from meshift.runtime.machine import machine_memory
 from meshift.runtime.models import device_for_run, fast_bfloat16
@@ -54,12 +55,19 @@ def hardware_of_run(
         return find_hardware(name), True
     device = device_for_run()
     if device.type == "cuda" and name is None:
-        told = torch.cuda.get_device_name(device).lower()
-        known = next((hardware for key, hardware in KNOWN.items() if key in told), None)
-        return (known, True) if known is not None else (KNOWN["a100"], False)
+        return gpu_here(device)
     if measure or profile_path((dtype,)).is_file():
         return named_hardware(CPU, (dtype,), observer), True
     return guessed_cpu(), False
+
+
+def gpu_here(device: torch.device) -> tuple[Hardware, bool]:
+    """This machine's GPUs, with their number and memory, at the rates of a known kind; whether they are of it."""
+    told = torch.cuda.get_device_properties(device)
+    alike, is_known = like_named(told.name, float(told.total_memory))
+    name = alike.name if is_known else f"{told.name} at the rates of {alike.name}, which are assumed"
+    here = replace(alike, name=name, memory=float(told.total_memory), per_host=torch.cuda.device_count())
+    return here, is_known
 
 
 def guessed_cpu() -> Hardware:

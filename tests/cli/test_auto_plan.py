@@ -1,13 +1,21 @@
 """`--plan auto` and `--plan file`: a plan is chosen, or read, before the launch; it is run, and written down."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from meshift.cli.main import main
+from meshift.config.loading import make_config
+from meshift.config.plan import PPOPlan
+from meshift.config.runs import PPORunConfig
+from meshift.errors import ConfigError
+from meshift.layout.mesh import Mesh
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Machine
+from meshift.runtime import auto_plan
+from meshift.runtime.plans import num_processes, placements_of
 
 POLICY = ("grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "remax", "online-dpo", "raft")
 GIVEN = ("sft", "reward", "dpo", "orpo", "simpo", "kto")
@@ -264,3 +272,38 @@ def test_a_plan_that_is_none_is_named_in_one_sentence(room, capsys, words, said)
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+def test_devices_without_work_on_several_hosts_leave_gaps():
+    given = {
+        "actor": {
+            "train": {"mesh": "node0:0-2", "layout": "d1t3p1"},
+            "generate": {"mesh": "node1:0-3", "layout": "t4"},
+        },
+        "reference": {"infer": {"mesh": "node0:2,node1:0", "layout": "d2"}, "offload": True},
+    }
+    used = {
+        device
+        for role in given.values()
+        for kind, placement in role.items()
+        if kind != "offload"
+        for device in Mesh.parse(placement["mesh"]).devices
+    }
+    planned = SimpleNamespace(values=given, events=[SimpleNamespace(devices=used)])
+    plan = auto_plan._plan_config(SimpleNamespace(plan=PPOPlan(auto={})), planned)
+    assert plan.actor.train.mesh == "4-6"
+    assert plan.actor.generate.mesh == "0-3", "of a whole host, as processes are started host by host"
+    assert plan.reference.infer.mesh == "6,0"
+    assert plan.reference.offload
+    assert num_processes(placements_of(plan, {"actor": ("generate", "train"), "reference": ("infer",)})) == 7
+
+
+def test_a_plan_that_the_config_forbids_is_run(room):
+    values = room.values()
+    values["reference"] = {"sync_ref_model": True}
+    values["actor"]["lora"] = {"rank": 2}
+    config = make_config(PPORunConfig, {**values, "plan": "auto"})
+    allowed = PPOPlan(actor={"train": {"mesh": "0-1", "layout": "d2"}})
+    assert auto_plan._with_plan(config, allowed).plan == allowed
+    with pytest.raises(ConfigError, match="the reference follows whole matrices"):
+        auto_plan._with_plan(config, PPOPlan(actor={"train": {"mesh": "0-1", "layout": "d2t1p1s"}}))

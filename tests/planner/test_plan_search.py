@@ -1,12 +1,15 @@
 """Searches find what counting through finds; bounds hold; plans keep to devices, order and memory."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 from tiny_steps import device, llama, problem, step, texts
 
 from meshift.config.plan import PPOPlan
+from meshift.config.sections import LoraConfig, TrainableConfig
 from meshift.layout.layout import Layout, Placement
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.planner.bounds import least_seconds, reduced
 from meshift.planner.brute_force import all_spots, brute_force
 from meshift.planner.candidates import Problem
@@ -172,3 +175,15 @@ def test_devices_without_work_get_no_number():
     }
     meshes = {str(p.mesh) for kinds in placements_of(given, apart).values() for p in kinds.values()}
     assert meshes == {"0", "1"}
+
+
+def test_adapters_that_a_reference_follows_are_not_cut_into_rows():
+    """A config with such a plan is refused: sums of matrices and their adapters need both whole."""
+    given = TrainableConfig(lora=LoraConfig(rank=4))
+    adapted = replace(llama(), adapter=adapter_for(llama(), given.lora, 0))
+    for model, moves, offered in ((adapted, True, False), (adapted, False, True), (llama(), True, True)):
+        small = step("dpo", actor=model)
+        small = small if moves else replace(small, mixings=())
+        found = Problem(small, device(), 4)
+        sharded = {use.role for use in found.uses for layout in found.layouts(use) if layout.sharded}
+        assert sharded == ({"actor", "reference"} if offered else {"reference"})

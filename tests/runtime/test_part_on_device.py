@@ -16,9 +16,11 @@ from meshift.models.hf.save import save_model
 from meshift.models.shards import shard_table
 from meshift.realloc.execute import Site
 from meshift.runtime import models, spread_role
+from meshift.runtime.observer import SilentObserver
 from meshift.runtime.role import LocalRole
 from meshift.runtime.role_spec import RoleSpec
 from meshift.runtime.spread_role import SpreadRole
+from meshift.runtime.spread_run import SpreadOpener
 from meshift.runtime.whole_model import put_together
 from meshift.runtime.world import World
 
@@ -115,3 +117,24 @@ def check_saving(rank, folder):
 def test_a_model_put_together_in_parts_would_be_another(tmp_path):
     save_model(family_model("llama-tied"), tmp_path / "model")
     run_gang(2, check_saving, tmp_path, tmp_path / "model")
+
+
+DRAWS, TRAINS, READS = ("actor", "generate"), ("actor", "train"), ("reference", "infer")
+
+
+@pytest.mark.parametrize(
+    ("calls", "lends"),
+    [
+        ({DRAWS: ("1", "d1"), TRAINS: ("0", "d1")}, (True, False)),
+        ({DRAWS: ("1", "d1"), TRAINS: ("0", "d1"), READS: ("1", "d1")}, (True, True)),
+        ({DRAWS: ("0-1", "d2"), TRAINS: ("0", "d1")}, (True, False)),
+        ({DRAWS: ("0-1", "d2"), TRAINS: ("0-1", "t2")}, (True, True)),
+    ],
+)
+def test_a_device_that_trains_or_reads_too_would_keep_the_memory_of_rollouts(calls, lends):
+    placements = {role: {} for role, _ in calls}
+    for (role, kind), placement in calls.items():
+        placements[role][kind] = Placement.parse(*placement)
+    ranks = {Device(index=i): i for i in range(2)}
+    openers = [SpreadOpener(placements, World(rank=rank, ranks=ranks), SilentObserver()) for rank in range(2)]
+    assert tuple(opener._lends("actor") for opener in openers) == lends

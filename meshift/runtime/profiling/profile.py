@@ -21,7 +21,7 @@ from meshift.cache_folder import cache_root
 from meshift.errors import ConfigError
 from meshift.kernels.cpu import kernels
 from meshift.models.config import DecoderConfig
-from meshift.planner.hardware import KNOWN, Hardware, as_values, find_hardware, from_values
+from meshift.planner.hardware import Hardware, as_values, find_hardware, from_values, like_named
 from meshift.planner.memory import Machine
 from meshift.planner.profile import Message, Product, Profile
 from meshift.runtime.launch.local import run_gang
@@ -157,10 +157,12 @@ def described(profile: Profile, device: torch.device) -> Hardware:
 
 def _gpu(profile: Profile, rates: dict[str, float], memory_rate: float, device: torch.device) -> Hardware:
     name = torch.cuda.get_device_name(device)
-    alike = next((one for key, one in KNOWN.items() if key.upper() in name), KNOWN["h100"])
+    memory = float(torch.cuda.get_device_properties(device).total_memory)
+    alike, _ = like_named(name, memory)
     values = as_values(alike) | {
         "name": name,
-        "memory": float(torch.cuda.get_device_properties(device).total_memory),
+        "memory": memory,
+        "per_host": torch.cuda.device_count(),
         "flops": {**alike.flops, **rates},
         "memory_rate": memory_rate,
         "memory_share": 1.0,

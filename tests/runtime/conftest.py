@@ -293,7 +293,7 @@ def make_case(tmp_path_factory, spread_files):
 
     def make(case, output_dir, **sections):
         # What was drawn ahead, or a reference that has moved, shows in the third step.
-        steps = 3 if {"max_staleness", "reference"} & case.sections.keys() else 2
+        steps = 3 if {"max_staleness", "reference"} & {*case.sections, *sections} else 2
         values = {"output_dir": str(output_dir), "max_steps": steps, "dtype": "float32", "report_to": []}
         values |= given.get(case.schema, drawn)
         own = {key: values.get(key, {}) | value for key, value in case.sections.items() if isinstance(value, dict)}

@@ -28,9 +28,18 @@ class DrawnTexts(Texts):
 
     given: tuple[int, ...]
 
-    def lengths(self, count: int) -> list[int]:
-        """The first `count`; a session of several takes every so many."""
-        return list(self.given[:: max(1, len(self.given) // count)][:count])
+    def alive(self, position: float) -> float:
+        """The share of these that have more than so many tokens."""
+        return sum(length > position for length in self.given) / len(self.given)
+
+    def dealt(self, count: int, ranks: int) -> list[list[int]]:
+        """All; of several sessions the one that has the longest, with an even share of the others."""
+        del ranks  # which of them it is has been decided
+        if count >= len(self.given):
+            return [list(self.given)]
+        longest_first = sorted(self.given, reverse=True)
+        shares = [int((i + 0.5) * len(longest_first) / count) for i in range(1, count)]
+        return [[longest_first[0], *(longest_first[i] for i in shares)]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +119,8 @@ class _Drawing:
 
     def half(self, call: PlannedCall) -> float:
         """Of a generation's decode steps, the share after which half of a rank's completions have ended."""
-        own = self._own(call)
-        ended = course(call.texts, own, min(call.num_slots, own)).ended
+        own, ranks = self._own(call), self.placements[call.role][call.kind].layout.data
+        ended = course(call.texts, own, min(call.num_slots, own), ranks).ended
         first = next(i for i, share in enumerate(ended) if share >= 0.5)
         return first / (len(ended) - 1)
 

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_families import MODELS
 from tiny_tables import SIZES
 
 from meshift.config.sections import LoraConfig, TrainableConfig
+from meshift.generation.params import Request
+from meshift.generation.scheduler import Scheduler
 from meshift.layout.layout import Layout, Placement
 from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_targets import adapter_for
@@ -138,6 +141,59 @@ def test_training_is_planned_to_take_the_operations_that_the_engine_counts(how):
 
 
 @pytest.mark.parametrize("first", [0, 2, 7])
+WINDOWS = {"all": (), "windows": (256,) * 8, "every other": (200, None) * 4}
+
+
+@pytest.mark.parametrize("windows", list(WINDOWS.values()), ids=list(WINDOWS))
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("prompt", "mean", "most", "each"), [(1024, 256, 2048, 2), (64, 2000, 16000, 1), (3000, 8, 8, 4)])
+def test_long_texts_are_planned_to_take_the_operations_that_the_engine_counts(prompt, mean, most, each, share, windows):
+    """In a narrow model, of which attention is the most: texts of lengths from their distribution, not their mean."""
+    passes = TrainableConfig(max_tokens_per_micro_batch=1 << 20, share_prefixes=share)
+    config = replace(llama(layers=8, hidden=128, vocab_size=500, intermediate_size=256), windows=windows)
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
+    texts = Texts(
+        num_prompts=16,
+        per_prompt=each,
+        prompt=prompt,
+        longest_prompt=prompt,
+        completion=mean,
+        longest_completion=most,
+    )
+    endless = replace(H100, memory_rate=1e30, layer_delay=0.0)
+    with torch.device("meta"):
+        model = Decoder(config)
+    given = Texts(**{**vars(texts), "num_prompts": 4000}).lengths(4000)
+    scale = 16 * each / len(given)
+    spans = [(prompt, n) for n in given]
+    begun = [(0, prompt)] * round(16 * (1 if share else each) / scale)
+    num_rows = sum(given) + prompt * len(begun)
+    trained = scale * training_flops(model, [*begun, *spans], sum(given), num_rows)
+    done = {kind: seconds(kind, "d1t1p1", texts=texts, hardware=endless, role=role) for kind in ("train", "infer")}
+    rate = H100.flops["bfloat16"] * H100.compute_share
+    assert done["train"].parts["compute"] * rate == pytest.approx(trained, rel=0.03)
+    assert 2.5 < done["train"].parts["compute"] / done["infer"].parts["compute"] < 3.1
+
+
+def test_going_back_takes_twice_the_operations_of_attention_that_a_pass_forward_takes():
+    endless = replace(H100, memory_rate=1e30, layer_delay=0.0)
+    costs = Costs(actor(llama(hidden=128)), endless)
+    there, back = (costs._layer(kind, Layout(), 1e4, 1e5) for kind in ("forward", "backward"))
+    assert back / there == pytest.approx(2)
+
+
+@pytest.mark.parametrize("window", [None, 100, 600])
+@pytest.mark.parametrize("slots", [16, 200])
+def test_the_cache_is_read_as_far_as_windows_let_rows_see(window, slots):
+    """Against a loop over the tokens of every sequence."""
+    texts = replace(TEXTS, num_prompts=200)
+    found = course(texts, 200, slots, 1, (window, None))
+    lengths = texts.dealt(200, 1)[0]
+    within = sum(sum(min(128 + n, window or 1 << 30) for n in range(length)) for length in lengths)
+    whole = sum(128 * length + length * (length - 1) // 2 for length in lengths)
+    assert sum(span.steps * span.cached for span in found.spans) == pytest.approx((within + whole) / 2)
+
+
 def test_adapters_in_the_upper_layers_make_those_layers_dearer_and_no_others(first):
     """Of eight layers; generation multiplies by sums, which are as large as the matrices without adapters."""
     plain, lora = llama(layers=8, hidden=512), LoraConfig(rank=64)
@@ -260,12 +316,53 @@ def test_lengths_have_the_mean_and_the_limit_that_were_asked_for():
 
 def test_the_course_of_a_generation_is_that_of_slots_filled_one_by_one():
     found = course(TEXTS, 100, 16)
-    assert sum(span.steps * span.live for span in found.spans) == pytest.approx(sum(TEXTS.lengths(100)))
+    assert sum(span.steps * span.live for span in found.spans) == pytest.approx(sum(TEXTS.dealt(100, 1)[0]))
     assert max(span.live for span in found.spans) <= 16
-    assert course(TEXTS, 100, 100).num_steps == max(TEXTS.lengths(100))
+    assert course(TEXTS, 100, 100).num_steps == TEXTS.longest_of(100)
     assert found.num_steps > course(TEXTS, 100, 32).num_steps
     assert found.ended[0] == 0
     assert found.ended[-1] == 1
+
+
+def engines_steps(lengths, slots):
+    """Decode steps of one engine, as its scheduler has them."""
+    requests = [Request(index=i, tokens=(i,)) for i in range(len(lengths))]
+    scheduler, live, steps = Scheduler(requests, num_slots=slots, prefill_budget=1 << 30), [], 0
+    while not scheduler.done:
+        for entry in scheduler.schedule().entering:
+            live += [int(lengths[request.index]) for request in entry.requests]
+        passed = min(live)  # until then nothing changes
+        live = [left - passed for left in live]
+        steps += passed
+        ended = [i for i, left in enumerate(live) if left == 0]
+        for source, target in scheduler.leave(ended):
+            live[target] = live[source]
+        live = live[: scheduler.num_live]
+    return steps
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(1, 512), (8, 64), (64, 8), (128, 4), (1, 64), (8, 8), (8, 16), (64, 4)])
+@pytest.mark.parametrize("most", [1024, 2048])
+def test_a_generation_takes_as_many_steps_as_that_of_the_slowest_of_many_engines_that_draw_lengths(ranks, slots, most):
+    """512 sequences, by the engine's own scheduler, in the mean over random lengths."""
+    texts, draw = replace(TEXTS, num_prompts=512, longest_completion=most), np.random.default_rng(5)
+    count, found = 512 // ranks, []
+    for _ in range(40 if slots == count else 12):
+        drawn = np.minimum(np.ceil(draw.exponential(1 / texts.rate, (ranks, count))), most)
+        # Engines with neither many tokens nor a long sequence cannot be the last.
+        last = {*np.argsort(drawn.sum(1))[-4:].tolist(), *np.argsort(drawn.max(1))[-4:].tolist()}
+        found.append(max(engines_steps(drawn[i], slots) for i in last))
+    assert course(texts, count, slots, ranks).num_steps == pytest.approx(np.mean(found), rel=0.08)
+
+
+def test_rows_that_end_late_are_those_of_all_engines_where_none_waits():
+    """Of many engines with few sequences, one has the longest of all; the others' have ended long before."""
+    texts = replace(TEXTS, num_prompts=512, longest_completion=2048)
+    few, all_at_once = (
+        Costs(actor(), H100).of(call("generate", texts, num_slots=512), Layout(data=data)).late for data in (128, 1)
+    )
+    assert few == pytest.approx(all_at_once)
+    assert 0 < few < 0.01
 
 
 def test_a_description_of_hardware_survives_json():

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from operator import add
-from random import Random
 
 import numpy as np
 
@@ -23,8 +22,8 @@ NUM_SPANS = 48
 """A course is told in so many spans of steps at most."""
 ADMISSION_PART = 8
 """While sequences live, others wait until one in so many slots is free (`generation.scheduler.ADMISSION_PART`)."""
-ORDERS, FEW = 5, 4096
-"""Orders of arrival that are tried for so few sequences: where the longest one comes is chance."""
+DEALS, FEW = 7, 8192
+"""Random deals to ranks that are tried for so few sequences; with more, one is as another."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Course:
 def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Windows = (None,)) -> Course:
     """Of the slowest of `ranks` engines, each with `count` of the sequences, in `slots` of its own.
 
-    Sequences arrive in the order, of some random ones, in which one engine takes neither the longest nor the least,
-    and the slowest of several the longest. Of cached tokens the layers' `windows` are seen, on average.
+    Where some wait, they are dealt at random, several times: that deal counts which takes neither the longest nor
+    the least. Of cached tokens the layers' `windows` are seen, on average.
     """
     slots = min(slots, count)
     begun, ends = _entered(texts, count, slots, ranks)
@@ -75,18 +74,14 @@ def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Window
 @lru_cache(maxsize=4096)
 def _entered(texts: Texts, count: int, slots: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """The step at which each sequence enters, and that at which it has ended."""
-    orders = ORDERS if slots < count <= FEW else 1
+    if slots >= count:
+        return np.zeros(count, dtype=int), np.array(texts.of_longest(count, ranks))
     found = []
-    for lengths in texts.dealt(count, ranks):
-        tried = []
-        for seed in range(orders):
-            given = list(lengths)
-            Random(seed).shuffle(given)
-            starts = _starts(given, slots)
-            tried.append((max(map(add, starts, given)), starts, given))
-        found.append(sorted(tried)[orders // 2 if ranks == 1 else -1])
-    _, starts, lengths = max(found)
-    return np.array(starts), np.array(starts) + np.array(lengths)
+    for seed in range(DEALS if count * ranks <= FEW else 1):
+        dealt = texts.deal(count, ranks, seed)
+        found.append(max((max(map(add, starts, n)), starts, n) for n in dealt for starts in [_starts(n, slots)]))
+    _, begun, lengths = sorted(found)[len(found) // 2]
+    return np.array(begun), np.array(begun) + np.array(lengths)
 
 
 def _cached(texts: Texts, begun: np.ndarray, ends: np.ndarray, total: int, window: int | None) -> np.ndarray:

@@ -32,14 +32,17 @@ class DrawnTexts(Texts):
         """The share of these that have more than so many tokens."""
         return sum(length > position for length in self.given) / len(self.given)
 
-    def dealt(self, count: int, ranks: int) -> list[list[int]]:
+    def of_longest(self, count: int, ranks: int) -> list[int]:
         """All; of several sessions the one that has the longest, with an even share of the others."""
         del ranks  # which of them it is has been decided
         if count >= len(self.given):
-            return [list(self.given)]
+            return list(self.given)
         longest_first = sorted(self.given, reverse=True)
-        shares = [int((i + 0.5) * len(longest_first) / count) for i in range(1, count)]
-        return [[longest_first[0], *(longest_first[i] for i in shares)]]
+        return [longest_first[0], *(longest_first[int((i + 0.5) * len(longest_first) / count)] for i in range(1, count))]
+
+    def deal(self, count: int, ranks: int, seed: int) -> list[list[int]]:
+        """The same, in an order of arrival."""
+        return [np.random.default_rng(seed).permutation(self.of_longest(count, ranks)).tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)

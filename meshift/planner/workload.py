@@ -24,8 +24,8 @@ Windows = tuple[int | None, ...]
 """For each layer how many positions a token sees, as `DecoderConfig.windows` has them; at least one."""
 MAX_STEPS = 8192
 """In which a completion is gone through."""
-DRAWN = 1 << 17
-"""Lengths that are drawn to learn how many tokens the rank has that has the most, about."""
+NUM_LAST = 3
+"""Ranks with the most tokens, and with the longest sequences, among which the last one is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,21 +131,20 @@ class Texts:
         ended = 1 - np.exp(-self.rate * np.arange(self.longest_completion))
         return max(1, round(float((1 - ended**count).sum())))
 
-    def dealt(self, count: int, ranks: int) -> list[list[int]]:
-        """Completion lengths of that one of `ranks` which is the slowest, each with `count` sequences: two guesses.
+    def of_longest(self, count: int, ranks: int) -> list[int]:
+        """Of `ranks` with `count` sequences each, the lengths of that with the longest: of others an even share."""
+        most = self.longest_of(count * ranks)
+        return [most, *(min(most, length) for length in self.lengths(count)[1:])]
 
-        The longest of all sequences and an even share of the others; or, where all are longer, the most tokens.
+    def deal(self, count: int, ranks: int, seed: int) -> list[list[int]]:
+        """All sequences dealt at random: lengths, in order of arrival, of ranks that may be the last to end.
+
+        Those are the ones with the most tokens, and with the longest sequences.
         """
-        even, most = self.lengths(count), self.longest_of(count * ranks)
-        longest = [most, *(min(most, length) for length in even[1:])]
-        if ranks == 1 or self.rate == 0.0:
-            return [longest]
-        tokens = _most_tokens(self, count, ranks)
-        more, factor = np.array(even), 1.0
-        for _ in range(5):  # what is cut off is made up for by the others
-            more = np.clip(np.array(even) * factor, 1, self.longest_completion)
-            factor *= tokens / float(more.sum())
-        return [longest, [round(length) for length in more.tolist()]]
+        every = np.array([self.longest_of(count * ranks), *self.lengths(count * ranks)[1:]])
+        dealt = np.random.default_rng(seed).permutation(every).reshape(ranks, count)
+        last = {*np.argsort(dealt.sum(1))[-NUM_LAST:].tolist(), *np.argsort(dealt.max(1))[-NUM_LAST:].tolist()}
+        return [dealt[rank].tolist() for rank in sorted(last)]
 
 
 @lru_cache(maxsize=4096)
@@ -162,14 +161,6 @@ def _own_pairs(texts: Texts, windows: Windows) -> float:
     counts = Counter(windows)
     pairs = (n * (rows * (sees if w is None else np.minimum(sees, w))).sum() for w, n in counts.items())
     return float(sum(pairs)) / len(windows)
-
-
-@lru_cache(maxsize=4096)
-def _most_tokens(texts: Texts, count: int, ranks: int) -> float:
-    """The mean, over random deals, of the tokens of the rank that has the most."""
-    deals = max(1, DRAWN // (count * ranks))
-    drawn = np.random.default_rng(0).exponential(1 / texts.rate, (deals, ranks, count))
-    return float(np.minimum(np.ceil(drawn), texts.longest_completion).sum(2).max(1).mean())
 
 
 @dataclass(frozen=True, kw_only=True)

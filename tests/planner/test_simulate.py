@@ -55,8 +55,8 @@ def test_means_of_what_is_drawn_are_those_of_the_texts():
 def test_sessions_of_stages_share_out_what_is_drawn():
     fields = {name: getattr(texts(), name) for name in type(texts()).__dataclass_fields__}
     drawn = DrawnTexts(**fields, given=(3, 9, 1, 7, 5, 2, 8, 4, 6, 10))
-    assert drawn.dealt(5, 2) == [[10, 7, 5, 3, 1]]
-    assert drawn.dealt(10, 1) == [list(drawn.given)]
+    assert drawn.of_longest(5, 2) == [10, 7, 5, 3, 1]
+    assert sorted(drawn.deal(10, 1, 0)[0]) == list(range(1, 11))
 
 
 def test_nothing_is_random_where_nothing_is_generated():

@@ -142,13 +142,15 @@ class Problem:
         return range(0, self.num_devices - size + 1, size)
 
     def layouts(self, use: Use) -> Iterator[Layout]:
-        """Every layout that could carry the use's calls."""
+        """Every layout that could carry the use's calls; tensor ranks stand on one host."""
         config = self.step.roles[use.role].config
         rows = min(call.texts.num_sequences // call.num_updates for call in self.calls(use))
         for size in self.sizes():
             for tensor in _divisors(size):
                 if tensor > min(self.hardware.per_host, config.num_heads):
                     continue
+                if size > self.hardware.per_host and self.hardware.per_host % tensor:
+                    continue  # some groups would cross hosts
                 for pipeline in _divisors(size // tensor):
                     data = size // tensor // pipeline
                     if pipeline > min(config.num_layers, MAX_STAGES) or data > rows:

@@ -110,8 +110,14 @@ class Costs:
 
     def _tensor_sum(self, layout: Layout, rows: float) -> float:
         """One all-reduce of rows over tensor ranks."""
-        num_bytes, members = self._row_bytes(rows), layout.tensor
-        return self.hardware.sum_seconds(num_bytes, members, members, layout.num_ranks, late=True)
+        num_bytes, span = self._row_bytes(rows), self._tensor_span(layout)
+        return self.hardware.sum_seconds(num_bytes, layout.tensor, span, layout.num_ranks, late=True)
+
+    def _tensor_span(self, layout: Layout) -> int:
+        """Neighbouring devices that tensor ranks are spread over: two hosts' where some groups cross hosts."""
+        per_host = self.hardware.per_host
+        crosses = layout.num_ranks > per_host and per_host % layout.tensor > 0
+        return max(layout.tensor, per_host + 1) if crosses else layout.tensor
 
     def _row_bytes(self, rows: float) -> float:
         return rows * self.role.config.hidden_size * self.role.width
@@ -234,7 +240,9 @@ class Costs:
     def _seen(self, call: PlannedCall) -> float:
         """Tokens that a row of the layers sees, itself included, in the mean."""
         shared = self.role.passes.share_prefixes
-        return call.texts.num_pairs(self._windows, share_prefixes=shared) / call.texts.num_rows(share_prefixes=shared)
+        return call.texts.num_pairs(self._windows, share_prefixes=shared) / call.texts.num_rows(
+            share_prefixes=shared
+        )
 
     @property
     def _windows(self) -> Windows:
@@ -345,7 +353,8 @@ class Costs:
             return 0.0
         logits = FP32 * live * self.role.config.vocab_size
         sums = (2 * self._most_layers(layout) + 1) * self._tensor_sum(layout, live)
-        return sums + self.hardware.gather_seconds(logits, layout.tensor, layout.tensor, among=layout.num_ranks)
+        span = self._tensor_span(layout)
+        return sums + self.hardware.gather_seconds(logits, layout.tensor, span, among=layout.num_ranks)
 
     def _prefill(self, call: PlannedCall, layout: Layout, own: int) -> tuple[float, float]:
         """Prompts of this data rank, in passes of as many as fit: seconds of computing, and of tensor sums."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, isfinite
+from math import ceil, isfinite, log2
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,8 @@ class Hardware:
     `flops` by compute type and `memory_rate` (bytes) are peaks; `compute_share` and `memory_share` say what part
     of them large matrix products and long reads reach. `near_rate` is the link within a host, `far_rate` its
     part of the network between hosts, `host_rate` the way to the host's memory; `link_share` of them is reached.
-    `near_delay` and `far_delay` are seconds for a message, `layer_delay` for starting one layer's operations.
+    `near_delay` and `far_delay` are seconds for a message, and `near_hop`, `far_hop` for each doubling of a group
+    that sends one together; `layer_delay` is for starting one layer's operations.
     `reserve`: bytes that the runtime, libraries and fragments take. With a `profile` what was measured stands for
     all of these but memory and the network between hosts; `processes` are those of a plan on a host, which share
     its processors where it has no devices (`Profile.cores`).
@@ -43,7 +44,9 @@ class Hardware:
     memory_share: float = 0.75
     link_share: float = 0.75
     near_delay: float = 1e-5
+    near_hop: float = 2e-6
     far_delay: float = 2.5e-5
+    far_hop: float = 1e-5
     layer_delay: float = 1e-4
     reserve: float = 4e9
     machine: Machine = field(default_factory=Machine)
@@ -89,7 +92,8 @@ class Hardware:
     ) -> float:
         """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
 
-        A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
+        A ring's 2 (n - 1) / n of the bytes are sent, and messages wait for each other as in a tree: NCCL takes either
+        by the size. Between hosts, each host's members share out what crosses.
         `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
         `late`: it comes after products, which not all end at once.
         """
@@ -106,12 +110,13 @@ class Hardware:
         hosts = max(1, ceil(span / self.per_host))
         if hosts == 1:
             rate, delay = self.rate_between(span)
-            return (members - 1) * (num_bytes / members / rate + delay)
+            return (members - 1) * num_bytes / members / rate + delay + self.near_hop * log2(members)
         within = max(1, members // hosts)
         across = min(hosts, members)
         far, delay = self.far_rate * self.link_share, self.far_delay
         inside = self.gather_seconds(num_bytes, within, min(span, self.per_host))
-        return inside + (across - 1) * (num_bytes / across / within / far + delay)
+        delay += self.far_hop * log2(across)
+        return inside + (across - 1) * num_bytes / across / within / far + delay
 
     def send_seconds(self, num_bytes: float, *, far: bool) -> float:
         """From one device to another."""
@@ -144,7 +149,12 @@ KNOWN: Mapping[str, Hardware] = MappingProxyType(
         "b200": _gpu("b200", 180e9, 2250e12, 8e12, 900e9, 50e9, 64e9),
     }
 )
-"""By the names that `--hardware` takes. Shares and delays are estimates, to be replaced by a profile."""
+"""By the names that `--hardware` takes. Shares and delays are estimates, to be replaced by a profile.
+
+Delays: NCCL's own cost model (`src/graph/tuning.cc`, 2.18 and later) takes 6.6 to 14 us for the base of an
+operation, and for each hop 0.6 us (LL) to 3.4 or 4 us (Simple) over NVLink, 2.7 to 14 us over a network; 23 us
+in all where the switch adds up (NVLS). Ours, with the launch from Python, makes 32 us of a small sum over 8 GPUs.
+"""
 
 
 def find_hardware(name: str) -> Hardware:
@@ -173,7 +183,7 @@ def from_values(values: Mapping[str, Any]) -> Hardware:
     return Hardware(**{**given, "machine": Machine(**given.get("machine", {}))})
 
 
-NO_RATES = ("reserve", "near_delay", "far_delay", "layer_delay")
+NO_RATES = ("reserve", "near_delay", "near_hop", "far_delay", "far_hop", "layer_delay")
 """Numbers that may be 0."""
 COUNTS = ("per_host", "processes")
 COMPUTED_IN = ("bfloat16", "float32")

@@ -38,7 +38,10 @@ class DrawnTexts(Texts):
         if count >= len(self.given):
             return list(self.given)
         longest_first = sorted(self.given, reverse=True)
-        return [longest_first[0], *(longest_first[int((i + 0.5) * len(longest_first) / count)] for i in range(1, count))]
+        return [
+            longest_first[0],
+            *(longest_first[int((i + 0.5) * len(longest_first) / count)] for i in range(1, count)),
+        ]
 
     def deal(self, count: int, ranks: int, seed: int) -> list[list[int]]:
         """The same, in an order of arrival."""

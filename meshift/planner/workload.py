@@ -132,7 +132,7 @@ class Texts:
         return max(1, round(float((1 - ended**count).sum())))
 
     def of_longest(self, count: int, ranks: int) -> list[int]:
-        """Of `ranks` with `count` sequences each, the lengths of that with the longest: of others an even share."""
+        """Lengths of that one of `ranks` that has the longest sequence, and of the others an even share."""
         most = self.longest_of(count * ranks)
         return [most, *(min(most, length) for length in self.lengths(count)[1:])]
 

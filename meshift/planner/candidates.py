@@ -44,8 +44,9 @@ class Candidate:
     """A layout for a use: what its calls cost, and bytes of the rank that needs the most of each.
 
     `kept` is what a rank keeps where the role lives in this layout, `copy` where it lives in another; `working`
-    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `slots` are the
-    sequences that a generation decodes at a time, where they are fewer than the config's.
+    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `leaving` is
+    copied where a role that lives here leaves the device. `slots` are the sequences that a generation decodes at a
+    time, where they are fewer than the config's.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Candidate:
     kept: int
     copy: int
     working: Mapping[str, int]
+    leaving: int = 0
     slots: int | None = None
 
     @property
@@ -103,6 +105,7 @@ class Problem:
         self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
         self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
         self.ops = tuple(_ops(step, self))
+        self._buffers: dict[tuple[str, Layout, Layout], int] = {}
 
     @property
     def capacity(self) -> float:
@@ -211,6 +214,7 @@ class Problem:
                 call.name: _round_up((memory.working(call, layout, rank).total for rank in ranks), grain)
                 for call in calls
             },
+            leaving=memory.kept(layout, layout.coordinates(0)).leaving,
             slots=slots,
         )
 
@@ -280,6 +284,13 @@ class Problem:
         if op.kind == "move":
             return moving.seconds(source, target, shift, far=far, generates=op.uses[1].kind == "generate")
         return moving.mixing_seconds(source, target, shift, far=far) / self._every(op)
+
+    def buffers(self, op: Op, source: Layout, target: Layout) -> int:
+        """Bytes that wait to be sent or stored on a device during a move or a mixing."""
+        key = op.name, source, target
+        if key not in self._buffers:
+            self._buffers[key] = self.memories[op.uses[0].role].buffers(source, target, mixing=op.kind == "mixing")
+        return self._buffers[key]
 
     def _every(self, op: Op) -> int:
         return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)

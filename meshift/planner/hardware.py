@@ -92,8 +92,8 @@ class Hardware:
     ) -> float:
         """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
 
-        A ring's 2 (n - 1) / n of the bytes are sent, and messages wait for each other as in a tree: NCCL takes either
-        by the size. Between hosts, each host's members share out what crosses.
+        A ring's 2 (n - 1) / n of the bytes are sent, and messages wait for each other as in a tree: NCCL takes
+        either by the size. Between hosts, each host's members share out what crosses.
         `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
         `late`: it comes after products, which not all end at once.
         """

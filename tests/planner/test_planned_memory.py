@@ -346,7 +346,7 @@ def test_training_a_real_model_takes_the_memory_that_was_predicted(how):
 
 def test_buffers_of_moves_are_those_of_the_runtime_and_in_the_peak_of_a_move():
     assert MOVING_BYTES == MAX_BYTES
-    large, small = Memory(role(llama(layers=12, hidden=2048))), Memory(role(tiny_config("llama")))
+    large, small = Memory(role(llama(layers=12, hidden=2048))), Memory(role(tiny_config("llama-tied")))
     one, two = Layout(data=2), Layout(tensor=2)
     assert large.buffers(one, two) == MOVING_BYTES
     held = [small.sizes.held(layout, layout.coordinates(1)).trained for layout in (one, two)]
@@ -377,12 +377,12 @@ def test_ranks_that_draw_hold_whole_rows_of_logits_in_fp32_with_what_is_made_of_
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         scores = head.to(torch.float32, copy=True)
         draw_by_block(scores, torch.rand(64, dtype=torch.float64))
-    sizes = sorted(event.cpu_memory_usage for event in found.events() if event.cpu_memory_usage > 64 * 32000)
-    assert sizes.count(64 * 32000 * 4) == 2
+    made = [event.cpu_memory_usage for event in found.events() if event.name.startswith("aten::empty")]
+    assert [size for size in made if size > 64 * 32000] == [64 * 32000 * 4] * 2
 
 
 def test_gradients_of_a_role_that_leaves_the_device_are_freed_not_copied():
-    kept = Memory(role(tiny_config("llama"))).kept(Layout(), FIRST)
+    kept = Memory(role(tiny_config("llama-tied"))).kept(Layout(), FIRST)
     assert kept.leaving == kept.weights + kept.masters + kept.moments
     away, here = (step("grpo", gradient_checkpointing=True) for _ in range(2))
     away = replace(away, roles={name: replace(one, offloaded=True) for name, one in away.roles.items()})

@@ -59,8 +59,9 @@ def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Window
     begun, ends = _entered(texts, count, slots, ranks)
     total = int(ends.max())
     live = _over_steps(begun, ends, np.ones(len(begun)), total)
-    seen = Counter(windows)
-    cached = sum(n * _cached(texts, begun, ends, total, window) for window, n in seen.items()) / len(windows)
+    cached = np.zeros(total)
+    for window, num_layers in Counter(windows).items():
+        cached += num_layers / len(windows) * _cached(texts, begun, ends, total, window)
     width = -(-total // NUM_SPANS)
     spans = tuple(
         Span(min(width, total - at), float(live[at : at + width].mean()), float(cached[at : at + width].mean()))

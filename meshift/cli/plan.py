@@ -141,9 +141,10 @@ def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
 
 
 def _advice(planned: Planned) -> Iterator[str]:
-    """Slots and micro-batches that make this plan faster."""
-    for one in planned.settings:
-        yield f"With {one}, which --out writes too, a step takes {one.seconds:.3g} s."
+    """Slots and micro-batches that the plan sets."""
+    if planned.settings:
+        listed = ", ".join(map(str, planned.settings))
+        yield f"All figures are with {listed}, in place of the config's; --out writes them too."
 
 
 def _hosts(args: argparse.Namespace, planned: Planned) -> list[str]:
@@ -249,7 +250,6 @@ def _write(path: Path, asked: Asked, planned: Planned, hosts: Sequence[str], pag
         values["hardware"] = as_values(planned.problem.hardware)
         values["predicted"] = {
             "step_s": planned.seconds,
-            "step_s_with_its_settings": planned.settings[-1].seconds if planned.settings else planned.seconds,
             "bound_s": planned.proof.bound,
             "proven": planned.proof.proven,
             "events": [

@@ -12,8 +12,19 @@ from meshift.planner.timeline import Spot, excess_bytes, step_seconds
 
 
 def all_spots(problem: Problem, use: Use) -> list[Spot]:
-    """Every layout and number of slots that fits alone or not, dominated or not, at every aligned place."""
-    return [Spot(one, first) for one in problem.all_candidates(use) for first in problem.offsets(one.size)]
+    """Every layout and number of slots that fits alone or not, dominated or not, at every place of its size.
+
+    On one host that is any, on several a multiple of its size; of whole hosts any.
+    """
+    return [Spot(one, first) for one in problem.all_candidates(use) for first in _firsts(problem, one.size)]
+
+
+def _firsts(problem: Problem, size: int) -> list[int]:
+    per_host, there = problem.hardware.per_host, problem.num_devices
+    starts = [first for first in range(there) if first + size <= there]
+    if there <= per_host:
+        return starts
+    return [first for first in starts if first % (per_host if size >= per_host else size) == 0]
 
 
 def brute_force(problem: Problem) -> tuple[float, dict[Use, Spot]] | None:

@@ -24,6 +24,10 @@ GRAIN = 0.01
 """Of a device's memory: finer differences do not decide between layouts."""
 SPARED, LEAST_SPARED = 0.2, 0.05
 """Of a device's memory: fewer slots that spare less are no candidate of their own; and of the fewest there are."""
+FREE_DEVICES = 8
+"""Of one host, up to which a mesh may begin at any device."""
+FEW_HOSTS, FREE_HOSTS = 8, 16
+"""Up to which any number of hosts is a mesh, and up to which one begins at any host."""
 MAX_STAGES = 32
 """More stages than this do not pay for themselves, and make for many layouts."""
 
@@ -98,14 +102,15 @@ class Problem:
     ) -> None:
         """`streaming`: readings elsewhere may begin before generation ends. `sharding`: `s` may be chosen."""
         hardware = hardware.shared_by(num_devices)
+        step = step.never_away() if hardware.machine.packs else step
         self.step, self.hardware, self.num_devices = step, hardware, num_devices
         self.streaming, self.sharding = streaming, sharding
         self.memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
         self.costs = {name: Costs(step.roles[name], hardware, memory) for name, memory in self.memories.items()}
         self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
+        self._layouts: dict[Use, frozenset[Layout]] = {}
         self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
         self.ops = tuple(_ops(step, self))
-        self._buffers: dict[tuple[str, Layout, Layout], int] = {}
 
     @property
     def capacity(self) -> float:
@@ -124,25 +129,61 @@ class Problem:
     @cached_property
     def candidates(self) -> Mapping[Use, tuple[Candidate, ...]]:
         """Of every use, the smallest first; those that are dominated are left out."""
-        every = {use: list(self.all_candidates(use)) for use in self.uses}
+        every = {use: [one for one in self.all_candidates(use) if self._is_shared(use, one)] for use in self.uses}
         fitting = {use: self._fitting(use, found) for use, found in every.items()}
         found: dict[Use, tuple[Candidate, ...]] = {}
         for use in sorted(self.uses, key=lambda use: use != self.home(use.role)):
             found[use] = tuple(self._undominated(use, fitting, found))
         return {use: found[use] for use in self.uses}
 
+    def _is_shared(self, use: Use, one: Candidate) -> bool:
+        """Whether all uses of its role can run in this layout, where they must."""
+        others = [other for other in self.uses if other.role == use.role and self.is_bound(use.role)]
+        return all(one.layout in self._layouts_of(other) for other in others)
+
+    def _layouts_of(self, use: Use) -> frozenset[Layout]:
+        if use not in self._layouts:
+            self._layouts[use] = frozenset(self.layouts(use))
+        return self._layouts[use]
+
     def sizes(self) -> list[int]:
-        """Sizes of meshes: within a host all (on one host), else those that divide it; and whole hosts."""
+        """Sizes of meshes: within a host all (on one host), else those that divide it; and whole hosts.
+
+        Of few hosts any number, of many powers of two, three times those, and all.
+        """
         per_host, num_devices = self.hardware.per_host, self.num_devices
         if num_devices <= per_host:
             return list(range(1, num_devices + 1))
         hosts = num_devices // per_host
         wholes = {k for i in range(hosts.bit_length()) for k in (1 << i, 3 << i) if k <= hosts} | {hosts}
+        if hosts <= FEW_HOSTS:
+            wholes = set(range(1, hosts + 1))
         return [n for n in range(1, per_host) if per_host % n == 0] + [per_host * k for k in sorted(wholes)]
 
     def offsets(self, size: int) -> range:
-        """First devices of aligned meshes of a size."""
-        return range(0, self.num_devices - size + 1, size)
+        """First devices that meshes of a size may have."""
+        return range(0, self.num_devices - size + 1, self.stride(size))
+
+    def stride(self, size: int) -> int:
+        """What first devices are multiples of: of few devices of one host any, of few hosts any host's first.
+
+        Else the size itself (aligned meshes), so that there are fewer of them.
+        """
+        per_host = self.hardware.per_host
+        if self.num_devices <= min(per_host, FREE_DEVICES):
+            return 1
+        if size >= per_host and self.num_devices <= FREE_HOSTS * per_host:
+            return per_host
+        return size
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether there are meshes that are no candidates because of where they begin, or of their size."""
+        return self.num_devices > min(self.hardware.per_host, FREE_DEVICES)
+
+    def is_bound(self, role: str) -> bool:
+        """Whether all calls of the role have one placement: a trained one that is offloaded (`spread_role`)."""
+        return self.step.roles[role].offloaded and self.step.roles[role].trained
 
     def layouts(self, use: Use) -> Iterator[Layout]:
         """Every layout that could carry the use's calls; tensor ranks stand on one host."""
@@ -196,14 +237,31 @@ class Problem:
             for slots in self.slot_choices(use, layout):
                 yield self.candidate(use, layout, slots)
 
+    def _telling_ranks(self, role: str, layout: Layout) -> list[Coordinates]:
+        """Ranks among which those that need the most are: at the ends, and the first of the stages that are alike.
+
+        Stages are alike that have as many layers, and as many of them trained; micro-batches in flight only fall.
+        """
+        given = self.step.roles[role]
+        first: dict[tuple[int, int], int] = {}
+        stages = layout.stage_layers(given.config.num_layers)
+        for number, layers in enumerate(stages[1:-1], 1):
+            trained = sum(layer >= given.num_frozen_layers for layer in layers)
+            first.setdefault((len(layers), trained), number)
+        return [
+            Coordinates(data=0, tensor=tensor, pipeline=stage)
+            for stage in sorted({0, *first.values(), layout.pipeline - 1})
+            for tensor in {0, layout.tensor - 1}
+        ]
+
     def _working(self, use: Use, layout: Layout, slots: int | None) -> int:
-        memory, ranks = self.memories[use.role], _telling_ranks(layout)
+        memory, ranks = self.memories[use.role], self._telling_ranks(use.role, layout)
         calls = with_slots(self.calls(use), slots)
         return max(memory.working(call, layout, rank).total for call in calls for rank in ranks)
 
     def candidate(self, use: Use, layout: Layout, slots: int | None = None) -> Candidate:
         """A layout with its seconds and bytes, whether or not it fits; `slots` None: the config's."""
-        memory, ranks = self.memories[use.role], _telling_ranks(layout)
+        memory, ranks = self.memories[use.role], self._telling_ranks(use.role, layout)
         calls, grain = with_slots(self.calls(use), slots), GRAIN * self.capacity
         return Candidate(
             layout=layout,
@@ -231,7 +289,10 @@ class Problem:
     def _undominated(
         self, use: Use, fitting: Mapping[Use, Sequence[Candidate]], found: Mapping[Use, Sequence[Candidate]]
     ) -> Iterator[Candidate]:
-        """`found` has what is left of the homes, if this is none."""
+        """`found` has what is left of the homes, if this is none. Of a role with one placement all are left."""
+        if self.is_bound(use.role):
+            yield from sorted(fitting[use], key=lambda one: one.size)
+            return
         by_size: dict[int, list[Candidate]] = {}
         moving: dict[Layout, float] = {}
         home = self.home(use.role)
@@ -287,10 +348,7 @@ class Problem:
 
     def buffers(self, op: Op, source: Layout, target: Layout) -> int:
         """Bytes that wait to be sent or stored on a device during a move or a mixing."""
-        key = op.name, source, target
-        if key not in self._buffers:
-            self._buffers[key] = self.memories[op.uses[0].role].buffers(source, target, mixing=op.kind == "mixing")
-        return self._buffers[key]
+        return self.memories[op.uses[0].role].buffers(source, target, mixing=op.kind == "mixing")
 
     def _every(self, op: Op) -> int:
         return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)
@@ -337,13 +395,3 @@ def _round_up(numbers: Iterable[int], grain: float) -> int:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _telling_ranks(layout: Layout) -> list[Coordinates]:
-    """Ranks among which those that need the most are: at the ends, and in the first stage with a layer more."""
-    stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
-    return [
-        Coordinates(data=0, tensor=tensor, pipeline=stage)
-        for stage in sorted(stages)
-        for tensor in {0, layout.tensor - 1}
-    ]

@@ -44,7 +44,7 @@ def on_hosts(placements: Placements, per_host: int) -> dict[str, dict[Kind, Plac
 
 def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
     """A sentence for each call that needs more than a device has: of what, how much, and by how much too much."""
-    found = []
+    found = list(_moving_away(step, hardware, placements))
     hardware = _shared(hardware, placements)
     for call in step.calls:
         peak = peak_bytes(step, hardware, placements)[call.name]
@@ -56,6 +56,14 @@ def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[st
                 f"{(peak - hardware.usable) / GIGABYTE:.1f} GB too much{cache}"
             )
     return found
+
+
+def _moving_away(step: Step, hardware: Hardware, placements: Placements) -> Iterator[str]:
+    """Roles that would leave a device for the host's memory, and have several placements, which a run refuses."""
+    for name, role in step.roles.items():
+        several = len(set(placements[name].values())) > 1
+        if role.offloaded and several and not hardware.machine.packs:
+            yield f"`plan.{name}.offload` is for roles with one placement, and this one moves between several"
 
 
 def _of_cache(step: Step, hardware: Hardware, placements: Placements, call: PlannedCall) -> str:
@@ -74,11 +82,14 @@ def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[st
     Of slots there is one: the most that fit.
     """
     fewer = (words for words, changed in _fewer_slots(step, placements) if _fits(changed, hardware, placements))
-    others = [words for words, changed, places in _changes(step, placements) if _fits(changed, hardware, places)]
+    changes = _changes(step, placements, can_leave=not hardware.machine.packs)
+    others = [words for words, changed, places in changes if _fits(changed, hardware, places)]
     return [*islice(fewer, 1), *others]
 
 
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
+    if any(_moving_away(step, hardware, placements)):
+        return False
     return max(peak_bytes(step, hardware, placements).values()) <= _shared(hardware, placements).usable
 
 
@@ -103,7 +114,7 @@ def _fewer_slots(step: Step, placements: Placements) -> Iterator[tuple[str, Step
             yield f"{name}: num_slots={slots}", step.with_slots(name, slots)
 
 
-def _changes(step: Step, placements: Placements) -> Iterator[tuple[str, Step, Placements]]:
+def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[tuple[str, Step, Placements]]:
     trained = [name for name, role in step.roles.items() if role.trained]
     both = " and ".join(trained)
     for part in (2, 4, 8):
@@ -118,6 +129,8 @@ def _changes(step: Step, placements: Placements) -> Iterator[tuple[str, Step, Pl
     yield f"{both}: gradient_checkpointing=true", again, placements
     if shared != placements:
         yield f"{both}: gradient_checkpointing=true and `s` after the layout", again, shared
+    if not can_leave:
+        return
     still = [name for name in step.roles if name not in trained]
     if still:
         yield f"offload: true for {' and '.join(still)}", _away(step, still), placements

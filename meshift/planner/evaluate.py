@@ -7,7 +7,7 @@ counted device by device, and moves take the bytes of real reallocation plans. I
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshift.graph.calls import Kind
@@ -64,7 +64,7 @@ class _Task:
 
 def evaluate(step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True) -> list[Event]:
     """Every event of a step, in the order in which they begin."""
-    hardware = hardware.shared_by(len(_devices(placements)))
+    step, hardware = _there(step, hardware, placements)
     events = _play(_tasks(step, hardware, placements, streaming), hardware)
     peaks = peak_bytes(step, hardware, placements)
     return [Event(**{**vars(event), "peak": peaks.get(event.name, 0.0)}) for event in events]
@@ -79,10 +79,33 @@ def replay(
     streaming: bool = True,
 ) -> Iterator[list[Event]]:
     """The events of a step, once for each of `drawn`: costs of some of its calls; moves are planned once."""
-    hardware = hardware.shared_by(len(_devices(placements)))
-    tasks = _tasks(step, hardware, placements, streaming)
+    play = player(step, hardware, placements, streaming=streaming)
     for costs in drawn:
-        yield _play([_with_cost(task, costs.get(task.name)) for task in tasks], hardware)
+        yield play(costs)
+
+
+Player = Callable[[Mapping[str, Cost]], list[Event]]
+
+
+def player(step: Step, hardware: Hardware, placements: Placements, *, streaming: bool = True) -> Player:
+    """The step's events by costs of some of its calls; its moves are planned here, once."""
+    step, hardware = _there(step, hardware, placements)
+    tasks = _tasks(step, hardware, placements, streaming)
+
+    def play(costs: Mapping[str, Cost]) -> list[Event]:
+        return _play([_with_cost(task, costs.get(task.name)) for task in tasks], hardware)
+
+    return play
+
+
+def _there(step: Step, hardware: Hardware, placements: Placements) -> tuple[Step, Hardware]:
+    """As it is for these processes; offloading without another memory is none."""
+    return offloading_there(step, hardware), hardware.shared_by(len(_devices(placements)))
+
+
+def offloading_there(step: Step, hardware: Hardware) -> Step:
+    """The step, with no role offloaded where the device's memory is the host's."""
+    return step.never_away() if hardware.machine.packs else step
 
 
 def _with_cost(task: _Task, cost: Cost | None) -> _Task:
@@ -220,12 +243,13 @@ def _play(tasks: Sequence[_Task], hardware: Hardware) -> list[Event]:
             for task in ready:  # a generation that begins may let others begin
                 waiting.remove(task)
                 starts[task.name], running[task.name] = now, task.seconds
-        speeds = _speeds([by_name[name] for name in running], hardware)
+        going = [by_name[name] for name in running if not _waits_for_last(by_name[name], running, by_name)]
+        speeds = _speeds(going, hardware)
         passed = _until_next(waiting, running, speeds, by_name)
         now += passed
-        for name in list(running):
+        for name in [task.name for task in going]:
             running[name] -= passed * speeds[name]
-            if running[name] > SMALL:
+            if running[name] > SMALL or _waits_for_last(by_name[name], running, by_name):
                 continue
             ended = by_name[name]
             del running[name]
@@ -256,8 +280,14 @@ def _until_next(
     speeds: Mapping[str, float],
     by_name: Mapping[str, _Task],
 ) -> float:
-    """Until a task ends, or a generation is so far that what it has given may be read."""
-    times = [left / speeds[name] for name, left in running.items()]
+    """Until a task ends, has read what a generation has given, or one is so far that it may be read."""
+    times = [running[name] / speed for name, speed in speeds.items()]
+    times += [
+        (running[name] - part) / speed
+        for name, speed in speeds.items()
+        for part in _held(by_name[name], running, by_name)
+        if running[name] - part > SMALL
+    ]
     for task in waiting:
         for name in task.waits & running.keys():
             earlier = by_name[name]
@@ -265,6 +295,17 @@ def _until_next(
                 left = running[name] - (1 - _lead(task, earlier)) * earlier.seconds
                 times += [left / speeds[name]] if left > SMALL else []
     return max(0.0, min(times))
+
+
+def _held(task: _Task, running: Mapping[str, float], by_name: Mapping[str, _Task]) -> list[float]:
+    """Of each generation that it reads and that goes on, its own seconds for what ends last."""
+    read = [by_name[name] for name in task.waits & running.keys()]
+    return [earlier.late * task.seconds for earlier in read if _reads_early(task, earlier)]
+
+
+def _waits_for_last(task: _Task, running: Mapping[str, float], by_name: Mapping[str, _Task]) -> bool:
+    """Whether it has read all but what a generation, which others slow down, has yet to give."""
+    return any(running[task.name] <= part + SMALL for part in _held(task, running, by_name))
 
 
 def _is_next(task: _Task, queues: Mapping[Device, deque[_Task]]) -> bool:
@@ -297,6 +338,7 @@ def _lead(task: _Task, earlier: _Task) -> float:
 
 def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[str, float]:
     """For each call and move, bytes on the device that needs the most, counted device by device."""
+    step = offloading_there(step, hardware)
     memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
     kept: dict[Device, dict[str, int]] = {}
     for name, of_role in placements.items():

@@ -78,6 +78,9 @@ def of_slots(planned: Planned) -> Iterator[str]:
         if spot.candidate.slots is None:
             continue
         calls, one = planned.problem.calls(use), spot.candidate
+        given = next(call.num_slots for call in planned.asked.calls if call.name == calls[0].name)
+        if given != calls[0].num_slots:
+            continue  # the plan has more than the config says, or fewer of more
         every = planned.problem.candidate(use, one.layout)
         name = max(calls, key=lambda call: every.working[call.name]).name
         peak = next(event.peak for event in planned.events if event.name == name)
@@ -121,7 +124,7 @@ def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
         elif rival.lacking > 0:
             yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
         else:
-            times = f"{rival.seconds / planned.proof.seconds:.2f}"
+            times = f"{rival.seconds / planned.seconds:.2f}"
             beside = "as long as the plan's" if times == "1.00" else f"{times} times the plan's"
             yield rival.name, f"{rival.seconds:.3g} s, {beside}"
 
@@ -134,8 +137,21 @@ def of_proof(planned: Planned) -> str:
             "Nothing is proven (pip install 'meshift[planner]' for the solver); simple bounds say that no plan "
             f"takes less than {proof.bound:.3g} s."
         )
-    if proof.gap <= 0.002:
-        return f"No plan of this model of costs is faster: proven, up to rounding ({proof.gap:.2%})."
+    among = _among(planned)
+    if planned.gap <= 0.002:
+        return f"No plan of this model of costs{among} is faster: proven, up to rounding ({planned.gap:.2%})."
     return (
-        f"No plan of this model of costs takes less than {proof.bound:.3g} s: this one is within {proof.gap:.1%}."
+        f"No plan of this model of costs{among} takes less than {proof.bound:.3g} s: this one is within "
+        f"{planned.gap:.1%}."
     )
+
+
+def _among(planned: Planned) -> str:
+    """Of which plans a bound is, where there are others: settings and offloading are not searched jointly."""
+    problem = planned.problem
+    limits = ["aligned meshes"] if problem.is_aligned else []
+    if any(role.offloaded for role in problem.step.roles.values()):
+        limits.append("these roles offloaded")
+    if any(one.key == "max_tokens_per_micro_batch" for one in planned.settings):
+        limits.append("these micro-batches")
+    return f" with {' and '.join(limits)}" if limits else ""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from meshift.layout.mesh import Device
-from meshift.planner.evaluate import Placements
+from meshift.planner.evaluate import Placements, offloading_there
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import Kept, Memory, Working
 from meshift.planner.workload import PlannedCall, Step
@@ -43,6 +43,7 @@ class Footprint:
 
 def footprints(step: Step, hardware: Hardware, placements: Placements, call: PlannedCall) -> list[Footprint]:
     """Of every device of a call's mesh, in the mesh's order."""
+    step = offloading_there(step, hardware)
     memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
     placement = placements[call.role][call.kind]
     found = []

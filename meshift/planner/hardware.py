@@ -196,10 +196,7 @@ def _check(key: str, value: object) -> None:
     if key in ("name", "machine", "profile"):
         return
     if key == "flops":
-        if not isinstance(value, Mapping) or not set(COMPUTED_IN) <= value.keys():
-            raise ValueError(f"`flops` must hold the peaks of {' and '.join(COMPUTED_IN)}, not {value!r}")
-        for name, peak in value.items():
-            _check(f"flops.{name}", peak)
+        _check_peaks(value)
         return
     wanted = "a number of at least 0" if key in NO_RATES else "a number above 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
@@ -210,6 +207,15 @@ def _check(key: str, value: object) -> None:
         raise ValueError(f"`{key}` is {value:g}; write a whole number")
     if key.endswith("_share") and value > 1:
         raise ValueError(f"`{key}` is {value:g}; it is a part of 1")
+
+
+def _check_peaks(value: object) -> None:
+    """As `_check`, of `flops`; a type that was not measured has 0 in a profile."""
+    if not isinstance(value, Mapping) or not set(COMPUTED_IN) <= value.keys():
+        raise ValueError(f"`flops` must hold the peaks of {' and '.join(COMPUTED_IN)}, not {value!r}")
+    for name, peak in value.items():
+        if peak != 0 or not any(value.values()):
+            _check(f"flops.{name}", peak)
 
 
 def as_values(hardware: Hardware) -> dict[str, Any]:

@@ -5,26 +5,38 @@ It knows nothing of how anything is shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-from meshift.layout.layout import Layout
-from meshift.planner.candidates import Problem
+from meshift.planner.bounds import least_seconds
+from meshift.planner.candidates import Problem, Use
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware
 from meshift.planner.prove import Proof, prove
-from meshift.planner.search import score, search
+from meshift.planner.remedies import changes_that_fit
+from meshift.planner.search import Score, score, search
 from meshift.planner.strategies import STRATEGIES
-from meshift.planner.timeline import Choice, peak_bytes
-from meshift.planner.tuning import Setting, better_settings
-from meshift.planner.workload import Role, Step
+from meshift.planner.timeline import Choice, Spot, peak_bytes
+from meshift.planner.tuning import (
+    Setting,
+    better_settings,
+    most_halvings,
+    settings_of,
+    smaller_passes,
+    with_settings,
+)
+from meshift.planner.workload import Step
 from meshift.planner.written import placements_of, plan_values, step_of_choice
 
 SEARCH_SHARE = 0.3
 """Of the time, for the local search before the proof."""
-MOST_DOUBLINGS = 12
+FEW_PROCESSES = 8
+"""Up to which every number of processes that share processors is tried."""
+MIN_SECONDS = 0.5
+"""For each of these numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +50,14 @@ class Rival:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan with what is known of it. `lacking`: bytes on the worst device (0: it fits); `changes` help."""
+    """A plan with what is known of it. `lacking`: bytes on the worst device (0: it fits); `changes` help.
+
+    `problem` is of the step with what the plan sets, `asked` the step by the config alone.
+    """
 
     problem: Problem
     proof: Proof
+    asked: Step
     events: tuple[Event, ...] = ()
     rivals: tuple[Rival, ...] = ()
     lacking: float = 0.0
@@ -54,15 +70,13 @@ class Planned:
 
     @cached_property
     def step(self) -> Step:
-        """The step with the slots that the plan has, where those of the config do not fit."""
+        """The step as the plan runs it: with its slots and micro-batches."""
         return step_of_choice(self.problem, self.choice)
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
-        """Slots and micro-batches other than the config's with which a step of this plan is faster."""
-        problem = self.problem
-        placements = placements_of(problem, self.choice)
-        return tuple(better_settings(self.step, problem.hardware, placements, streaming=problem.streaming))
+        """Slots and micro-batches other than the config's, which the plan sets."""
+        return tuple(settings_of(self.step, self.asked, self.seconds))
 
     @property
     def values(self) -> dict[str, dict[str, Any]]:
@@ -74,8 +88,14 @@ class Planned:
 
     @property
     def seconds(self) -> float:
-        """Of a step with the config's micro-batches, as it was played through; without `settings`."""
+        """Of a step as it was played through, with all that the plan sets."""
         return max(event.end for event in self.events)
+
+    @property
+    def gap(self) -> float:
+        """By which share the plan may be slower than the best, by whichever count of its seconds is longer."""
+        bound = self.proof.bound
+        return max(self.proof.gap, self.seconds / bound - 1) if bound > 0 else self.proof.gap
 
 
 def make_plan(
@@ -89,41 +109,138 @@ def make_plan(
 ) -> Planned:
     """The best plan that can be found in about so many seconds; roles are offloaded where nothing else fits.
 
-    Where processes share processors, one process that has them all is a plan of its own.
+    Where processes share processors, fewer of them have more each: every number of them is a problem of its own.
     """
-    if (
-        hardware.cores
-        and num_devices > 1
-        and hardware.shared_by(1).threads > hardware.shared_by(num_devices).threads
-    ):
-        whole = partial(_made, step, hardware, sharding=sharding, streaming=streaming)
-        found = [whole(1, 0.2 * seconds), whole(num_devices, 0.8 * seconds)]
-        return min(found, key=lambda one: (one.lacking, one.seconds if one.events else float("inf")))
-    return _made(step, hardware, num_devices, seconds, sharding=sharding, streaming=streaming)
+    if not hardware.cores or num_devices == 1:
+        return _made(step, hardware, num_devices, seconds, sharding=sharding, streaming=streaming)
+    deadline, found = time.monotonic() + seconds, list[Planned]()
+    counts = _counts_of_processes(hardware, num_devices)
+    bound = float("inf")
+    for i, count in enumerate(counts):
+        problem = Problem(step, hardware, count, sharding=sharding, streaming=streaming)
+        least = least_seconds(problem, problem.candidates)
+        best = min((one.proof.seconds for one in found if one.lacking == 0), default=float("inf"))
+        if least >= best:  # no plan of so many is faster
+            bound = min(bound, least)
+            continue
+        share = max(MIN_SECONDS, (deadline - time.monotonic()) / (len(counts) - i))
+        found.append(_made(step, hardware, count, share, sharding=sharding, streaming=streaming))
+    best_of_all = min(found, key=lambda one: (one.lacking, one.seconds if one.events else float("inf")))
+    if best_of_all.lacking > 0:
+        return best_of_all
+    bound = min([bound, *(one.proof.bound for one in found if one.lacking == 0)])
+    proven = all(one.proof.proven for one in found if one.lacking == 0)
+    return replace(best_of_all, proof=replace(best_of_all.proof, bound=bound, proven=proven))
+
+
+def _counts_of_processes(hardware: Hardware, num_devices: int) -> list[int]:
+    """All up to a few; of more, for each number of processors that a process may have, the most of them."""
+    on_a_host = min(num_devices, hardware.per_host)
+    most = {hardware.shared_by(n).threads: n for n in range(1, on_a_host + 1)}
+    counts = set(range(1, min(on_a_host, FEW_PROCESSES) + 1)) | set(most.values())
+    return sorted({*counts, num_devices})
 
 
 def _made(
     step: Step, hardware: Hardware, num_devices: int, seconds: float, *, sharding: bool, streaming: bool
 ) -> Planned:
-    problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
+    first = problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
     hints = _by_hand(problem)
     choice = search(
         problem, seconds=SEARCH_SHARE * seconds, hints=[one for one in hints.values() if one is not None]
     )
     found = score(problem, choice)
     if found.excess > 0 or any(spot.candidate.slots is not None for spot in choice.values()):
-        away = _offloaded(problem, seconds)
-        if away is not None and score(*away) < found:
-            problem, choice = away
-        elif found.excess > 0:
-            least = Proof(choice, found.seconds, 0.0, False)
-            changes = tuple(_changes(problem, found.excess))
-            return Planned(problem=problem, proof=least, lacking=found.excess, changes=changes)
+        problem, choice = min([(problem, choice), *_with_more_room(problem, found, seconds)], key=_score_of)
+        found = score(problem, choice)
+    if found.excess > 0:
+        return _nothing_fits(step, problem, choice, found)
+    problem, choice = tuned(problem, choice) or (problem, choice)
     proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
-    step, placements = step_of_choice(problem, proof.choice), placements_of(problem, proof.choice)
-    events = evaluate(step, hardware, placements, streaming=streaming)
-    rivals = tuple(_rival(problem, name, choice) for name, choice in hints.items())
-    return Planned(problem=problem, proof=proof, events=tuple(events), rivals=rivals)
+    again = tuned(problem, proof.choice)
+    if again is not None:  # so that the bound is of the settings that the plan has
+        problem, choice = again
+        proof = _with_all_slots(problem, prove(problem, choice, seconds=SEARCH_SHARE * seconds))
+    events = evaluate(
+        step_of_choice(problem, proof.choice), hardware, placements_of(problem, proof.choice), streaming=streaming
+    )
+    lacking = max(event.peak for event in events) - problem.capacity
+    if lacking > 0:  # by the count device by device, which is the stricter one
+        return _nothing_fits(step, problem, proof.choice, replace(found, excess=lacking))
+    rivals = _rivals(first, problem, hints)
+    return Planned(problem=problem, proof=proof, asked=step, events=tuple(events), rivals=rivals)
+
+
+def _score_of(pair: tuple[Problem, Choice]) -> Score:
+    return score(*pair)
+
+
+def _with_more_room(problem: Problem, found: Score, seconds: float) -> Iterator[tuple[Problem, Choice]]:
+    """The same step with what a plan may set so that calls need less; only plans that fit.
+
+    Where nothing fits: smaller passes, the largest that do; else roles offloaded, with smaller passes if need be.
+    """
+    smaller = found.excess > 0
+    if smaller and (less := _with_smaller_passes(problem, seconds)) is not None:
+        yield less
+        return
+    away = _offloaded(problem, seconds)
+    if away is None and smaller:
+        halved = _of_step(problem, smaller_passes(problem.step, most_halvings(problem.step)))
+        away = _offloaded(halved, seconds)
+    if away is not None:
+        yield away
+
+
+def _with_smaller_passes(problem: Problem, seconds: float) -> tuple[Problem, Choice] | None:
+    """With the largest passes, by halves, with which a plan is found; None: with none."""
+    best, low, high = None, 1, most_halvings(problem.step)
+    middle = high  # the smallest first: where these do not help, none do
+    while low <= high:
+        halved = _of_step(problem, smaller_passes(problem.step, middle))
+        choice = search(halved, seconds=min(2.0, 0.1 * seconds), any_that_fits=True)
+        if score(halved, choice).excess > 0:
+            low = middle + 1
+        else:
+            best, high = (halved, choice), middle - 1
+        middle = (low + high) // 2
+    return best
+
+
+def _nothing_fits(step: Step, problem: Problem, choice: Choice, found: Score) -> Planned:
+    least = Proof(choice, found.seconds, 0.0, False)
+    changes = tuple(changes_that_fit(problem, found.excess))
+    return Planned(problem=problem, proof=least, asked=step, lacking=found.excess, changes=changes)
+
+
+def tuned(problem: Problem, choice: Choice) -> tuple[Problem, Choice] | None:
+    """The same placements with slots and micro-batches that make the step faster; None: the config's are best."""
+    step, placements = step_of_choice(problem, choice), placements_of(problem, choice)
+    settings = better_settings(step, problem.hardware, placements, streaming=problem.streaming)
+    for count in range(len(settings), 0, -1):
+        changed, moved = _with_settings(problem, choice, settings[:count])
+        if score(changed, moved).excess == 0:
+            return changed, moved
+    return None
+
+
+def _with_settings(problem: Problem, choice: Choice, settings: Sequence[Setting]) -> tuple[Problem, Choice]:
+    """Slots up to those of the step are the choice's, more of them the step's, as micro-batches are."""
+    slots = {Use(one.role, "generate"): one.value for one in settings if one.key == "num_slots"}
+    most = {use: problem.calls(use)[0].num_slots for use in slots}
+    of_step = [one for one in settings if one.key != "num_slots" or one.value > most[Use(one.role, "generate")]]
+    changed = _of_step(problem, with_settings(problem.step, of_step))
+    moved = dict[Use, Spot]()
+    for use, spot in choice.items():
+        count = slots.get(use, spot.candidate.slots)
+        fewer = count if count is not None and count < changed.calls(use)[0].num_slots else None
+        moved[use] = replace(spot, candidate=changed.candidate(use, spot.candidate.layout, fewer))
+    return changed, moved
+
+
+def _of_step(problem: Problem, step: Step) -> Problem:
+    count, hardware = problem.num_devices, problem.hardware
+    return Problem(step, hardware, count, streaming=problem.streaming, sharding=problem.sharding)
 
 
 def _with_all_slots(problem: Problem, proof: Proof) -> Proof:
@@ -140,6 +257,19 @@ def _by_hand(problem: Problem) -> dict[str, Choice | None]:
     return {name: make(problem) for name, make in STRATEGIES.items()}
 
 
+def _rivals(first: Problem, last: Problem, hints: Mapping[str, Choice | None]) -> tuple[Rival, ...]:
+    """Each way by hand at its best: with the config's settings, or with those of the plan and what it offloads."""
+    found = [_rival(first, name, choice) for name, choice in hints.items()]
+    if last is first:
+        return tuple(found)
+    again = [_rival(last, name, choice) for name, choice in _by_hand(last).items()]
+    return tuple(min(pair, key=_rank) for pair in zip(found, again, strict=True))
+
+
+def _rank(rival: Rival) -> tuple[float, float]:
+    return rival.lacking, float("inf") if rival.seconds is None else rival.seconds
+
+
 def _rival(problem: Problem, name: str, choice: Choice | None) -> Rival:
     if choice is None:
         return Rival(name=name, seconds=None)
@@ -153,65 +283,12 @@ def _offloaded(problem: Problem, seconds: float) -> tuple[Problem, Choice] | Non
         return None
     still = {name for name, role in problem.step.roles.items() if not role.trained}
     for names in (still, set(problem.step.roles)):
-        away = _with_roles(problem, partial(_away, names))
+        roles = {name: replace(role, offloaded=name in names) for name, role in problem.step.roles.items()}
+        away = _of_step(problem, replace(problem.step, roles=roles))
         choice = search(away, seconds=SEARCH_SHARE * seconds)
         if score(away, choice).excess == 0:
             return away, choice
     return None
-
-
-def _with_roles(problem: Problem, change: Callable[[Role], Role], num_devices: int | None = None) -> Problem:
-    roles: Mapping[str, Role] = {name: change(role) for name, role in problem.step.roles.items()}
-    step = replace(problem.step, roles=roles)
-    count = num_devices or problem.num_devices
-    return Problem(step, problem.hardware, count, streaming=problem.streaming, sharding=problem.sharding)
-
-
-def _changes(problem: Problem, lacking: float) -> Iterator[str]:
-    """Single changes, the smallest first, with which a plan fits (found by trying); the device that would do."""
-    trained = [name for name, role in problem.step.roles.items() if role.trained]
-    recomputes = all(problem.step.roles[name].passes.gradient_checkpointing for name in trained)
-    if not recomputes and _fits(_with_roles(problem, _checkpointing)):
-        yield f"{' and '.join(trained)}: gradient_checkpointing=true, which computes activations again"
-    for part in (2, 4, 8):
-        if _fits(_with_roles(problem, partial(_smaller, part))):
-            most = problem.step.roles[trained[0]].passes.max_tokens_per_micro_batch // part
-            yield f"{' and '.join(trained)}: max_tokens_per_micro_batch={most}"
-            break
-    for count in _more_devices(problem):
-        if _fits(_with_roles(problem, _as_it_is, count)):
-            yield f"{count} devices instead of {problem.num_devices}"
-            break
-    yield f"devices with {(problem.hardware.memory + lacking) / 1e9:.0f} GB of memory each"
-
-
-def _more_devices(problem: Problem) -> list[int]:
-    """Doublings of the devices, from where all roles' states would fit if they were cut evenly."""
-    alone = Layout()
-    states = sum(m.kept(alone, alone.coordinates(0)).total for m in problem.memories.values())
-    counts = [problem.num_devices << i for i in range(1, MOST_DOUBLINGS)]
-    return [count for count in counts if count * problem.capacity > states][:3]
-
-
-def _fits(problem: Problem) -> bool:
-    return score(problem, search(problem, seconds=2.0)).excess == 0
-
-
-def _checkpointing(role: Role) -> Role:
-    return replace(role, passes=role.passes.model_copy(update={"gradient_checkpointing": True}))
-
-
-def _away(names: Collection[str], role: Role) -> Role:
-    return replace(role, offloaded=role.name in names)
-
-
-def _as_it_is(role: Role) -> Role:
-    return role
-
-
-def _smaller(part: int, role: Role) -> Role:
-    most = max(1, role.passes.max_tokens_per_micro_batch // part)
-    return replace(role, passes=role.passes.model_copy(update={"max_tokens_per_micro_batch": most}))
 
 
 def shortage(planned: Planned) -> list[str]:

@@ -1,6 +1,6 @@
 """How good a plan can be: OR-Tools' CP-SAT finds a better one or proves that there is none, or bounds the gap.
 
-The model is that of `timeline.py`: each use has one candidate on an aligned mesh, ops that share a device follow
+The model is that of `timeline.py`: each use has one candidate on a mesh, ops that share a device follow
 program order, and for each call one cumulative constraint along the devices holds the memory. Where it is coarser,
 it is so on the optimist's side: durations are rounded down to ticks, and what is late of a stream is the least of
 all candidates. So its bound holds for every plan of these candidates. Without OR-Tools nothing is proven.
@@ -106,6 +106,7 @@ class _Model:
         for i, use in enumerate(problem.uses):
             for other in problem.uses[:i]:
                 self._separate(use, other)
+        self._bind()
         self.step = self.model.NewIntVar(0, TICKS, "step")
         self._schedule()
         self._limit_memory()
@@ -118,7 +119,7 @@ class _Model:
         return sum(value * chosen for value, chosen in zip(values, self.chosen[use], strict=True))
 
     def _place(self, use: Use) -> None:
-        """One candidate, on a mesh that begins at a multiple of its size."""
+        """One candidate, on a mesh that begins where those of its size may (`Problem.stride`)."""
         model, num_devices = self.model, self.problem.num_devices
         model.AddExactlyOne(self.chosen[use])
         self.first[use] = model.NewIntVar(0, num_devices - 1, f"{use} first")
@@ -129,9 +130,12 @@ class _Model:
         for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
             by_size.setdefault(one.size, []).append(chosen)
         for size, some in by_size.items():
-            number = model.NewIntVar(0, num_devices // size, "")
+            stride = self.problem.stride(size)
+            if stride == 1:
+                continue
+            number = model.NewIntVar(0, num_devices // stride, "")
             for chosen in some:
-                model.Add(self.first[use] == size * number).OnlyEnforceIf(chosen)
+                model.Add(self.first[use] == stride * number).OnlyEnforceIf(chosen)
 
     def _separate(self, use: Use, other: Use) -> None:
         """They meet, or one mesh ends before the other begins."""
@@ -140,6 +144,17 @@ class _Model:
         self.model.Add(self.first[use] + self.size[use] <= self.first[other]).OnlyEnforceIf(before)
         self.model.Add(self.first[other] + self.size[other] <= self.first[use]).OnlyEnforceIf(after)
         self.meets[frozenset((use, other))] = meets
+
+    def _bind(self) -> None:
+        """A trained role that is offloaded has one placement."""
+        for use in self.problem.uses:
+            home = self.problem.home(use.role)
+            if use == home or not self.problem.is_bound(use.role):
+                continue
+            self.model.Add(self.first[use] == self.first[home])
+            own, at_home = self._by_layout(use), self._by_layout(home)
+            for layout in own.keys() | at_home.keys():
+                self.model.Add(own.get(layout, 0) == at_home.get(layout, 0))
 
     def _schedule(self) -> None:
         ops = self.problem.ops

@@ -36,25 +36,40 @@ def score(problem: Problem, choice: Choice) -> Score:
     return Score(excess_bytes(problem, choice), max(bar.end for bar in bars), used)
 
 
-def search(problem: Problem, *, seconds: float = 5.0, seed: int = 0, hints: Iterable[Choice] = ()) -> Choice:
+def search(
+    problem: Problem,
+    *,
+    seconds: float = 5.0,
+    seed: int = 0,
+    hints: Iterable[Choice] = (),
+    any_that_fits: bool = False,
+) -> Choice:
     """The best plan found in so many seconds, from `hints` and beginnings of its own.
 
-    First where each use has few layouts to choose from, then among all that are left.
+    First where each use has few layouts to choose from, then among all that are left. `any_that_fits`: the first
+    that does is enough.
     """
     begun, draw = time.monotonic(), Random(seed)
     starts = sorted((dict(first) for first in (*hints, *beginnings(problem))), key=partial(score, problem))
-    best = _explore(problem, _quick(problem.candidates), starts, draw, begun + seconds / 2)
-    return _explore(problem, problem.candidates, [best], draw, begun + seconds)
+    few, ends = _quick(problem, problem.candidates), begun + seconds
+    best = _explore(problem, few, starts, draw, begun + seconds / 2, any_that_fits=any_that_fits)
+    return _explore(problem, problem.candidates, [best], draw, ends, any_that_fits=any_that_fits)
 
 
 def _explore(
-    problem: Problem, candidates: Candidates, starts: Sequence[Choice], draw: Random, deadline: float
+    problem: Problem,
+    candidates: Candidates,
+    starts: Sequence[Choice],
+    draw: Random,
+    deadline: float,
+    *,
+    any_that_fits: bool,
 ) -> dict[Use, Spot]:
     """Descend from the starts, then from disturbed versions of the best."""
     best, best_score = dict(starts[0]), score(problem, starts[0])
     disturbed = (_disturbed(problem, candidates, best, draw) for _ in range(MAX_DISTURBANCES))
     for first in chain(starts, disturbed):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (any_that_fits and best_score.excess == 0):
             break
         if best_score.excess == 0:
             candidates = _left(problem, candidates, best_score.seconds)
@@ -70,9 +85,12 @@ def _left(problem: Problem, candidates: Candidates, seconds: float) -> Candidate
     return {use: left[use] or candidates[use] for use in candidates}
 
 
-def _quick(candidates: Candidates) -> Candidates:
-    """Of each use and size the fastest layout, the smallest, and the fastest that needs half as much."""
-    return {use: tuple(_few(found)) for use, found in candidates.items()}
+def _quick(problem: Problem, candidates: Candidates) -> Candidates:
+    """Of each use and size the fastest layout, the smallest, and the fastest that needs half as much.
+
+    All of roles that have one placement, since their uses must find the same.
+    """
+    return {use: tuple(found if problem.is_bound(use.role) else _few(found)) for use, found in candidates.items()}
 
 
 def _few(found: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -102,7 +120,26 @@ def beginnings(problem: Problem) -> Iterator[dict[Use, Spot]]:
     """All uses on the first n devices, each in its fastest layout there; n from all downwards."""
     sizes = sorted(problem.sizes(), reverse=True)[: 2 * NUM_SIZES : 2] or problem.sizes()
     for size in sizes:
-        yield {use: _nearest(problem.candidates[use], size, 0) for use in problem.uses}
+        yield _together(
+            problem, problem.candidates, {u: _nearest(problem.candidates[u], size, 0) for u in problem.uses}
+        )
+
+
+def _together(problem: Problem, candidates: Candidates, choice: Choice) -> dict[Use, Spot]:
+    """With roles that have one placement all at home."""
+    changed = dict(choice)
+    for use in choice:
+        home = problem.home(use.role)
+        if problem.is_bound(use.role) and use != home:
+            changed[use] = _moved(candidates[use], choice[use], choice[home]) or choice[use]
+    return changed
+
+
+def _moved(candidates: Sequence[Candidate], now: Spot, to: Spot) -> Spot | None:
+    """A use in another's layout on its devices, if it may be, with the slots that it has where that can be."""
+    found = [one for one in candidates if one.layout == to.candidate.layout]
+    best = min(found, key=lambda one: (one.slots != now.candidate.slots, _total(one)), default=None)
+    return None if best is None else Spot(best, to.first)
 
 
 def _nearest(candidates: Sequence[Candidate], size: int, first: int) -> Spot:
@@ -121,7 +158,7 @@ def _descend(
         improved = False
         for use in problem.uses:
             for spot in list(_places(problem, candidates[use], choice)):
-                trial = {**choice, use: spot}
+                trial = _with(problem, candidates, choice, use, spot)
                 if best.excess == 0 and step_seconds(problem, trial) > best.seconds:
                     continue
                 found = score(problem, trial)
@@ -132,13 +169,23 @@ def _descend(
     return choice, best
 
 
+def _with(problem: Problem, candidates: Candidates, choice: Choice, use: Use, spot: Spot) -> dict[Use, Spot]:
+    """With a use there, and where its role has one placement, all uses of the role."""
+    changed = {**choice, use: spot}
+    if problem.is_bound(use.role):
+        for other in choice:
+            if other.role == use.role and other != use:
+                changed[other] = _moved(candidates[other], choice[other], spot) or choice[other]
+    return changed
+
+
 def _places(problem: Problem, candidates: Sequence[Candidate], choice: Choice) -> Iterator[Spot]:
     """Every candidate, at every offset where a mesh of another use begins or ends (others are alike)."""
     edges = {0, *(edge for spot in choice.values() for edge in (spot.first, spot.stop))}
     for candidate in candidates:
-        size = candidate.size
-        firsts = {edge // size * size for edge in edges} | {-(-edge // size) * size for edge in edges}
-        firsts |= {(edge - size) // size * size for edge in edges if edge >= size}
+        size, step = candidate.size, problem.stride(candidate.size)
+        firsts = {edge // step * step for edge in edges} | {-(-edge // step) * step for edge in edges}
+        firsts |= {(edge - size) // step * step for edge in edges if edge >= size}
         for first in sorted(firsts):
             if 0 <= first <= problem.num_devices - size:
                 yield Spot(candidate, first)
@@ -149,7 +196,8 @@ def _disturbed(problem: Problem, candidates: Candidates, choice: Choice, draw: R
     changed = dict(choice)
     if draw.random() < 0.5:
         for use in draw.sample(problem.uses, min(len(problem.uses), draw.choice((2, 3)))):
-            changed[use] = draw.choice(list(_places(problem, candidates[use], changed)))
+            spot = draw.choice(list(_places(problem, candidates[use], changed)))
+            changed = _with(problem, candidates, changed, use, spot)
         return changed
     size = draw.choice([size for size in problem.sizes() if 2 * size <= problem.num_devices] or [1])
     rest = max(n for n in problem.sizes() if n <= max(1, problem.num_devices - size))
@@ -159,4 +207,4 @@ def _disturbed(problem: Problem, candidates: Candidates, choice: Choice, draw: R
             changed[use] = _nearest(candidates[use], size, (problem.num_devices - size) // size * size)
         else:
             changed[use] = _nearest(candidates[use], rest, 0)
-    return changed
+    return _together(problem, candidates, changed)

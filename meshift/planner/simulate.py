@@ -101,18 +101,22 @@ class _Drawing:
         self._costs = {name: Costs(role, hardware) for name, role in step.roles.items()}
 
     def costs(self, draw: np.random.Generator) -> dict[str, Cost]:
-        """Of every call: generations by their slowest rank, the others by how many tokens there are in all."""
+        """Of every call: generations by their slowest rank, the others by how many tokens there are in all.
+
+        All lengths are drawn first: a step that draws ahead has its generation last.
+        """
+        drawn = {call.name: self._drawn(call, draw) for call in self.step.calls if call.kind == "generate"}
+        means = {
+            _texts_of(call): float(np.concatenate(drawn[call.name]).mean())
+            for call in self.step.calls
+            if call.name in drawn
+        }
         found: dict[str, Cost] = {}
-        means: dict[tuple[int, int], float] = {}
         for call in self.step.calls:
-            key = call.texts.num_prompts, call.texts.per_prompt
-            if call.kind == "generate":
-                ranks = self._drawn(call, draw)
-                means[key] = float(np.concatenate(ranks).mean())
-                found[call.name] = self._slowest(call, ranks)
+            if call.name in drawn:
+                found[call.name] = self._slowest(call, drawn[call.name])
             else:
-                mean = means.get(key) or fmean(means.values())
-                found[call.name] = self._with_mean(call, mean)
+                found[call.name] = self._with_mean(call, means.get(_texts_of(call)) or fmean(means.values()))
         return found
 
     def even(self) -> dict[str, Cost]:
@@ -160,6 +164,11 @@ class _Drawing:
         read = call.num_read if call.num_read == 1.0 else mean
         layout = self.placements[call.role][call.kind].layout
         return self._costs[call.role].of(replace(call, texts=texts, num_read=read), layout)
+
+
+def _texts_of(call: PlannedCall) -> tuple[int, int]:
+    """What tells a step's texts apart: those that are drawn together have the same."""
+    return call.texts.num_prompts, call.texts.per_prompt
 
 
 def in_sentences(found: Simulated) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import combinations, pairwise
 from random import Random
 from types import MappingProxyType
 
@@ -18,6 +19,8 @@ from meshift.planner.timeline import Choice, Spot
 
 ROUNDS = 4
 """Times that each use is given its best layout, given the others'."""
+EIGHTHS = 8
+"""Shares of the devices that roles of their own may have are multiples of one in so many."""
 
 
 def one_layout(problem: Problem) -> dict[Use, Spot] | None:
@@ -108,11 +111,14 @@ def _best(problem: Problem, areas: Mapping[Use, tuple[int, int]]) -> dict[Use, S
     draw = Random(0)
     best = score(problem, choice)
     for _ in range(ROUNDS):
+        before = best
         for use in draw.sample(problem.uses, len(problem.uses)):
             for spot in spots[use]:
                 found = score(problem, {**choice, use: spot})
                 if found < best:
                     choice, best = {**choice, use: spot}, found
+        if best == before:
+            break
     return choice
 
 
@@ -125,10 +131,11 @@ def _spots(problem: Problem, use: Use, size: int, first: int) -> list[Spot]:
 
 
 def _splits(problem: Problem) -> Iterator[dict[Use, tuple[int, int]]]:
-    """Halves or quarters for generation and for the actor's training; the rest for the others."""
+    """Every way to share out the devices among the groups: by eighths, of fewer devices by single ones."""
     groups = _groups(problem)
-    for shares in _shares(len(groups)):
-        sizes = [share * problem.num_devices // 8 for share in shares]
+    parts = min(EIGHTHS, problem.num_devices)
+    for shares in _compositions(parts, len(groups)):
+        sizes = [share * problem.num_devices // parts for share in shares]
         if any(not _spots(problem, use, n, 0) for group, n in zip(groups, sizes, strict=True) for use in group):
             continue
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -145,15 +152,11 @@ def _groups(problem: Problem) -> list[list[Use]]:
     return [[use for use in problem.uses if group_of(use) == name] for name in names]
 
 
-def _shares(count: int) -> list[tuple[int, ...]]:
-    """Eighths of the devices."""
-    shares: dict[int, list[tuple[int, ...]]] = {
-        1: [(8,)],
-        2: [(4, 4), (2, 6), (6, 2)],
-        3: [(4, 2, 2), (2, 4, 2), (2, 2, 4)],
-        4: [(2, 2, 2, 2), (4, 1, 2, 1), (2, 1, 4, 1), (1, 1, 4, 2), (2, 1, 3, 2), (3, 1, 2, 2)],
-    }
-    return shares[count]
+def _compositions(whole: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `whole` as a sum of so many positive numbers, in order; none where it is too small."""
+    for cuts in combinations(range(1, whole), count - 1):
+        edges = (0, *cuts, whole)
+        yield tuple(stop - start for start, stop in pairwise(edges))
 
 
 def placed(choice: Choice) -> dict[str, str]:

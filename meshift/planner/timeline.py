@@ -89,6 +89,7 @@ def shared_timeline(problem: Problem, choice: Choice) -> list[Bar]:
     seconds = [op_seconds(problem, op, choice) for op in ops]
     loads = [_load(op, choice) for op in ops]
     before = [_before(problem, i, spots, seconds) for i in range(len(ops))]
+    held = [_held(problem, i, spots, seconds) for i in range(len(ops))]
     left, starts, ends = list(seconds), dict[int, float](), dict[int, float]()
     now = 0.0
     while len(ends) < len(ops):
@@ -96,6 +97,7 @@ def shared_timeline(problem: Problem, choice: Choice) -> list[Bar]:
             if i not in starts and all(_is_past(j, part, left, seconds, starts) for j, part in before[i]):
                 starts[i] = now
         running = [i for i in starts if i not in ends]
+        running = [i for i in running if not _waits_for_last(held[i], left[i], ends)]
         busy = sum(loads[i][0] for i in running)
         speeds = {}
         for i in running:
@@ -103,11 +105,12 @@ def shared_timeline(problem: Problem, choice: Choice) -> list[Bar]:
             alone = len(running) == 1
             speeds[i] = 1.0 if alone else profile.slow(work, own) / profile.slow(work, max(own, busy))
         marks = [(left[j] - (1 - part) * seconds[j]) / speeds[j] for b in before for j, part in b if j in speeds]
+        marks += [(left[i] - part) / speeds[i] for i in running for j, part in held[i] if j not in ends]
         passed = min([left[i] / speeds[i] for i in running] + [mark for mark in marks if mark > SMALL])
         now += passed
         for i in running:
             left[i] -= passed * speeds[i]
-            if left[i] <= SMALL:
+            if left[i] <= SMALL and not _waits_for_last(held[i], left[i], ends):
                 left[i], ends[i] = 0.0, now
     return [Bar(op, starts[i], ends[i], spots[i]) for i, op in enumerate(ops)]
 
@@ -135,6 +138,22 @@ def _before(
         elif j in problem.ops[i].waits or any(a.meets(b) for a in spots[i] for b in spots[j]):
             found.append((j, 1.0))
     return found
+
+
+def _held(
+    problem: Problem, i: int, spots: Sequence[tuple[Spot, ...]], seconds: Sequence[float]
+) -> list[tuple[int, float]]:
+    """Generations that op i reads while they go on, and how many of its seconds are for what ends last."""
+    found = []
+    for j in problem.ops[i].streams:
+        if not spots[j][0].meets(spots[i][0]):
+            found.append((j, spots[j][0].candidate.costs[problem.ops[j].name].late * seconds[i]))
+    return found
+
+
+def _waits_for_last(held: Sequence[tuple[int, float]], left: float, ends: Mapping[int, float]) -> bool:
+    """Whether all has been read but what a generation, which others slow down, has yet to give."""
+    return any(j not in ends and left <= part + SMALL for j, part in held)
 
 
 def _is_past(
@@ -200,5 +219,12 @@ def _resident(choice: Choice, kept: Mapping[Use, int], own: Spot) -> int:
 
 
 def excess_bytes(problem: Problem, choice: Choice) -> float:
-    """By how much the worst call is over what a device has; 0: all fits."""
-    return max(0.0, max(peak_bytes(problem, choice).values()) - problem.capacity)
+    """By how much the worst call is over what a device has; 0: all fits.
+
+    A trained role that is offloaded has one placement: for each use that has another it counts once more.
+    """
+    apart = 0
+    for use, spot in choice.items():
+        home = choice[problem.home(use.role)]
+        apart += home.candidate.kept if problem.is_bound(use.role) and not spot.is_same(home) else 0
+    return max(0.0, max(peak_bytes(problem, choice).values()) - problem.capacity) + apart

@@ -220,6 +220,11 @@ class Step:
         )
         return replace(self, calls=tuple(calls))
 
+    def never_away(self) -> Step:
+        """With no role offloaded: where there is no other memory to go to, it frees nothing."""
+        roles = {name: replace(role, offloaded=False) for name, role in self.roles.items()}
+        return replace(self, roles=roles)
+
     def as_measured(self, factors: Mapping[str, float]) -> Step:
         """With each call as many times as long as a run measured it, by the name under which it times it."""
         calls = (replace(call, factor=factors.get(call.timed_as, 1.0)) for call in self.calls)

@@ -111,7 +111,7 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
     fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
     tuned = "".join(f"; {count} completions at a time, since more do not fit" for count in fewer)
-    tuned += "".join(f"; {one.seconds:.3g} s with {one}, which it sets" for one in planned.settings)
+    tuned += "".join(f"; with {one}, which it sets" for one in planned.settings if one.value not in fewer)
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
     bound = f"no plan below {planned.proof.bound:.3g} s"
     return (

@@ -165,8 +165,9 @@ def test_a_run_that_took_longer_makes_the_next_plan_slower(run_file, tmp_path, c
 
 
 def test_what_does_not_fit_is_said_with_what_would(run_file, capsys):
-    words = ("--devices", "1", "dtype=float32", "actor.max_tokens_per_micro_batch=65536")
-    assert plan(run_file, *words, "data.batch_size=1024", "generation.num_slots=4096") == 2
+    deep = RAW | {"num_hidden_layers": 120}
+    (run_file.parent / "model" / "config.json").write_text(json.dumps(deep))
+    assert plan(run_file, "--devices", "1", "dtype=float32") == 2
     told = capsys.readouterr()
     assert "GB too much" in told.out
     assert "what would fit" in told.out

@@ -1,6 +1,7 @@
 """A profile says what was measured, between sizes in logarithms; processes that share processors are slower."""
 
 import json
+from dataclasses import replace
 from itertools import product as pairs
 
 import pytest
@@ -14,6 +15,7 @@ from meshift.planner.evaluate import evaluate
 from meshift.planner.hardware import as_values, find_hardware
 from meshift.planner.planning import make_plan
 from meshift.planner.profile import PRODUCTS, SPEEDS, Message, Product, Profile
+from meshift.planner.search import score, search
 from meshift.planner.timeline import Spot, timeline
 from meshift.planner.written import placements_of
 
@@ -192,3 +194,24 @@ def test_where_processes_only_get_in_each_others_way_the_plan_is_one_process():
     assert planned.problem.num_devices == 1
     many = make_plan(step(), shared(rate=RATE, cores=0), 4, seconds=1.0)
     assert len({spot.first for spot in many.choice.values()} | {s.stop for s in many.choice.values()}) > 1
+
+
+def eight(**changes):
+    """A host of eight processors, on which more threads of one process are ever less use."""
+    found = shared(cores=8, slow={"1": 1.0, "2": 1.0, "4": 1.6, "8": 3.0})
+    profile = found.profile
+    alone = [one for one in profile.products if one.threads == 1]
+    products = (replace(one, threads=t, rate=1e10 * t**0.8) for t in (1, 2, 4, 8) for one in alone)
+    speeds = {kind: {"1": 1e9, "2": 2e9, "4": 3e9, "8": 4e9} for kind in profile.speeds}
+    return replace(found, profile=replace(profile, products=tuple(products), speeds=speeds))
+
+
+def test_every_number_of_processes_is_tried_and_the_bound_is_of_all_of_them():
+    planned = make_plan(step(), eight(), 8, seconds=4)
+    by_count = {}
+    for count in (1, 2, 4):
+        problem = Problem(step(), eight(), count)
+        by_count[count] = score(problem, search(problem, seconds=1)).seconds
+    assert min(by_count, key=by_count.get) == 2
+    assert planned.seconds <= by_count[2] * 1.001
+    assert planned.proof.bound <= min(by_count.values())

@@ -48,6 +48,9 @@ from meshift.report.run_data import read_run
 
 WRITTEN = (".yaml", ".yml", ".json", ".html")
 """Suffixes of `--out`."""
+HOST_CALLS = (
+    "What process 0 does between calls (reward functions, sandboxes, judges) is not in the step's seconds."
+)
 SIMULATED = 20
 """Steps with random lengths that `--explain` plays."""
 
@@ -113,6 +116,8 @@ def _run(args: argparse.Namespace) -> int:
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
     print(f"  {asked.lengths.in_words(planned.step)}")
+    if any(call.kind == "generate" for call in planned.step.calls):
+        print(f"  {HOST_CALLS}")
     more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")

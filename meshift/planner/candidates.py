@@ -48,8 +48,9 @@ class Candidate:
     """A layout for a use: what its calls cost, and bytes of the rank that needs the most of each.
 
     `kept` is what a rank keeps where the role lives in this layout, `copy` where it lives in another; `working`
-    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `slots` are the
-    sequences that a generation decodes at a time, where they are fewer than the config's.
+    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `leaving` is
+    copied where a role that lives here leaves the device. `slots` are the sequences that a generation decodes at a
+    time, where they are fewer than the config's.
     """
 
     layout: Layout
@@ -57,6 +58,7 @@ class Candidate:
     kept: int
     copy: int
     working: Mapping[str, int]
+    leaving: int = 0
     slots: int | None = None
 
     @property
@@ -184,13 +186,15 @@ class Problem:
         return self.step.roles[role].offloaded and self.step.roles[role].trained
 
     def layouts(self, use: Use) -> Iterator[Layout]:
-        """Every layout that could carry the use's calls."""
+        """Every layout that could carry the use's calls; tensor ranks stand on one host."""
         config = self.step.roles[use.role].config
         rows = min(call.texts.num_sequences // call.num_updates for call in self.calls(use))
         for size in self.sizes():
             for tensor in _divisors(size):
                 if tensor > min(self.hardware.per_host, config.num_heads):
                     continue
+                if size > self.hardware.per_host and self.hardware.per_host % tensor:
+                    continue  # some groups would cross hosts
                 for pipeline in _divisors(size // tensor):
                     data = size // tensor // pipeline
                     if pipeline > min(config.num_layers, MAX_STAGES) or data > rows:
@@ -279,6 +283,7 @@ class Problem:
                 call.name: _round_up((memory.working(call, layout, rank).total for rank in ranks), grain)
                 for call in calls
             },
+            leaving=memory.kept(layout, layout.coordinates(0)).leaving,
             slots=slots,
         )
 
@@ -351,6 +356,10 @@ class Problem:
         if op.kind == "move":
             return moving.seconds(source, target, shift, far=far, generates=op.uses[1].kind == "generate")
         return moving.mixing_seconds(source, target, shift, far=far) / self._every(op)
+
+    def buffers(self, op: Op, source: Layout, target: Layout) -> int:
+        """Bytes that wait to be sent or stored on a device during a move or a mixing."""
+        return self.memories[op.uses[0].role].buffers(source, target, mixing=op.kind == "mixing")
 
     def _every(self, op: Op) -> int:
         return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)

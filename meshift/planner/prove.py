@@ -187,7 +187,10 @@ class _Model:
         if op.kind == "call":
             use = op.uses[0]
             role, rate = self.problem.step.roles[use.role], self.problem.hardware.host_rate
-            away = [2 * one.kept / rate if role.offloaded else 0.0 for one in self.candidates[use]]
+            home = self.problem.home(use.role)
+            least = min(one.leaving for one in self.candidates[home])  # what leaves is the home's
+            leaving = [one.leaving if use == home else least for one in self.candidates[use]]
+            away = [2 * size / rate if role.offloaded else 0.0 for size in leaving]
             return self._sum(
                 use,
                 [

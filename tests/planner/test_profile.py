@@ -123,8 +123,9 @@ def test_reading_takes_the_operations_of_its_layers_by_the_rate():
         for _ in range(role.config.num_layers)
     )
     rows = call.texts.num_rows(share_prefixes=False)
-    seen = call.texts.prompt + call.texts.completion / 2
-    attention = 4.0 * 1024 * rows * seen * role.config.num_layers
+    lengths = [call.texts.prompt + length for length in call.texts.lengths(20000)]
+    pairs = sum(length * (length + 1) / 2 for length in lengths) * call.texts.num_sequences / len(lengths)
+    attention = 4.0 * 1024 * pairs * role.config.num_layers
     assert cost.parts["compute"] == pytest.approx((2.0 * numbers * rows + attention) / RATE, rel=1e-3)
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from meshift.config.sections import RewardFunctionConfig
-from meshift.errors import DataError, InputError
+from meshift.errors import DataError, InputError, RewardError
 from meshift.evaluation.answers import final_number, first_number, is_right
 from meshift.evaluation.estimators import (
     Estimate,
@@ -30,8 +30,6 @@ from meshift.rewards.code.unit_tests import program_of
 from meshift.rewards.configured import load_functions
 from meshift.rewards.functions import WeightedFunction, scores_of
 from meshift.rewards.samples import Samples
-from meshift.rewards.scores import Fault
-from meshift.rewards.worker import NOT_TRIED
 
 logger = logging.getLogger(__name__)
 
@@ -106,36 +104,18 @@ def _mark_maths(questions: Sequence[Question], saved: Sequence[Sequence[Saved]])
         columns={"ground_truth": [q.truth for q, _ in flat]},
         where=[q.where for q, _ in flat],
     )
-    values, faults = _all_tried(function, samples)
-    for index, fault in faults.items():
-        if fault.kind == "ValueError":  # the right answer cannot be read; all else is the completion's own fault
-            raise DataError(f"{flat[index][0].where}: math-verify {fault.what}; correct the row.")
-    found = iter([(value == 1.0, faults[i].what if i in faults else "") for i, value in enumerate(values)])
+    scores = scores_of(function, samples)
+    if scores.of_batch:
+        raise RewardError(f"math-verify {scores.faults[0].what}; mend its installation")
+    for index, fault in scores.faults.items():  # of right answers: what completions do is excused, and wrong
+        raise DataError(f"{flat[index][0].where}: math-verify {fault.what}; correct the row.")
+    reasons = [scores.excused[i].what if i in scores.excused else "" for i in range(len(flat))]
+    found = iter([(value == 1.0, reason) for value, reason in zip(scores.values, reasons, strict=True)])
     marks = []
     for of_one in saved:
         each = [next(found) for _ in of_one]
         marks.append(Marks(right=[right for right, _ in each], wrong=[wrong for _, wrong in each]))
     return marks
-
-
-def _all_tried(function: WeightedFunction, samples: Samples) -> tuple[list[float | None], dict[int, Fault]]:
-    """Each sample's value and fault. A step gives up on its other samples after a few timeouts: here they are
-    tried again, until every one has a value or a fault of its own."""
-    values: list[float | None] = [None] * len(samples)
-    faults: dict[int, Fault] = {}
-    left = list(range(len(samples)))
-    while left:
-        scores = scores_of(function, samples.pick(left))
-        untried = [i for i, fault in scores.faults.items() if fault == NOT_TRIED]
-        for i, index in enumerate(left):
-            values[index] = scores.values[i]
-            if i in scores.faults:
-                faults[index] = scores.faults[i]
-        if len(untried) == len(left):
-            break
-        left = [left[i] for i in untried]
-        faults = {index: fault for index, fault in faults.items() if index not in left}
-    return values, faults
 
 
 def mark_programs(

@@ -52,7 +52,7 @@ class AnswerInvoker(ProcessInvoker):
         return Scores(values=values, faults=faults, extras={STOPPED: stopped}, excused=excused)
 
     def _outcome(self, call: Mapping[str, Any], index: int, limit_s: float) -> float | Fault | None:
-        """One sample's value, or what went wrong. Raises `CallError` where the function cannot be called at all."""
+        """One sample's value, or what went wrong. Raises `CallError` where the function cannot be loaded."""
         try:
             if not self.worker.is_running:  # a first call takes longer: libraries make their tables in it
                 self._ask([{**call, "solution_str": self._plain, "ground_truth": self._plain}], 1, STARTUP_S)

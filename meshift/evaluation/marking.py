@@ -38,12 +38,14 @@ logger = logging.getLogger(__name__)
 class Marks:
     """Of one question: which samples are right; of programs, which pass the public tests and how they behave.
 
-    `tests_passed` is the part of the tests that each passes, and empty where not all of them were run.
+    Where the question has no public tests (`filters` is false) all are `kept`. `tests_passed` is the part of the
+    tests that each passes, and empty where not all of them were run.
     """
 
     right: list[bool]
     of_programs: bool = False
     kept: list[bool] = field(default_factory=list)
+    filters: bool = False
     behaviours: list[Any] | None = None
     tests_passed: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -164,6 +166,8 @@ def _add_public(
     verdicts = tests.verdicts([(problems[i].public, programs[i][j]) for i, j in flat])
     for (i, _), verdict in zip(flat, verdicts, strict=True):  # where no test is public, all are kept
         marks[i].kept.append(verdict.passed or not len(problems[i].public))
+    for mark, problem in zip(marks, problems, strict=True):
+        mark.filters = len(problem.public) > 0
     kept = [(i, j) for i, j in flat if marks[i].kept[j] and problems[i].inputs]
     work = [(problems[i].whole, programs[i][j]) for i, j in kept]
     printed = tests.outputs(work, [problems[i].inputs for i, _ in kept])
@@ -176,8 +180,8 @@ def _add_public(
 
 
 def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wanted) -> dict[str, Estimate]:
-    """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` and `n@k clustered`;
-    the part of tests that pass, where that is known.
+    """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` (`unfiltered`
+    where no question has public tests) and `n@k clustered`; the part of tests that pass, where that is known.
 
     Raises `InputError` where more samples are wanted than there are.
     """
@@ -189,6 +193,7 @@ def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wan
             rates[f"pass@{k}"] = [pass_at_k(len(mark.right), sum(mark.right), k) for mark in marks]
     found = {name: _share(values) for name, values in rates.items()}
     if wanted.n_at_ks:
+        _tell_filtered(marks)
         _tell_clustered(marks)
     for n, k in wanted.n_at_ks:
         found |= _n_at_k(marks, n, k, wanted.seed)
@@ -211,15 +216,30 @@ def _n_at_k(marks: Sequence[Marks], n: int, k: int, seed: int) -> dict[str, Esti
         )
         for mark in marks
     ]
-    found = {f"{n}@{k} filtered": _share(filtered)}
+    how = "filtered" if any(mark.filters for mark in marks) else "unfiltered"
+    found = {f"{n}@{k} {how}": _share(filtered)}
     clustered = [
         clustered_n_at_k(_samples(mark), n=n, k=k, seed=seed + i)
         for i, mark in enumerate(marks)
         if mark.behaviours is not None
     ]
     if clustered:
-        found[f"{n}@{k} clustered"] = _share(clustered)
+        found[f"{n}@{k} clustered" + (" unfiltered" if how == "unfiltered" else "")] = _share(clustered)
     return found
+
+
+def _tell_filtered(marks: Sequence[Marks]) -> None:
+    num_filtered = sum(mark.filters for mark in marks)
+    if not num_filtered:
+        logger.warning(
+            "n@k is of samples that nothing filters: no question has public tests; say how many of the first are "
+            "public by --public-tests"
+        )
+    elif num_filtered < len(marks):
+        logger.warning(
+            f"n@k filtered: only {num_filtered} of {len(marks)} questions have public tests; of the others every "
+            "sample may be submitted"
+        )
 
 
 def _tell_clustered(marks: Sequence[Marks]) -> None:
@@ -227,7 +247,7 @@ def _tell_clustered(marks: Sequence[Marks]) -> None:
     if 0 < num_grouped < len(marks):
         logger.warning(
             f"n@k clustered is that of {num_grouped} of {len(marks)} questions: the others have no inputs that "
-            "tell programs apart; n@k filtered is of all of them"
+            "tell programs apart; n@k without it is of all of them"
         )
 
 

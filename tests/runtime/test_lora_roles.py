@@ -30,7 +30,11 @@ CASES = {
     "online_dpo": Case(OnlineDPORunConfig, {}, {"actor": LORA, "generation": {"num_generations": 3}}),
     "raft": Case(RAFTRunConfig, {}, {"actor": LORA}),
     "ppo": Case(PPORunConfig, {}, {"actor": LORA, "critic": LEARNING_CRITIC, "cost_critic": LEARNING_CRITIC}),
-    "ppo, one trunk": Case(PPORunConfig, {}, {"actor": LORA, "ppo": {"shared_trunk": True}}),
+    "ppo, one trunk": Case(
+        PPORunConfig,
+        {},
+        {"actor": LORA, "ppo": {"shared_trunk": True}, "critic": None, "cost": None, "cost_critic": None},
+    ),
     "dpo": Case(DPORunConfig, {}, {"actor": LORA}),
     "kto": Case(KTORunConfig, {}, {"actor": LORA}),
     "orpo": Case(ORPORunConfig, {}, {"actor": LORA}),
@@ -118,6 +122,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_adapters_gathered_from_a_plan_would_be_others_than_those_of_one_process(plan, make_case, tmp_path):
     case = Case(CASES["grpo"].schema, {}, {"actor": LORA})

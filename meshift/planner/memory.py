@@ -185,16 +185,20 @@ class Memory:
         )
 
     def _learning(self, call: PlannedCall, layout: Layout, where: Coordinates) -> Working:
-        """A micro-batch's passes, or, if that is more, bringing gradients together and stepping."""
+        """A micro-batch's passes, or, if that is more, bringing gradients together and stepping.
+
+        Layers under the lowest that learns keep nothing for a backward pass, but with checkpointing their inputs.
+        """
         rows, width, config = self.micro_batch_rows(call, layout), self.role.width, self.role.config
-        num_layers = len(layout.stage_layers(config.num_layers)[where.pipeline])
+        here = layout.stage_layers(config.num_layers)[where.pipeline]
+        num_learned = max(0, here.stop - max(here.start, self.role.num_frozen_layers))
         flights = min(layout.pipeline - where.pipeline, self.num_micro_batches(call, layout))
         each = self.saved_numbers(layout) * width
         inputs = config.hidden_size * width
         if self.role.passes.gradient_checkpointing:
-            kept = flights * (num_layers + 1) * inputs + each  # and what leaves
+            kept = flights * (len(here) + 1) * inputs + each * (num_learned > 0)  # and what leaves
         else:
-            kept = flights * (num_layers * each + inputs)
+            kept = flights * (num_learned * each + inputs)
         largest = self.sizes.largest(layout, where)
         passes = Working(
             logits=self._logits(call, layout, where, rows, learning=True),

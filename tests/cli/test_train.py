@@ -60,10 +60,14 @@ def test_a_finished_run_says_what_it_reached_and_where_it_lies(invoke, capsys, t
 
 
 def test_a_finished_run_says_how_peft_loads_its_adapters(invoke, capsys, tmp_path):
-    for name, task in (("final", "CAUSAL_LM"), ("final_critic", "SEQ_CLS")):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "adapter_config.json").write_text(json.dumps({"task_type": task}))
-    assert invoke(lambda config, observer: run_steps(config, observer, 1)) == 0
+    def run(config, observer):
+        for name, task in (("final", "CAUSAL_LM"), ("final_critic", "SEQ_CLS")):
+            folder = tmp_path / "run" / name
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+        return run_steps(config, observer, 1)
+
+    assert invoke(run) == 0
     out = "".join(capsys.readouterr().out.split())
     assert f'AutoPeftModelForCausalLM.from_pretrained("{tmp_path}/run/final")' in out
     assert (

@@ -135,8 +135,8 @@ def clustered_n_at_k(samples: Sequence[Sample], *, n: int, k: int, num_draws: in
     """As `filtered_n_at_k`, where those that pass are clustered by behaviour, and submissions taken one from each
     cluster, from the largest on, around again where n are not yet reached (Li et al. 2022, section 4.6).
 
-    The mean over `num_draws` random choices of k samples (one, where k is all of them and no two clusters tie);
-    within a choice the chance is exact.
+    The mean over `num_draws` random choices of k samples, each with a random order of clusters of one size;
+    within a choice the chance is exact. Where k is all samples and no two clusters tie, all draws are the same.
     """
     if not 1 <= k <= len(samples):
         raise ValueError(f"{n}@{k} of {len(samples)} samples")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from meshift.algorithms.preference_losses import KTOLoss
-from meshift.algorithms.rollouts import infer_call, sync_calls
+from meshift.algorithms.rollouts import infer_call, require_numbers, sync_calls
 from meshift.batch import WHERE, Batch, Outcome, Ragged
 from meshift.config.runs import KTORunConfig
 from meshift.graph.calls import Call, Graph, HostCall, ModelCall
@@ -32,7 +32,10 @@ def kto_graph(config: KTORunConfig) -> Graph:
         infer_call("reference_mismatched", "reference", REF_MISMATCHED, other, REF_MISMATCHED.key),
         infer_call("mismatched", "actor", MISMATCHED, other, MISMATCHED.key),
         HostCall(
-            name="kl_term", function=kl_term, reads=(MISMATCHED.key, REF_MISMATCHED.key), writes=("kl_term",)
+            name="kl_term",
+            function=kl_term,
+            reads=(MISMATCHED.key, REF_MISMATCHED.key, WHERE),
+            writes=("kl_term",),
         ),
         ModelCall(
             name="train_actor",
@@ -54,8 +57,8 @@ def kto_loss(config: KTORunConfig) -> KTOLoss:
 
 def kl_term(batch: Batch) -> Outcome:
     """z = max(0, mean of log p - log p_ref over the mismatched completions), the same number in every row."""
-    found = (batch[MISMATCHED.key].values.double() - batch[REF_MISMATCHED.key].values.double()).mean()
-    term = max(0.0, float(found))
+    apart = batch[MISMATCHED.key].values.double() - batch[REF_MISMATCHED.key].values.double()
+    term = max(0.0, float(require_numbers(apart, batch, "log p - log p_ref of the mismatched completions").mean()))
     return Outcome(batch=Batch({"kl_term": Ragged.scalars(torch.full((len(batch),), term))}), metrics={"kl": term})
 
 

@@ -18,7 +18,7 @@ from tiny_policy import (
 
 from meshift.algorithms.dapo import overlong_price
 from meshift.algorithms.policy_losses import ClippedLoss, ClippedWeightLoss
-from meshift.batch import Ragged
+from meshift.batch import Outcome, Ragged
 from meshift.runtime.rollout_run import sampling_task
 
 NAN = math.nan
@@ -174,6 +174,24 @@ def test_remax_takes_the_greedy_score_off_the_returns():
         assert row == pytest.approx([score - 0.5 - 2 * 0.2, score - 0.5 - 0.2])
     assert rows[4:] == [[0.0, 0.0]] * 4, "without a greedy score there is no baseline"
     assert outcome.metrics["reward/over_greedy"] == pytest.approx(statistics.mean(SCORES[:4]) - 0.5)
+
+
+@pytest.mark.parametrize("keys", [{"reward_clip": 1.0}, {"missing_eos_penalty": 3.0}])
+def test_remax_would_hold_shaped_scores_against_a_greedy_score_as_it_was_given(keys):
+    """Where every completion earns 5 and runs into the limit, none is better than the greedy one."""
+    config = policy_config("remax", remax={"kl_coef": 0.0, **keys})
+    outcome = make_policy_world(lambda completion_ids: [5.0 for _ in completion_ids], config).step([[1], [2, 3]])
+    assert outcome.batch["truncated"].values.all()
+    assert outcome.batch["advantages"].values.abs().max() == 0
+    assert outcome.metrics["greedy/reward/mean"] == 5, "as it was given"
+
+
+def test_the_greedy_completion_pays_for_its_own_end():
+    config = policy_config("remax", remax={"kl_coef": 0.0, "missing_eos_penalty": 3.0, "reward_clip": 4.0})
+    call = next(call for call in graph_of(config).calls if call.name == "greedy_baseline")
+    drawn = Outcome(batch=scored_batch((5.0, 2.0), truncated=[True, False]))
+    baseline = call.collect(scored_batch(SCORES), [drawn]).batch["baseline"].values
+    assert baseline.tolist() == [1.0] * 4 + [2.0] * 4
 
 
 def test_each_prompt_is_compared_with_its_own_greedy_completion():

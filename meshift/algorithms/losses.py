@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshift.algorithms.advantages import exp_of_ratio
 from meshift.algorithms.off_policy import Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import OldLogprobs
@@ -60,7 +61,7 @@ class PolicyLoss:
         old = drawn if self.old == "sampled" else batch["old_logprobs"].values.to(new)
         advantages = batch["advantages"].values.to(new)
         log_ratio, apart = new - old, (new - drawn).detach().abs()
-        ratio = torch.exp(log_ratio)
+        ratio = exp_of_ratio(log_ratio)
         clipped = ratio.clamp(1.0 - self.clip_ratio_low, 1.0 + self.clip_ratio_high)
         per_token = torch.maximum(-advantages * ratio, -advantages * clipped)
         if self.dual_clip is not None:

@@ -82,8 +82,13 @@ def _to_grid(ragged: Ragged, width: int) -> Tensor:
 
 
 def whiten(values: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean, unit variance over all entries: the tokens of the whole global batch. Statistics in fp64."""
+    """Zero mean, unit variance over all entries: the tokens of the whole global batch. Statistics in fp64.
+
+    Exactly 0 where all are equal, whatever rounding says of their mean.
+    """
     exact = values.double()
+    if bool((exact == exact[:1]).all()):
+        return torch.zeros_like(values)
     return ((exact - exact.mean()) / torch.sqrt(exact.var(unbiased=False) + eps)).to(values.dtype)
 
 

@@ -89,6 +89,15 @@ class PolicyGradientLoss(ABC):
             return int((trained * batch["completion_lengths"].values).sum())
         return int(trained.sum()) * (self.max_completion_length if self.aggregation == "constant" else 1)
 
+    def teaches(self, batch: Batch) -> bool:
+        """Where a completion is trained that has an advantage, or any is and KL or entropy counts."""
+        trained = batch["trained"].values.bool()
+        if self.kl_coef > 0 or self.entropy_coef > 0:
+            return bool(trained.any())
+        return bool(
+            batch["advantages"].values[trained.repeat_interleave(batch["completion_lengths"].values)].any()
+        )
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         read, lengths = outputs[self.reading.key].values, batch["completion_lengths"].values

@@ -230,6 +230,46 @@ def test_the_overlong_price_comes_off_before_completions_are_compared():
     assert outcome.metrics["reward/overlong_penalty"] == pytest.approx(0.5 * (1 / 3 + 2 / 3 + 1) / 8)
 
 
+NOTHING_SCORED, ALL_EQUAL = [None], [0.1]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "second", "moves"),
+    [
+        ("grpo", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("grpo", {"kl_coef": 0.04}, ALL_EQUAL, True),
+        ("grpo", {"kl_coef": 0.0, "entropy_coef": 0.01}, ALL_EQUAL, True),
+        ("grpo", {"kl_coef": 0.04, "entropy_coef": 0.01}, NOTHING_SCORED, False),
+        ("gspo", {"num_mini_batches": 2}, ALL_EQUAL, False),
+        ("cispo", {"num_mini_batches": 2}, ALL_EQUAL, False),
+        ("dr_grpo", {}, ALL_EQUAL, False),
+        ("rloo", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("rloo", {"kl_coef": 0.1}, ALL_EQUAL, True),
+        ("reinforce_pp", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("remax", {"kl_coef": 0.0}, ALL_EQUAL, False),
+    ],
+)
+def test_a_step_that_teaches_nothing_would_move_the_policy_by_momentum(method, keys, second, moves):
+    """The second step has no advantages; KL to the reference (in loss or reward) and entropy teach something."""
+    actor = {"model_name_or_path": "unused", "learning_rate": 1e-2, "weight_decay": 0.1}
+    config = policy_config(method, actor=actor, **{method: keys})
+    is_first = True
+
+    def reward(completion_ids):
+        return [float(ids[0] % 3) for ids in completion_ids] if is_first else second * len(completion_ids)
+
+    world, prompts = make_policy_world(reward, config, max_steps=9), [[1], [2, 3], [4], [5]]
+    world.step(prompts, 0)
+    role = world.roles["actor"]
+    version, before = role.version, {name: p.detach().clone() for name, p in role.model.named_parameters()}
+    assert version > 0
+    is_first = False
+    metrics = world.step(prompts, 1).metrics
+    assert any(not torch.equal(before[name], p) for name, p in role.model.named_parameters()) == moves
+    assert (role.version > version) == moves
+    assert metrics.get("actor/skipped_updates", 0) == (0 if moves else config.num_mini_batches)
+
+
 def test_a_reward_model_and_functions_add_up_by_weight():
     batch = scored_batch(SCORES)
     batch = batch.union(scored_batch([10.0 * s for s in SCORES], key="model_scores"))

@@ -35,6 +35,7 @@ def loss_and_gradient(loss, drift, advantage, trained=(True, True), ref=0.0):
         {
             "completion_lengths": Ragged.scalars(lengths),
             "logprobs": Ragged(old, lengths),
+            "old_logprobs": Ragged(new.detach(), lengths),
             "ref_logprobs": Ragged(old + ref, lengths),
             "advantages": Ragged(torch.full_like(old, advantage), lengths),
             "trained": Ragged.scalars(torch.tensor(trained)),
@@ -68,6 +69,15 @@ def test_a_bad_completion_that_has_become_far_too_likely_is_still_pushed_down(na
     assert (gradient[:NUM_TOKENS] > 0).all(), "descent lowers its log-probs"
     _, gradient = loss_and_gradient(make(name, dual_clip=3.0), 200.0, -1.0)
     assert (gradient[:NUM_TOKENS] == 0).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_weight_without_a_cap_would_give_a_gradient_without_a_norm(level):
+    loss = make("token", old="recomputed", correction=Correction(level=level))
+    value, gradient = loss_and_gradient(loss, 200.0, -1.0)
+    assert math.isfinite(value)
+    assert gradient.abs().max() > 1e6
+    assert torch.isfinite(gradient.square().sum())
 
 
 @pytest.mark.parametrize("drift", [200.0, math.inf, math.nan])

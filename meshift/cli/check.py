@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.numbers import above_zero, whole
 from meshift.cli.tables import print_problems, print_rows
 from meshift.cli.train import Training
 from meshift.config.loading import config_problems, make_config, read_values
@@ -48,10 +49,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --plan: as `meshift plan` (default: the plan's, else this machine)",
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="with --plan: as many there are")
-    parser.add_argument("--per-host", type=int, metavar="N", help="with --plan: devices of a host")
-    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="with --plan: mean of prompts")
-    parser.add_argument("--completion-tokens", type=float, metavar="N", help="with --plan: mean of completions")
+    parser.add_argument("--devices", type=whole(1), metavar="N", help="with --plan: as many there are")
+    parser.add_argument("--per-host", type=whole(1), metavar="N", help="with --plan: devices of a host")
+    parser.add_argument("--prompt-tokens", type=above_zero, metavar="N", help="with --plan: mean of prompts")
+    parser.add_argument(
+        "--completion-tokens", type=above_zero, metavar="N", help="with --plan: mean of completions"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -16,16 +16,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.plan_request import taken_lengths
+from meshift.cli.plan_request import TakenLengths, compute_type, planned_step, taken_lengths
 from meshift.cli.tables import make_console, print_problems
-from meshift.config.loading import config_problems, make_config, read_plan
+from meshift.config.loading import config_problems, make_config, read_plan, read_yaml
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError, LayoutError, MeshiftError
 from meshift.layout.layout import Placement
 from meshift.planner.checking import on_hosts, shortages, would_fit
 from meshift.planner.evaluate import Event, Placements, evaluate
-from meshift.planner.hardware import Hardware, find_hardware, from_values
-from meshift.planner.workload import Step
+from meshift.planner.footprint import footprints, tightest
+from meshift.planner.hardware import KNOWN, Hardware, find_hardware, from_values
+from meshift.planner.workload import ComputeType, Step
+
+PROMPT, COMPLETION = "prompt_tokens", "completion_tokens"
+"""Means of lengths, as keys of what a plan's file says it assumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def check_plan(
     problems = list(_placing_problems(config))
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    return _on_devices(config, _hardware(config, plan, cluster), cluster)
+    return _on_devices(config, plan, cluster)
 
 
 def _placing_problems(config: RunConfig) -> Iterator[str]:
@@ -118,24 +122,45 @@ def _sentence(probe: Any) -> Iterator[str]:
         yield str(error)
 
 
-def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> Hardware:
-    """The named one; else the one that the plan's file was predicted for; else this machine."""
+def _values(plan: Path) -> dict[str, Any]:
+    """All of a plan's file. JSON is read as such: to YAML 1e-05 is a word."""
+    values = json.loads(plan.read_text(encoding="utf-8")) if plan.suffix == ".json" else read_yaml(plan)
+    return values if isinstance(values, dict) else {}
+
+
+def _assumed(plan: Path) -> dict[str, Any]:
+    """What `meshift plan --out` wrote beside the plan. Raises `ConfigError` for what it cannot have written."""
+    told = _values(plan).get("assumed", {})
+    if not isinstance(told, dict):
+        raise ConfigError(f"`assumed` of {plan} must hold what `meshift plan` wrote, not a {type(told).__name__}")
+    for key in (PROMPT, COMPLETION):
+        value = told.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise ConfigError(f"`assumed.{key}` of {plan} is {value!r}; write a number above 0, or take it out")
+    return told
+
+
+def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> tuple[Hardware, ComputeType]:
+    """The named one; else the one that the plan was made for; else this machine. And what it computes in."""
     from meshift.runtime.outlook import dtype_name
     from meshift.runtime.this_hardware import hardware_of_run
 
     if cluster.hardware is not None:
-        found = find_hardware(cluster.hardware)
+        found, dtype = find_hardware(cluster.hardware), compute_type(config)
     else:
         told = _told_hardware(plan)
-        found = hardware_of_run(None, dtype_name(config))[0] if told is None else told
-    return found if cluster.per_host is None else replace(found, per_host=cluster.per_host)
+        here = dtype_name(config)
+        found, dtype = (told, compute_type(config)) if told else (hardware_of_run(None, here)[0], here)
+    return (found if cluster.per_host is None else replace(found, per_host=cluster.per_host)), dtype
 
 
 def _told_hardware(plan: Path) -> Hardware | None:
-    if plan.suffix != ".json":
-        return None
-    told = json.loads(plan.read_text(encoding="utf-8")).get("hardware")
-    if not isinstance(told, dict) or (told.get("profile") is None and told.get("machine", {}).get("packs")):
+    """Of a JSON file all its numbers; else a name of those that are known."""
+    values = _values(plan)
+    told, name = values.get("hardware"), _assumed(plan).get("hardware")
+    if not isinstance(told, dict):
+        return KNOWN.get(str(name).lower())
+    if told.get("profile") is None and told.get("machine", {}).get("packs"):
         return None  # a run's CPU, whose profile is its machine's
     try:
         return from_values(told)
@@ -143,14 +168,14 @@ def _told_hardware(plan: Path) -> Hardware | None:
         raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
 
 
-def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> PlanVerdict:
-    from meshift.runtime.outlook import planned_step
+def _on_devices(config: RunConfig, plan: Path, cluster: Cluster) -> PlanVerdict:
     from meshift.runtime.plans import as_written
     from meshift.runtime.spread_run import METHODS
     from meshift.runtime.this_hardware import turns_taken
 
-    lengths = taken_lengths(config, cluster.prompt_tokens, cluster.completion_tokens)
-    step = planned_step(config, lengths.means)
+    hardware, dtype = _hardware(config, plan, cluster)
+    lengths = _lengths(config, plan, cluster)
+    step = planned_step(config, lengths.means, dtype)
     written = as_written(config.plan, METHODS[type(config)].uses(config))
     placements = on_hosts({name: written[name] for name in step.roles}, hardware.per_host)
     problems = [*_beyond(placements, hardware, cluster)]
@@ -165,8 +190,23 @@ def _on_devices(config: RunConfig, hardware: Hardware, cluster: Cluster) -> Plan
     calls = {call.name: placements[call.role][call.kind] for call in step.calls}
     used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
     turns = turns_taken(len(used)) if cluster.hardware is None and hardware.machine.packs else None
-    notes = (lengths.in_words(step), *([f"{turns}."] if turns is not None else []))
+    found = {call.name: footprints(step, hardware, placements, call) for call in step.calls}
+    memory = tightest(found, hardware.shared_by(len(used)).usable)
+    notes = (lengths.in_words(step), memory, *([f"{turns}."] if turns is not None else []))
     return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, notes=notes)
+
+
+def _lengths(config: RunConfig, plan: Path, cluster: Cluster) -> TakenLengths:
+    """Those of the options, else those that the plan was made for, else the data's."""
+    told = _assumed(plan)
+    given = (cluster.prompt_tokens or told.get(PROMPT), cluster.completion_tokens or told.get(COMPLETION))
+    found = taken_lengths(config, *given)
+    of_plan = f"as {plan} says"
+    return replace(
+        found,
+        prompt=of_plan if cluster.prompt_tokens is None and told.get(PROMPT) else found.prompt,
+        completion=of_plan if cluster.completion_tokens is None and told.get(COMPLETION) else found.completion,
+    )
 
 
 def _beyond(placements: Placements, hardware: Hardware, cluster: Cluster) -> Iterator[str]:
@@ -211,7 +251,7 @@ def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
     console = make_console()
     seconds = max(event.end for event in verdict.events)
     title = f"{plan} for {file}: a plan that can run; {seconds:.3g} s a step on {verdict.device}, predicted"
-    console.print(title, style="bold", markup=False)
+    console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
     for note in verdict.notes:
         print(f"  {note}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from meshift.cli.termination import EXIT_CODE
 from meshift.errors import InputError, MeshiftError
 
 DOCS = "README.md and docs/ of the source"
@@ -26,6 +27,12 @@ class InterruptedRunError(MeshiftError):
     """Ctrl-C ended a command; the message says what was kept. The exit code is a shell's for SIGINT."""
 
     exit_code = 130
+
+
+class TerminatedRunError(InterruptedRunError):
+    """SIGTERM did."""
+
+    exit_code = EXIT_CODE
 
 
 @dataclass(frozen=True, kw_only=True)

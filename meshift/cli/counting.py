@@ -19,7 +19,8 @@ from meshift.cli.progress import SECONDS_BETWEEN_LINES, bar_on, clock_time
 
 
 class Counting:
-    """To be used in a `with`, and called in any thread with what is counted, how many are done, and of how many.
+    """To be used in a `with`, and called in any thread with what is counted, how many are done, of how many, and
+    how many of those that are done failed.
 
     The first count of a kind is what was done before. `clock` is in seconds; tests give their own.
     """
@@ -31,7 +32,7 @@ class Counting:
         self._bar = bar_on(self._console, eta, transient=True)
         self._lock = threading.Lock()
         self._task: TaskID | None = None
-        self._what = ""
+        self._what, self._failed = "", ""
         self._first, self._started, self._last_line = 0, 0.0, 0.0
         self.done = 0
 
@@ -44,14 +45,17 @@ class Counting:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, failed: int = 0, /) -> None:
         """Show it."""
         with self._lock:
             if what != self._what or done < self.done:
                 self._begin(what, done, total)
             self.done = done
+            self._failed = f", {failed} failed" if failed else ""
             if self._task is not None:
-                self._bar.update(self._task, completed=done, eta=self._eta(total))
+                self._bar.update(
+                    self._task, completed=done, eta=self._eta(total), description=f"{what}{self._failed}"
+                )
             elif done == total or self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._line(total)
 
@@ -72,5 +76,5 @@ class Counting:
     def _line(self, total: int) -> None:
         self._last_line = self._clock()
         elapsed = clock_time(self._last_line - self._started)
-        text = f"{self._what}: {self.done}/{total}  elapsed {elapsed}  eta {self._eta(total)}"
+        text = f"{self._what}: {self.done}/{total}{self._failed}  elapsed {elapsed}  eta {self._eta(total)}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,9 @@ It knows nothing of how anything is scored. torch is imported when the options h
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.command import Command, InterruptedRunError, UsageError
+from meshift.cli.command import Command, InterruptedRunError, TerminatedRunError, UsageError
 from meshift.cli.counting import Counting
-from meshift.cli.generate import add_sampling_options, dtype_named, sampling_params
+from meshift.cli.eval_settings import add_drawing_options, recorded, settled
+from meshift.cli.generate import dtype_named, sampling_params
 from meshift.cli.tables import make_console
+from meshift.cli.termination import Terminated, raised_by_sigterm
 from meshift.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,10 +53,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "results.json, report.html",
     )
     add("--limit", type=int, metavar="N", help="the first N questions")
-    add("--chat", action="store_true", help="ask through the model's chat template")
-    add("--num-samples", type=int, default=1, metavar="N", help="completions per question; default 1")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 256 to 1024, by task")
-    add_sampling_options(parser, temperature=0.0)
+    add_drawing_options(parser)
     add("--k", default="1", metavar="K,K", help="pass@k for each; default 1")
     add("--n-at-k", action="append", default=[], metavar="N@K", help="as 10@1000: by public tests and clusters")
     add(
@@ -82,6 +83,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    with raised_by_sigterm():
+        return _evaluate(args)
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    args, drawn = settled(given)
     _check(args)
     n_at_ks = [_n_at_k(text) for text in args.n_at_k]
     ks = _ks(args.k)
@@ -91,13 +98,16 @@ def _run(args: argparse.Namespace) -> int:
 
     request = _request(args, ks, n_at_ks)
     questions = load_questions(request.task, request.data, args.limit)
-    check_request(request, questions)
+    before = check_request(request, questions)
+    _tell(before)
     # Scoring a file leaves alone what was drawn, and found, in the folder of an evaluation.
     folder = Path(args.output or f"eval-{args.task}{'' if args.completions is None else '-scored'}")
     make_folder(folder)
     saved, results = _completed_and_scored(request, questions, folder)
     _print_table(request, results.metrics, results.num_questions, results.num_samples)
-    content = write_results(folder, _asked(args, request), results)
+    _tell(results.notes)
+    results = dataclasses.replace(results, notes=[*before, *results.notes])
+    content = write_results(folder, _asked(recorded(given, drawn), request, drawn), results)
     print(f"results: {_write_page(folder, content, questions, saved, results.rows)}")
     return 0
 
@@ -111,12 +121,13 @@ def _completed_and_scored(
         try:
             saved = complete(request, questions, folder, counting)
             return saved, evaluate(request, questions, saved, on_progress=counting)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if request.completions is not None:
                 raise
-            raise InterruptedRunError(
-                f"interrupted; {folder} keeps the completions that were finished, and the same command goes on"
-            ) from None
+            kept = f"{folder} keeps the completions that were finished, and the same command goes on"
+            if isinstance(error, Terminated):
+                raise TerminatedRunError(f"terminated by SIGTERM; {kept}") from None
+            raise InterruptedRunError(f"interrupted; {kept}") from None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -235,21 +246,36 @@ def _judge(args: argparse.Namespace) -> Judged | None:
 
 
 def _print_table(request: Request, metrics: Mapping[str, Estimate], num_questions: int, num_samples: int) -> None:
-    title = f"{request.task.name}: {num_questions} questions, {num_samples} completions"
+    from meshift.report.evaluation_page import interval
+    from meshift.report.numbers import counted
+
+    said = f"{counted(num_questions, 'question')}, {counted(num_samples, 'completion')}"
+    title = f"{request.task.name}: {said}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, found in metrics.items():
-        interval = "" if found.low is None or found.high is None else f"{found.low:.4g} to {found.high:.4g}"
-        table.add_row(Text(name), f"{found.value:.4g}", interval)
+        low, high = interval(found.to_json())
+        ends = f"{low:.4g} to {high:.4g}" if high is not None else low or ""
+        table.add_row(Text(name), f"{found.value:.4g}", ends)
     make_console().print(table)
 
 
-def _asked(args: argparse.Namespace, request: Request) -> dict[str, Any]:
-    """What was asked for, to be repeated."""
-    named = {"task": request.task.name, "data": request.data, "model": request.model}
-    return {**named, "settings": {name: value for name, value in sorted(vars(args).items()) if name not in named}}
+def _asked(settings: Mapping[str, Any], request: Request, drawn: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What was asked for, to be repeated. `model_is_verified`: that it drew is known, not just said."""
+    model = request.model if drawn is None else drawn.get("model", request.model)
+    named = {"task": request.task.name, "data": request.data, "model": model}
+    return {
+        **named,
+        "model_is_verified": model is not None and request.is_verified,
+        "settings": {name: value for name, value in sorted(settings.items()) if name not in named},
+    }
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _write_page(

@@ -24,6 +24,7 @@ from meshift.cli.policy_commands import POLICY_COMMANDS
 from meshift.cli.preference_commands import PREFERENCE_COMMANDS
 from meshift.cli.profile import PROFILE
 from meshift.cli.report import REPORT
+from meshift.cli.termination import EXIT_CODE, Terminated
 from meshift.cli.train import DPO, PPO, REWARD, SFT
 from meshift.errors import MeshiftError
 
@@ -43,7 +44,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 when done, 1 when the run failed, 2 for a wrong input, 130 after Ctrl-C.
+    """Run one command. Returns 0 when done, 1 when the run failed, 2 for a wrong input, 130 after Ctrl-C, 143
+    after a SIGTERM that a command hears.
 
     An error that Meshift did not foresee is a defect: it keeps its traceback and asks for a report.
     """
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code
     except MeshiftError as error:
         return _fail(str(error), error.exit_code)
+    except Terminated:
+        return _fail("terminated by SIGTERM; nothing was written", EXIT_CODE)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
     except SystemExit as leave:  # argparse has printed a help text or the version

@@ -21,10 +21,14 @@ from rich.text import Text
 
 from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
+from meshift.cli.numbers import above_zero, whole
 from meshift.cli.plan_request import (
     Asked,
+    as_assumed,
+    check_lengths,
     check_variants,
     compute_type,
+    of_network,
     show_variants,
     taken_lengths,
     variants_of,
@@ -55,31 +59,35 @@ class NothingFitsError(ConfigError):
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
     parser.add_argument("--command", metavar="NAME", help="ppo, grpo, dpo, ...; default: told from the keys")
-    parser.add_argument("--devices", type=int, metavar="N", required=True, help="devices to plan for")
+    parser.add_argument("--devices", type=whole(1), metavar="N", required=True, help="devices to plan for")
     parser.add_argument(
         "--hardware", metavar="NAME", default="h100", help="a100, h100, h200, b200, cpu, or a JSON file"
     )
-    parser.add_argument("--per-host", type=int, metavar="N", help="devices of a host (default: the hardware's)")
+    parser.add_argument(
+        "--per-host", type=whole(1), metavar="N", help="devices of a host (default: the hardware's)"
+    )
     parser.add_argument(
         "--prompt-tokens",
-        type=float,
+        type=above_zero,
         metavar="N",
         help="mean of prompts (default: the data's; else half the limit)",
     )
     parser.add_argument(
-        "--completion-tokens", type=float, metavar="N", help="mean of completions (default: half the limit)"
+        "--completion-tokens", type=above_zero, metavar="N", help="mean of completions (default: half the limit)"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="time to search and prove (20)")
+    parser.add_argument(
+        "--seconds", type=above_zero, default=20.0, metavar="S", help="time to search and prove (20)"
+    )
     parser.add_argument("--explain", action="store_true", help="say in sentences why the plan is what it is")
     parser.add_argument(
         "--what-if",
         action="append",
         default=[],
         metavar="KEY=A,B",
-        help="plan again with other devices, network (2x), batch or completion",
+        help="plan again with other devices, network (2x), batch, prompt or completion",
     )
     parser.add_argument(
-        "--simulate", type=int, metavar="N", help="play N steps with random lengths (--explain: 20 of them)"
+        "--simulate", type=whole(0), metavar="N", help="play N steps with random lengths (--explain: 20 of them)"
     )
     parser.add_argument(
         "--measured",
@@ -92,11 +100,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.devices < 1:
-        raise UsageError(f"--devices {args.devices} is none; give at least 1")
     if args.out is not None and Path(args.out).suffix not in WRITTEN:
         raise UsageError(f"--out {args.out}: its suffix says what is written; give it one of {', '.join(WRITTEN)}")
     asked = _asked(args)
+    check_lengths(asked, "--prompt-tokens", "--completion-tokens")
     check_variants(args.what_if, asked)
     planned = asked.plan()
     if planned.lacking > 0:
@@ -106,26 +113,25 @@ def _run(args: argparse.Namespace) -> int:
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
     print(f"  {asked.lengths.in_words(planned.step)}")
-    more = [*_simulated(planned, args), *_advice(planned)]
+    more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
     variants = variants_of(args.what_if, asked, planned)
     show_variants(variants)
     if args.out is not None:
-        _write(Path(args.out), planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
+        _write(Path(args.out), asked, planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
     return 0
 
 
 def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:
     """Sentences on steps with random lengths, where they are asked for."""
     num_steps = args.simulate or (SIMULATED if args.explain else 0)
-    if num_steps < 0:
-        raise UsageError(f"--simulate {num_steps} is no number of steps")
     if num_steps == 0:
         return []
     problem = planned.problem
     placements = placements_of(problem, planned.choice)
-    found = simulate(planned.step, problem.hardware, placements, num_steps=num_steps)
+    streaming = problem.streaming
+    found = simulate(planned.step, problem.hardware, placements, num_steps=num_steps, streaming=streaming)
     return [] if found is None else list(in_sentences(found))
 
 
@@ -214,7 +220,7 @@ def show(planned: Planned) -> None:
             continue
         placed = ("", "") if spot is None else (str(spot.candidate.layout), spot.devices)
         memory = f"{event.peak / 1e9:.1f}" if spot is not None else ""
-        row = (event.name, *placed, f"{event.start:.2f}", f"{event.end - event.start:.2f}", memory)
+        row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
         table.add_row(*map(Text, row))
     problem = planned.problem
     console = make_console()
@@ -229,10 +235,11 @@ def show(planned: Planned) -> None:
     print_rows(f"step {planned.seconds:.3g} s", rows)
 
 
-def _write(path: Path, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
-    """The plan, in JSON with what was predicted, or as a page."""
+def _write(path: Path, asked: Asked, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:
+    """The plan with what it assumes, in JSON with what was predicted too, or as a page."""
     plan = planned.values
     values: dict[str, Any] = {"plan": named_hosts(plan, hosts) if hosts else plan}
+    values["assumed"] = as_assumed(asked, planned.step)
     if path.suffix == ".json":
         values["hardware"] = as_values(planned.problem.hardware)
         values["predicted"] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from rich.text import Text
 
 from meshift.cli.command import UsageError
 from meshift.cli.tables import make_console
+from meshift.config.loading import make_config
 from meshift.config.runs import RolloutRunConfig, RunConfig
 from meshift.data.names import parse_name
-from meshift.errors import DataError, ModelError
+from meshift.errors import ConfigError, DataError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
 from meshift.planner.hardware import Hardware
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
 PROMPT, COMPLETION = "prompt-tokens", "completion-tokens"
 EXPECTED = "plan.auto.completion_tokens"
-WHAT_IF = ("devices", "network", "batch", "completion")
+WHAT_IF = ("devices", "network", "batch", "prompt", "completion")
+WHOLE = ("devices", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ class Asked:
 
     def plan(self) -> Planned:
         """The plan for it."""
-        return make_plan(self.step, self.hardware, self.num_devices, seconds=self.seconds)
+        streaming = self.config.launch.stream
+        return make_plan(self.step, self.hardware, self.num_devices, seconds=self.seconds, streaming=streaming)
 
 
 def compute_type(config: RunConfig) -> ComputeType:
@@ -64,10 +68,13 @@ def compute_type(config: RunConfig) -> ComputeType:
     return "float32" if config.dtype == "float32" else "bfloat16"
 
 
-def planned_step(config: RunConfig, lengths: Lengths) -> Step:
+def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType | None = None) -> Step:
     """The step of a config, of which the models' config.json are read."""
     models = {role: read_model(name) for role, name in role_names(config).items()}
-    return step_of(config, models, compute_type(config), lengths)
+    step = step_of(config, models, dtype or compute_type(config), lengths)
+    away = config.plan.offloaded
+    roles = {name: replace(role, offloaded=name in away) for name, role in step.roles.items()}
+    return replace(step, roles=roles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,41 @@ def taken_lengths(config: RunConfig, prompt: float | None, completion: float | N
         prompt=source(PROMPT, prompt, read.prompt),
         completion=source(COMPLETION, completion, read.completion),
     )
+
+
+def check_lengths(asked: Asked, prompt: str, completion: str) -> None:
+    """Raise `UsageError` for means beyond the config's limits. `prompt` and `completion` say who asked."""
+    drawn, means = isinstance(asked.config, RolloutRunConfig), asked.lengths.means
+    shorter = replace(asked, lengths=_with_means(asked.lengths, prompt=None) if drawn else asked.lengths)
+    texts = shorter.step.calls[0].texts
+    for who, mean, limit in (
+        (prompt, means.prompt if drawn else None, texts.longest_prompt),
+        (completion, means.completion, texts.longest_completion),
+    ):
+        if mean is not None and mean > limit:
+            raise UsageError(
+                f"{who}: a mean of {mean:.4g} tokens, where the config has at most {limit}; raise that"
+            )
+
+
+def as_assumed(asked: Asked, step: Step) -> dict[str, Any]:
+    """What a plan rests on besides the config, for its file."""
+    texts = step.calls[0].texts
+    return {
+        "devices": asked.num_devices,
+        "hardware": asked.hardware.name,
+        "prompt_tokens": texts.prompt,
+        "completion_tokens": texts.completion,
+        "dtype": compute_type(asked.config),
+    }
+
+
+def of_network(texts: Sequence[str], asked: Asked) -> list[str]:
+    """Why another network between hosts changes nothing, where it is asked for and does not."""
+    if asked.num_devices > asked.hardware.per_host or not any(text.startswith("network") for text in texts):
+        return []
+    where = f"all {asked.num_devices} devices are on one host of {asked.hardware.per_host}"
+    return [f"The network between hosts carries nothing here: {where}."]
 
 
 def _of_data(config: RunConfig) -> DataLengths | None:
@@ -164,24 +206,30 @@ def _requests(text: str, asked: Asked) -> tuple[str, list[tuple[str, float, Aske
             number = float(value.removesuffix("x"))
         except ValueError:
             raise UsageError(f"--what-if {text}: `{value}` is no number") from None
-        if number <= 0:
-            raise UsageError(f"--what-if {key}: {number:g} is not above 0")
-        found.append((value, number, _changed(key, number, asked)))
+        if not (isfinite(number) and number > 0):
+            raise UsageError(f"--what-if {key}: {value} is no number above 0")
+        if key in WHOLE and number != int(number):
+            raise UsageError(f"--what-if {key}: {value} is no whole number")
+        changed = _changed(key, number, asked)
+        if key in ("prompt", "completion"):
+            check_lengths(changed, f"--what-if {text}", f"--what-if {text}")
+        found.append((value, number, changed))
     return key, found
 
 
 def _changed(key: str, number: float, asked: Asked) -> Asked:
     changes: dict[str, Callable[[], dict[str, Any]]] = {
-        "devices": lambda: {"num_devices": max(1, int(number))},
+        "devices": lambda: {"num_devices": int(number)},
         "network": lambda: {"hardware": asked.hardware.changed(far_rate=number)},
-        "batch": lambda: {"config": _batched(asked.config, max(1, int(number)))},
-        "completion": lambda: {"lengths": _completing(asked.lengths, number)},
+        "batch": lambda: {"config": _batched(asked.config, int(number))},
+        "prompt": lambda: {"lengths": _with_means(asked.lengths, prompt=number)},
+        "completion": lambda: {"lengths": _with_means(asked.lengths, completion=number)},
     }
     return replace(asked, **changes[key]())
 
 
-def _completing(lengths: TakenLengths, number: float) -> TakenLengths:
-    return replace(lengths, means=replace(lengths.means, completion=number))
+def _with_means(lengths: TakenLengths, **means: float | None) -> TakenLengths:
+    return replace(lengths, means=replace(lengths.means, **means))
 
 
 def _number_as_it_is(key: str, asked: Asked) -> float:
@@ -189,13 +237,20 @@ def _number_as_it_is(key: str, asked: Asked) -> float:
         return float(asked.num_devices)
     if key == "batch":
         return float(asked.config.data.batch_size)
-    if key == "completion":
-        return asked.step.calls[0].texts.completion
+    if key in ("prompt", "completion"):
+        texts = asked.step.calls[0].texts
+        return texts.prompt if key == "prompt" else texts.completion
     return 1.0
 
 
 def _batched(config: RunConfig, size: int) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
+    """Raises `UsageError` where the config's other keys forbid it."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["data"] = {**values.get("data", {}), "batch_size": size}
+    try:
+        return make_config(type(config), values, f"--what-if batch={size}")
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 def show_variants(variants: Sequence[list[Variant]]) -> None:

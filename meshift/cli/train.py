@@ -143,10 +143,12 @@ def _dry_run(check: Check, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _start(config: RunConfig) -> list[tuple[str, str]]:
-    """Where a resumed run would go on, as a row of the dry run."""
-    from meshift.runtime.resume import find_start
+    """Where a resumed run would go on, or what another one would delete, as a row of the dry run."""
+    from meshift.runtime.resume import find_start, replaced
 
-    return [("resume", "; ".join(find_start(config).notes))] if config.resume else []
+    if config.resume:
+        return [("resume", "; ".join(find_start(config).notes))]
+    return [("replaces", note) for note in replaced(config)]
 
 
 def _run_and_show(run: Run, config: RunConfig) -> None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
+from meshift.rewards.mixed_numbers import PART, as_fractions
+
 MARKED = re.compile(r"####\s*([^\n]*(?:\n[^\w#]*\d[^\n]*)?)")  # the line behind it, and one that a number begins
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+DIGITS = re.compile(rf"\\[dtc]?frac{PART}{PART}")  # \frac12 too
+SPACED = re.compile(r"\\[$%]|\{,\}|\\!|\\,|,(?=\\!)")  # 1{,}000, 1,\!000 and 1\,000 are 1000
 NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")  # 2-18 ends in 18
 DIVIDED = re.compile(rf"({NUMBER.pattern})\s*/\s*({NUMBER.pattern})")
 CURRENCIES = str.maketrans("", "", "$€£%")
@@ -27,13 +31,15 @@ def final_number(text: str) -> Decimal | None:
         if found:
             marked = [number for text in found if (number := first_number(text)) is not None]
             return marked[-1] if marked else None
-    numbers = NUMBER.findall(text.translate(CURRENCIES))
+    numbers = NUMBER.findall(SPACED.sub("", text).translate(CURRENCIES))
     return _decimal(numbers[-1]) if numbers else None
 
 
 def first_number(text: str) -> Decimal | None:
-    """The number a marked answer or a truth holds: its first, or the quotient that begins with it (`1/2`)."""
-    text = FRACTION.sub(r"\1/\2", text.translate(CURRENCIES))
+    """The number a marked answer or a truth holds: its first, or the quotient (`1/2`) or mixed number (`1 1/2`)
+    that begins with it."""
+    text = as_fractions(SPACED.sub("", text).translate(CURRENCIES))
+    text = FRACTION.sub(r"\1/\2", DIGITS.sub(_quotient, text))
     number = NUMBER.search(text)
     if number is None:
         return None
@@ -42,6 +48,10 @@ def first_number(text: str) -> Decimal | None:
         return _decimal(number[0])
     top, bottom = _decimal(divided[1]), _decimal(divided[2])
     return top / bottom if top is not None and bottom else None
+
+
+def _quotient(fraction: re.Match[str]) -> str:
+    return f"{fraction[1] or fraction[2]}/{fraction[3] or fraction[4]}"
 
 
 def _decimal(number: str) -> Decimal | None:

@@ -5,10 +5,11 @@ It knows nothing of files or models here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshift.config.reward_kwargs import ChatEndpointConfig
+from meshift.evaluation.progress import Progress
 from meshift.rewards.chat_endpoint import ChatEndpoint, UnreadableError, last_labelled
 from meshift.rewards.rating import fill_in
 from meshift.rewards.scores import Fault
@@ -73,15 +74,20 @@ def duels(
     config: ChatEndpointConfig,
     pairs: Pairs,
     question: str,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> list[Duel]:
-    """One per prompt, by two questions each. Raises `ConfigError` for an address or key that cannot be."""
+    """One per prompt, by two questions each, of which `on_progress` hears. Raises `ConfigError` for an address or
+    key that cannot be."""
     endpoint = ChatEndpoint(config, read_verdict)
     asked = []
     for prompt, our, their in zip(pairs.prompts, pairs.ours, pairs.theirs, strict=True):
         for first, second in ((our, their), (their, our)):
             asked.append(fill_in(question, {"prompt": prompt, "first": first, "second": second}))
-    heard = None if on_progress is None else lambda done: on_progress("judge's answers", done, len(asked))
+
+    def heard(done: int, failed: int) -> None:
+        if on_progress is not None:
+            on_progress("judge's answers", done, len(asked), failed)
+
     said = endpoint.ask_all(asked, heard)
     return [_duel(one, other) for one, other in zip(said[::2], said[1::2], strict=True)]
 

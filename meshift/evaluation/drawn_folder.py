@@ -104,27 +104,25 @@ class DrawnFolder:
         return len(self._kept)
 
 
-def check_drawn(path: Path, model: str, settings: Mapping[str, Any]) -> None:
-    """Raise `InputError` where another model drew these completions, or otherwise than by `settings`.
-
-    Only an evaluation's own `completions.jsonl` has a file beside it that says so; of others nothing is known.
-    """
-    drawing = path.parent / DRAWING
-    if path.name != COMPLETIONS or not drawing.exists():
-        return
+def drawing_beside(completions: Path) -> dict[str, Any] | None:
+    """How these completions were drawn, as the `drawing.json` of the evaluation that did says; None of other
+    files, of which nothing is known. Raises `InputError` where it cannot be read."""
+    drawing = completions.parent / DRAWING
+    if completions.name != COMPLETIONS or not drawing.exists():
+        return None
     try:
-        before = dict(json.loads(drawing.read_text(encoding="utf-8")))
+        return dict(json.loads(drawing.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{drawing} cannot be read ({error}); remove it, if you know who drew {path}") from None
-    key = next((key for key, value in settings.items() if before.get(key) != value), None)
-    if key == "weights":
-        was = f"by {before.get('model')!r}"
-        now = "whose weights have changed since" if before.get("model") == model else f"and --model is {model!r}"
         raise InputError(
-            f"{path} was drawn {was}, {now}; KL is of the model that drew: give that one, or draw anew"
-        )
-    if key is not None:
-        raise InputError(
-            f"{path} was drawn with {key} {before.get(key)!r}, and KL would be read with {settings[key]!r}; "
-            "give the same, or draw anew"
-        )
+            f"{drawing} cannot be read ({error}); remove it, if you know who drew {completions}"
+        ) from None
+
+
+def check_drawn(path: Path, model: str, weights: Mapping[str, Sequence[int]]) -> None:
+    """Raise `InputError` where another model than this, or the same before its `weights` changed, drew a file."""
+    before = drawing_beside(path)
+    if before is None or before.get("weights") == weights:
+        return
+    was = f"by {before.get('model')!r}"
+    now = "whose weights have changed since" if before.get("model") == model else f"and --model is {model!r}"
+    raise InputError(f"{path} was drawn {was}, {now}; give the model that drew, or draw anew")

@@ -6,7 +6,7 @@ It knows no file formats of benchmarks and no command line.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -25,21 +25,20 @@ from meshift.evaluation.dialogues import (
     reward_estimates,
     scores_of_all,
 )
-from meshift.evaluation.drawn_folder import DrawnFolder, check_drawn
+from meshift.evaluation.drawn_folder import DrawnFolder, check_drawn, drawing_beside
 from meshift.evaluation.estimators import Estimate, mean, share
 from meshift.evaluation.generating import Drawer, Drawing, weights_of
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs, maths_function
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
+from meshift.evaluation.progress import Progress
 from meshift.evaluation.reading import ScoreModel, ScoreReader, kl_to_reference
+from meshift.evaluation.remarks import template_remark, unverified_remark, zero_remarks
 from meshift.evaluation.results import Results
 from meshift.evaluation.saved import Saved, read_completions
 from meshift.evaluation.tasks import Question, Task
 from meshift.rewards.chat_endpoint import ChatEndpoint
 from meshift.rewards.rating import as_text
-from meshift.runtime.models import check_same_tokenizer
-
-Progress = Callable[[str, int, int], None]
-"""Hears what is being counted ("completions"), how many are done, and how many there are; in any thread."""
+from meshift.runtime.models import check_same_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +68,52 @@ class Request:
     against: str | None = None
     judge: Judged | None = None
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether it is known that `model` draws, or drew: `check_request` has looked at the file's own word."""
+        return self.completions is None or drawing_beside(Path(self.completions)) is not None
 
-def check_request(request: Request, questions: Sequence[Question]) -> None:
-    """Raise for whatever cannot score completions, before any is drawn: packages, layers, models, files, keys."""
+
+def check_request(request: Request, questions: Sequence[Question]) -> list[str]:
+    """Raise for whatever cannot score completions, before any is drawn: packages, layers, models, files, keys.
+
+    Gives what should be known by then, in sentences.
+    """
     if request.completions is None:
         request.wanted.check(request.drawing.num_samples)
     if request.task.name == "math":
         maths_function()
+    notes: list[str] = []
     if request.task.kind == "code":
-        SandboxedTests(request.tests).close()
-    for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
-        if name is not None:
-            ScoreReader(name, role, chat=request.drawing.chat).check(questions)
+        sandbox = SandboxedTests(request.tests)
+        sandbox.close()
+        notes += sandbox.notes
+    notes += [note for reader in _readers(request) for note in reader.check(questions)]
+    if request.completions is not None and request.model is not None and request.is_verified:
+        check_drawn(Path(request.completions), request.model, weights_of(request.model))
     if request.reference is not None and request.model is not None:
         check_same_tokenizer({"actor": request.model, "reference": request.reference})
-        if request.completions is not None:
-            params = request.drawing.params
-            plain = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p")}
-            check_drawn(Path(request.completions), request.model, {"weights": weights_of(request.model), **plain})
     rivals = opponents(questions, _against(request, questions))
     check_dialogues(questions, rivals, judged=request.judge is not None)
     if request.judge is not None:
         ChatEndpoint(request.judge.endpoint, read_verdict)
+    return [*_of_model(request), *notes]
+
+
+def _readers(request: Request) -> list[ScoreReader]:
+    """Of the reward and the cost model, those that are asked for."""
+    named = ((request.reward_model, "reward"), (request.cost_model, "cost"))
+    chat, policy = request.drawing.chat, request.model
+    return [ScoreReader(name, role, chat=chat, policy=policy) for name, role in named if name is not None]
+
+
+def _of_model(request: Request) -> list[str]:
+    if request.model is None:
+        return []
+    if request.completions is None:
+        has_template = bool(open_tokenizer(request.model).chat_template)
+        return template_remark(request.model, has_template, chat=request.drawing.chat)
+    return [] if request.is_verified else [unverified_remark(request.model, request.completions)]
 
 
 def complete(
@@ -132,10 +155,12 @@ def evaluate(
     started = time.monotonic()
     rows = [[{"id": one.id, "sample": one.sample} for one in of_one] for of_one in saved]
     metrics: dict[str, Estimate] = {}
+    notes: list[str] = []
     if request.task.kind != "dialogue":
         marks = _marks(request, questions, saved, tests, on_progress)
         metrics |= estimates(questions, marks, request.wanted)
         _tell_marks(rows, marks)
+        notes = zero_remarks(request.task, saved, marks, chat=request.drawing.chat)
     metrics |= _dialogue_metrics(request, questions, saved, rows, on_progress)
     if request.reference is not None:
         metrics |= _kl(request, saved, rows)
@@ -147,6 +172,7 @@ def evaluate(
         num_questions=len(questions),
         num_samples=len(flat),
         seconds=time.monotonic() - started,
+        notes=notes,
     )
 
 
@@ -199,13 +225,11 @@ def _dialogue_metrics(
     against = _against(request, questions)
     rivals = opponents(questions, against)
     found: dict[str, Estimate] = {}
-    for name, role in ((request.reward_model, "reward"), (request.cost_model, "cost")):
-        if name is None:
-            continue
-        model = ScoreModel(name, role, request.drawing.dtype, chat=request.drawing.chat, on_progress=on_progress)
+    for reader in _readers(request):
+        model = ScoreModel(reader, request.drawing.dtype, on_progress)
         scores = scores_of_all(model, questions, saved)
-        _tell(rows, role, scores)
-        if role == "reward":
+        _tell(rows, reader.role, scores)
+        if reader.role == "reward":
             found |= reward_estimates(model, questions, scores, rivals)
         else:
             found |= cost_estimates(model, questions, scores, rivals)

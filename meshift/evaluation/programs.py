@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
+from meshift.evaluation.progress import Progress
 from meshift.rewards.code.judging import Judge, Verdict
 from meshift.rewards.code.problems import Problem, form_of, read_problem
 from meshift.rewards.sandbox.pool import Sandbox
@@ -68,12 +69,11 @@ def read_code_problem(row: Mapping[str, Any], num_public: int | None) -> CodePro
 class SandboxedTests:
     """`ProgramTests` in the sandbox of the reward function `unit_tests`.
 
-    Raises `ConfigError` naming a layer of it that this machine does not have, unless `sandbox` is "unsafe".
+    Raises `ConfigError` naming a layer of it that this machine does not have, unless `sandbox` is "unsafe": then
+    `notes` says so.
     """
 
-    def __init__(
-        self, config: UnitTestsConfig, on_progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
+    def __init__(self, config: UnitTestsConfig, on_progress: Progress | None = None) -> None:
         self._on_progress = on_progress
         found = probe()
         if config.sandbox == "strict":
@@ -83,7 +83,8 @@ class SandboxedTests:
                 raise ConfigError(
                     str(error).replace("sandbox: unsafe in its kwargs", "--sandbox unsafe")
                 ) from None
-        self.description = found.describe()
+        less = f"generated programs run with less protection: {found.describe()}"
+        self.notes = [less] if found.missing else []
         self._judge = Judge(
             layers=found.layers,
             timeout_s=config.timeout_s,

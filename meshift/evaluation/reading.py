@@ -5,9 +5,11 @@ It knows nothing of tasks' files or of estimates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from meshift.batch import Batch, Ragged
 from meshift.data.chat import encode
@@ -15,6 +17,7 @@ from meshift.data.exchanges import Encoder
 from meshift.data.pairs import Said
 from meshift.data.rows import Row
 from meshift.errors import DataError, ModelError
+from meshift.evaluation.progress import Progress
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question
 from meshift.models.hf.load import load_config
@@ -24,58 +27,83 @@ from meshift.runtime.role import open_role
 from meshift.training.readings import SequenceScores, TokenLogprobs
 
 ROWS_AT_A_TIME = 64
-Progress = Callable[[str, int, int], None]
 
 
 class ScoreReader:
     """How a reward or cost model reads texts: with its own tokenizer, as `meshift reward` trains on them. The
     response ends in an end token, unless the limit of tokens cut it off.
 
-    Raises `ModelError` for what is no reward model, and with `chat` for one without a chat template.
+    With `chat` texts go through its chat template. One without a template reads texts as they are, since so it was
+    trained; and messages by the template of the model that answered, `policy`, if that has the same tokens, as a
+    reward model does in `meshift ppo`. Raises `ModelError` for what is no reward model.
     """
 
-    def __init__(self, name: str, role: str, *, chat: bool) -> None:
+    def __init__(self, name: str, role: str, *, chat: bool, policy: str | None = None) -> None:
         check_reward_model(name, role)
-        self._name = name
+        self.name, self.role, self._policy = name, role, policy
         tokenizer = open_tokenizer(name)
-        if chat and not tokenizer.chat_template:
-            raise ModelError(
-                f"the {role} model {name} has no chat template, by which --chat has it read; leave --chat out, or "
-                "put chat_template into its tokenizer_config.json"
-            )
+        self._is_bare = chat and not tokenizer.chat_template
+        if self._is_bare:
+            tokenizer.chat_template = _template_of(policy, tokenizer)
         stops = stop_token_ids(name, tokenizer)
         self._encoder = Encoder(tokenizer=tokenizer, apply_chat_template=chat, stop_token_ids=stops)
+        self._plain = replace(self._encoder, apply_chat_template=False)
         self._longest = longest_sequence(load_config(model_folder(name)))
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """Raise `DataError` for a question that it cannot read with any response."""
+    def check(self, questions: Sequence[Question]) -> list[str]:
+        """Raise for a question that it cannot read with any response; what should be known of how it reads."""
         for question in questions:
             self.tokens(question, ".", truncated=False)
+        if not self._is_bare:
+            return []
+        has_messages = any(not isinstance(question.prompt, str) for question in questions)
+        how = f"in the chat template of {self._policy}" if has_messages else "as texts, as it was trained"
+        return [f"the {self.role} model {self.name} has no chat template; it reads the dialogues {how}"]
 
     def tokens(self, question: Question, said: Said, truncated: bool) -> list[int]:
-        """Prompt and response. Raises `DataError` for those that are too long for the model."""
-        exchange = self._encoder.exchange(question.prompt, said, Row(values={}, where=question.where))
+        """Prompt and response. Raises `DataError` for those that are too long for the model, and `ModelError` for
+        messages where it has no chat template, and none can be lent to it."""
+        encoder, prompt = self._encoder, question.prompt
+        if self._is_bare and isinstance(prompt, str) and isinstance(said, str):
+            encoder, said = self._plain, _after(prompt, said)
+        elif self._is_bare and not encoder.tokenizer.chat_template:
+            raise ModelError(
+                f"the {self.role} model {self.name} has no chat template, by which it would read the messages of "
+                f"{question.where}; put chat_template into its tokenizer_config.json"
+            )
+        exchange = encoder.exchange(prompt, said, Row(values={}, where=question.where))
         cut = truncated and isinstance(said, str)
-        end = encode(self._encoder.tokenizer, str(said)) if cut else self._encoder.response_tokens(exchange)
-        tokens = self._encoder.prompt_tokens(exchange) + end
+        end = encode(encoder.tokenizer, str(said)) if cut else encoder.response_tokens(exchange)
+        tokens = encoder.prompt_tokens(exchange) + end
         if len(tokens) > self._longest:
             raise DataError(
-                f"{question.where}: prompt and response have {len(tokens)} tokens, and {self._name} takes "
+                f"{question.where}: prompt and response have {len(tokens)} tokens, and {self.name} takes "
                 f"{self._longest}; leave the row out, or lower --max-new-tokens"
             )
         return tokens
 
 
+def _template_of(policy: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The policy's chat template, where its tokens are those of this tokenizer."""
+    theirs = None if policy is None else open_tokenizer(policy)
+    if theirs is None or theirs.get_vocab() != tokenizer.get_vocab():
+        return None
+    return str(theirs.chat_template) if theirs.chat_template else None
+
+
+def _after(prompt: str, said: str) -> str:
+    """A chat model's answer where it follows a text: with the blank that answers begin with in such texts."""
+    return said if not prompt or prompt[-1].isspace() or said[:1].isspace() else f" {said}"
+
+
 class ScoreModel:
     """A reward or cost model, which reads texts as `ScoreReader` says."""
 
-    def __init__(
-        self, name: str, role: str, dtype: torch.dtype, *, chat: bool, on_progress: Progress | None = None
-    ) -> None:
-        self._what = f"responses read by the {role} model"
+    def __init__(self, reader: ScoreReader, dtype: torch.dtype, on_progress: Progress | None = None) -> None:
+        self._what = f"responses read by the {reader.role} model"
         self._on_progress = on_progress
-        self._reader = ScoreReader(name, role, chat=chat)
-        self._role = open_role(role, name, "reward", dtype)
+        self._reader = reader
+        self._role = open_role(reader.role, reader.name, "reward", dtype)
 
     def scores(
         self, questions: Sequence[Question], said: Sequence[Said], truncated: Sequence[bool]

@@ -27,6 +27,7 @@ class Results:
     num_questions: int
     num_samples: int
     seconds: float
+    notes: Sequence[str] = ()
 
 
 def make_folder(folder: Path) -> None:
@@ -47,6 +48,7 @@ def write_results(folder: Path, asked: Mapping[str, Any], results: Results) -> d
         "metrics": {name: estimate.to_json() for name, estimate in results.metrics.items()},
         "confidence": CONFIDENCE,
         "seconds": round(results.seconds, 3),
+        "notes": [*results.notes],
     }
     write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return content

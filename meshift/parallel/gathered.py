@@ -36,14 +36,18 @@ class Slot:
     gradient: Tensor | None = None
 
     @classmethod
-    def cut(cls, model: nn.Module, name: str, peers: Peers) -> Slot:
-        """Let a parameter of the model be this rank's rows of it: as `layout.boxes` cuts them."""
+    def cut(cls, model: nn.Module, name: str, peers: Peers, device: torch.device | None = None) -> Slot:
+        """Let a parameter of the model be this rank's rows of it: as `layout.boxes` cuts them.
+
+        These rows are all that goes to the `device`.
+        """
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(parent)
         given: nn.Parameter = getattr(module, own)
         start, stop = rows_of(len(given), len(peers))[peers.index]
-        kept = nn.Parameter(given.detach()[start:stop].clone(), requires_grad=given.requires_grad)
-        slot = cls(module=module, name=own, kept=kept, whole=nn.Parameter(torch.empty_like(given)))
+        rows = copied(given.detach()[start:stop], device)
+        kept = nn.Parameter(rows, requires_grad=given.requires_grad)
+        slot = cls(module=module, name=own, kept=kept, whole=nn.Parameter(rows.new_empty(given.shape)))
         if given.dtype != torch.float32:
             slot.whole.register_post_accumulate_grad_hook(slot.take)
             # Kernels that have a gradient in fp32 add it there themselves (`kernels.functions`).
@@ -99,8 +103,10 @@ class Slot:
 class Group:
     """Parameters that are brought together at one time, by all of `peers`. They are of one type."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], peers: Peers) -> None:
-        self.slots = [Slot.cut(model, name, peers) for name in names]
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], peers: Peers, device: torch.device | None = None
+    ) -> None:
+        self.slots = [Slot.cut(model, name, peers, device) for name in names]
         self._peers = peers
         self._rows = [rows_of(len(slot.whole), len(peers)) for slot in self.slots]
         self._sizes = [
@@ -176,6 +182,12 @@ class Group:
         """Of every whole parameter, the rows that a peer keeps, flat."""
         for rows, whole in zip(self._rows, wholes, strict=True):
             yield whole[rows[peer][0] : rows[peer][1]].view(-1)
+
+
+def copied(numbers: Tensor, device: torch.device | None = None) -> Tensor:
+    """Contiguous memory of its own with these numbers, on a device, or where they are."""
+    where = numbers.device if device is None else device
+    return numbers.to(where, copy=True, memory_format=torch.contiguous_format)
 
 
 def rows_of(num_rows: int, num_peers: int) -> Rows:

@@ -41,13 +41,17 @@ class Peers:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where this process stands in a placement, and who stands on each axis with it."""
+    """Where this process stands in a placement, and who stands on each axis with it.
+
+    `device` is where it keeps its part of a model; None: where the model is that it is given.
+    """
 
     layout: Layout
     coordinates: Coordinates
     tensor: Peers
     data: Peers
     pipeline: Peers
+    device: torch.device | None = None
 
     @property
     def rank(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from meshift.models.decoder import Decoder, Layer
 from meshift.parallel.collectives import max_of
-from meshift.parallel.gathered import Group
+from meshift.parallel.gathered import Group, copied
 from meshift.parallel.groups import Peers, Place
 
 
@@ -64,14 +64,14 @@ class ShardedPasses(Passes):
 
     is_sharded = True
 
-    def __init__(self, model: Decoder, peers: Peers) -> None:
-        """Let the model keep its own rows only."""
+    def __init__(self, model: Decoder, peers: Peers, device: torch.device | None = None) -> None:
+        """Let the model keep its own rows only, on the `device`."""
         names = [name for name, _ in model.named_parameters()]
         indices = [layer.attention.layer.index for layer in model.layers if isinstance(layer, Layer)]
         within = [[n for n in names if n.startswith(f"layers.{i}.")] for i in indices]
         rest = [name for name in names if not name.startswith("layers.")]
-        self._layers = [Group(model, own, peers) for own in within]
-        self._rest = Group(model, rest, peers)
+        self._layers = [Group(model, own, peers, device) for own in within]
+        self._rest = Group(model, rest, peers, device)
         self._embedding, self._peers, self._device = model.embedding, peers, model.device
         self._has_rest = self._has_gradients = False
         self._in_backward = self._is_gathered = False
@@ -176,7 +176,13 @@ class ShardedPasses(Passes):
 
 
 def passes_of(model: Decoder, place: Place | None) -> Passes:
-    """How passes over a (tensor-cut) model are made; in a sharded layout the model keeps its own rows only."""
-    if place is None or not place.layout.sharded or place.data.group is None:
-        return Passes()
-    return ShardedPasses(model, place.data)
+    """How passes over a (tensor-cut) model are made; in a sharded layout the model keeps its own rows only.
+
+    With a `place.device`, what the process keeps goes there, in memory of its own, a parameter at a time.
+    """
+    if place is not None and place.layout.sharded and place.data.group is not None:
+        return ShardedPasses(model, place.data, place.device)
+    if place is not None and place.device is not None:
+        for parameter in model.parameters():
+            parameter.data = copied(parameter.detach(), place.device)
+    return Passes()

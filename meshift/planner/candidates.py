@@ -22,8 +22,8 @@ from meshift.planner.workload import Mixing, PlannedCall, Step
 
 GRAIN = 0.01
 """Of a device's memory: finer differences do not decide between layouts."""
-SPARED = 0.05
-"""Of a device's memory: fewer slots that spare less are no candidate of their own, but for the fewest."""
+SPARED, LEAST_SPARED = 0.2, 0.05
+"""Of a device's memory: fewer slots that spare less are no candidate of their own; and of the fewest there are."""
 MAX_STAGES = 32
 """More stages than this do not pay for themselves, and make for many layouts."""
 
@@ -181,7 +181,7 @@ class Problem:
         before = self._working(use, layout, None) if every else 0
         for slots in every:
             needed = self._working(use, layout, slots)
-            if before - needed >= (GRAIN if slots == every[-1] else SPARED) * self.capacity:
+            if before - needed >= (LEAST_SPARED if slots == every[-1] else SPARED) * self.capacity:
                 yield slots
                 before = needed
 

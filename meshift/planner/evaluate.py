@@ -301,7 +301,7 @@ def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[s
     kept: dict[Device, dict[str, int]] = {}
     for name, of_role in placements.items():
         for device in {device for placement in of_role.values() for device in placement.mesh.devices}:
-            kept.setdefault(device, {})[name] = memories[name].on_device(of_role, device)
+            kept.setdefault(device, {})[name] = memories[name].on_device(of_role, device).total
     peaks = {}
     for call in step.calls:
         placement = placements[call.role][call.kind]

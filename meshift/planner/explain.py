@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from meshift.planner.candidates import Candidate, Op, Use
 from meshift.planner.evaluate import Event
+from meshift.planner.footprint import Footprint, footprints, tightest
 from meshift.planner.planning import Planned
+from meshift.planner.written import placements_of
 
 NOTABLE = 0.01
 """Parts of a call below this share are not spoken of."""
@@ -34,7 +36,7 @@ def explanation(planned: Planned) -> list[str]:
         *of_slots(planned),
         *_together(calls),
         *_moves(planned),
-        _of_memory(planned, calls),
+        tightest(of_calls(planned), planned.problem.capacity),
         of_proof(planned),
     ]
 
@@ -48,8 +50,9 @@ def _of_call(planned: Planned, op: Op) -> str:
         f"{WORDS[name]} {value / cost.seconds:.0%}" for name, value in parts if value > NOTABLE * cost.seconds
     ]
     others = _alternative(planned, use, spot.candidate, op.name)
+    devices = "one device" if spot.candidate.size == 1 else f"{spot.candidate.size} devices"
     return (
-        f"{op.name} ({use}) runs as {spot.candidate.layout} on {spot.candidate.size} devices in "
+        f"{op.name} ({use}) runs as {spot.candidate.layout} on {devices} in "
         f"{cost.seconds:.3g} s: {', '.join(shares)}{others}."
     )
 
@@ -104,13 +107,10 @@ def _moves(planned: Planned) -> Iterator[str]:
         yield f"Parameters move for {total:.3g} s, {total / planned.seconds:.1%} of the step: {names}."
 
 
-def _of_memory(planned: Planned, calls: list[Event]) -> str:
-    worst = max(calls, key=lambda event: event.peak)
-    capacity = planned.problem.capacity
-    return (
-        f"Memory is tightest in {worst.name}: {worst.peak / 1e9:.1f} of {capacity / 1e9:.1f} GB on the device "
-        "that needs the most."
-    )
+def of_calls(planned: Planned) -> dict[str, list[Footprint]]:
+    """For each call of the plan, what every device of its mesh holds meanwhile."""
+    hardware, placements = planned.problem.hardware, placements_of(planned.problem, planned.choice)
+    return {call.name: footprints(planned.step, hardware, placements, call) for call in planned.step.calls}
 
 
 def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -163,11 +163,43 @@ def find_hardware(name: str) -> Hardware:
 
 
 def from_values(values: Mapping[str, Any]) -> Hardware:
-    """What `as_values` gave. Raises `TypeError` for keys that are missing or unknown."""
+    """What `as_values` gave. Raises `TypeError` for keys that are missing or unknown, `ValueError` for values."""
     given = dict(values)
+    for key, value in given.items():
+        _check(key, value)
     profile = given.get("profile")
     given["profile"] = None if profile is None else Profile.of(profile)
+    given.update({key: int(given[key]) for key in COUNTS if key in given})
     return Hardware(**{**given, "machine": Machine(**given.get("machine", {}))})
+
+
+NO_RATES = ("reserve", "near_delay", "far_delay", "layer_delay")
+"""Numbers that may be 0."""
+COUNTS = ("per_host", "processes")
+COMPUTED_IN = ("bfloat16", "float32")
+
+
+def _check(key: str, value: object) -> None:
+    """Raise `ValueError` for a number of `Hardware` that cannot be one."""
+    if key == "machine" and not isinstance(value, Mapping):
+        raise ValueError(f"`machine` is {value!r}; write its keys, or leave it out")
+    if key in ("name", "machine", "profile"):
+        return
+    if key == "flops":
+        if not isinstance(value, Mapping) or not set(COMPUTED_IN) <= value.keys():
+            raise ValueError(f"`flops` must hold the peaks of {' and '.join(COMPUTED_IN)}, not {value!r}")
+        for name, peak in value.items():
+            _check(f"flops.{name}", peak)
+        return
+    wanted = "a number of at least 0" if key in NO_RATES else "a number above 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise ValueError(f"`{key}` is {value!r}; write {wanted}")
+    if value < 0 or (value == 0 and key not in NO_RATES):
+        raise ValueError(f"`{key}` is {value:g}; write {wanted}")
+    if key in COUNTS and value != int(value):
+        raise ValueError(f"`{key}` is {value:g}; write a whole number")
+    if key.endswith("_share") and value > 1:
+        raise ValueError(f"`{key}` is {value:g}; it is a part of 1")
 
 
 def as_values(hardware: Hardware) -> dict[str, Any]:

@@ -67,6 +67,9 @@ class Kept:
         """All of them."""
         return sum(getattr(self, one.name) for one in fields(self))
 
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Working:
@@ -113,18 +116,18 @@ class Memory:
         """By a device that also stands in another placement: the weights that are not the home's own tensors."""
         return Kept(weights=self.sizes.kept_twice(home, at_home, other, there) * self.role.width)
 
-    def on_device(self, placements: Mapping[Kind, Placement], device: Device) -> int:
+    def on_device(self, placements: Mapping[Kind, Placement], device: Device) -> Kept:
         """All that one device keeps of the role, whose calls have these placements."""
         home = placements.get("train") or next(iter(placements.values()))
         rank = home.mesh.rank_of(device)
         at_home = None if rank is None else home.layout.coordinates(rank)
-        total = 0 if at_home is None else self.kept(home.layout, at_home).total
+        found = Kept() if at_home is None else self.kept(home.layout, at_home)
         for other in dict.fromkeys(placements.values()):
             rank = other.mesh.rank_of(device)
             if other != home and rank is not None:
                 there = other.layout.coordinates(rank)
-                total += self.copy(home.layout, at_home, other.layout, there).total
-        return total
+                found += self.copy(home.layout, at_home, other.layout, there)
+        return found
 
     def working(self, call: PlannedCall, layout: Layout, where: Coordinates) -> Working:
         """By a rank of the call."""
@@ -182,16 +185,20 @@ class Memory:
         )
 
     def _learning(self, call: PlannedCall, layout: Layout, where: Coordinates) -> Working:
-        """A micro-batch's passes, or, if that is more, bringing gradients together and stepping."""
+        """A micro-batch's passes, or, if that is more, bringing gradients together and stepping.
+
+        Layers under the lowest that learns keep nothing for a backward pass, but with checkpointing their inputs.
+        """
         rows, width, config = self.micro_batch_rows(call, layout), self.role.width, self.role.config
-        num_layers = len(layout.stage_layers(config.num_layers)[where.pipeline])
+        here = layout.stage_layers(config.num_layers)[where.pipeline]
+        num_learned = max(0, here.stop - max(here.start, self.role.num_frozen_layers))
         flights = min(layout.pipeline - where.pipeline, self.num_micro_batches(call, layout))
         each = self.saved_numbers(layout) * width
         inputs = config.hidden_size * width
         if self.role.passes.gradient_checkpointing:
-            kept = flights * (num_layers + 1) * inputs + each  # and what leaves
+            kept = flights * (len(here) + 1) * inputs + each * (num_learned > 0)  # and what leaves
         else:
-            kept = flights * (num_layers * each + inputs)
+            kept = flights * (num_learned * each + inputs)
         largest = self.sizes.largest(layout, where)
         passes = Working(
             logits=self._logits(call, layout, where, rows, learning=True),

@@ -88,7 +88,7 @@ def _everywhere(problem: Problem, layout: Layout) -> dict[Use, Spot]:
     """With as many slots as fit."""
     choice = {use: Spot(problem.candidate(use, layout), 0) for use in problem.uses}
     for use in problem.uses:
-        for slots in problem.fewer_slots(use, layout):
+        for slots in problem.slot_choices(use, layout):  # those of candidates, so that bounds hold for it
             if score(problem, choice).excess == 0:
                 break
             choice[use] = Spot(problem.candidate(use, layout, slots), 0)

@@ -53,7 +53,14 @@ _REWARD = Group(
     charts=(
         Chart(title="Reward", lines=(("reward/mean", "score"), ("objective/rlhf_reward", "less KL penalty"))),
         _one("KL to the reference", "objective/kl", "nats per completion"),
-        _one("Spread of rewards", "reward/std", "standard deviation"),
+        Chart(
+            title="Spread of rewards",
+            lines=(("reward/std", "of all"), ("reward/group_std", "in a group")),
+            note="standard deviation",
+        ),
+        _one("Groups of equal rewards", "reward/frac_reward_zero_std", "part of the groups"),
+        _one("Price of overlong completions", "reward/overlong_penalty", "mean"),
+        _one("Reward above the greedy completion's", "reward/over_greedy", "mean"),
         _one("KL coefficient", "objective/kl_coef"),
         _one("Completions without a score", "objective/no_score_fraction", "part of the batch"),
     ),
@@ -183,7 +190,7 @@ def charts_for(keys: Iterable[str]) -> list[Group]:
         charts = [kept for chart in group.charts if (kept := _with_lines(chart, left)).lines]
         left -= {key for chart in charts for key, _ in chart.lines}
         if group is _REWARD:
-            sources = sorted(key for key in left if key.startswith("reward/"))
+            sources = _sources(left)
             left -= set(sources)
             charts += [_by_source(sources)] if sources else []
         if group is _SPEED:
@@ -203,6 +210,15 @@ def _with_lines(chart: Chart, keys: set[str]) -> Chart:
 def _peaks(keys: list[str]) -> Chart:
     lines = tuple((key, key.removeprefix(PEAKS)) for key in keys)
     return Chart(title="Peak of memory in each call", lines=lines, note="GB, of the call's first process")
+
+
+def _sources(keys: Iterable[str]) -> list[str]:
+    """`reward/<source>`; what a source logs besides, as `reward/<source>/num_errors`, is no reward."""
+    found: list[str] = []
+    for key in sorted(key for key in keys if key.startswith("reward/")):
+        if not any(key.startswith(f"{source}/") for source in found):
+            found.append(key)
+    return found
 
 
 def _by_source(keys: list[str]) -> Chart:

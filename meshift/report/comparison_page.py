@@ -5,24 +5,22 @@ It arranges what the other modules draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 from meshift.report.catalogue import BY_SOURCE, EXACT, Chart, Group, charts_for
 from meshift.report.completion_tables import MAX_PROMPTS, last_fixed, side_by_side
+from meshift.report.differences import differences
 from meshift.report.document import document, number_table, section
 from meshift.report.line_chart import Caption, Line, line_chart
 from meshift.report.markup import Markup, element
-from meshift.report.numbers import counted, duration, short
+from meshift.report.numbers import DASH, counted, duration, short
 from meshift.report.run_data import RunData
 from meshift.report.run_page import KEY_FIGURES, METHODS, anchor, header, same, verdict_list
 from meshift.report.timeline import STEP_TIME, colour, legend, share_bar, timeline_of
 from meshift.report.verdicts import diagnose
 
 NUM_COLOURS = 8
-UNTOLD = ("output_dir", "overwrite_output_dir")
-"""Config keys that differ between any two runs and say nothing."""
 Runs = Sequence[tuple[str, RunData]]
 
 
@@ -69,28 +67,17 @@ def _mean_time(run: RunData) -> str:
     return duration(float(seconds.mean()) if seconds.size else float("nan"))
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as dotted keys and texts."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = "null" if value is None else str(value)
-    return found
-
-
 def _differences(runs: Runs) -> Markup:
     """The config keys whose values are not the same in all runs."""
-    configs = [flattened(run.config) for _, run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in UNTOLD)
-    rows = [[key, *(config.get(key, "\N{EN DASH}") for config in configs)] for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
-    if rows:
-        body = number_table(["", *(name for name, _ in runs)], rows, numbers=False)
-    else:
-        body = element("p", "The configurations are the same.")
-    return section("What differs in the configuration", body, anchor="differences")
+    rows = differences([run for _, run in runs])
+    head = ["", *(name for name, _ in runs)]
+    shared, own = ([row for row in rows if (DASH in row) == is_own] for is_own in (False, True))
+    parts = [number_table(head, shared, numbers=False)] if shared else []
+    if own:
+        said = f"{counted(len(own), 'key')} that not all of the runs have"
+        parts.append(element("details", element("summary", said), number_table(head, own, numbers=False)))
+    nothing = element("p", "The configurations are the same.")
+    return section("What differs in the configuration", *(parts or [nothing]), anchor="differences")
 
 
 def _verdicts(runs: Runs) -> Markup:

@@ -16,6 +16,10 @@ from meshift.report.document import document, key_values, number_table, section
 from meshift.report.markup import Child, Markup, element
 from meshift.report.numbers import MINUS, counted, duration, short, tick_labels
 
+MIN_FOR_INTERVAL, TOO_FEW = 3, "too few"
+"""Questions: an interval of fewer spans most of what is possible."""
+LONGEST_NAME = 46
+"""Characters of a number's name that fit beside its line."""
 MAX_SHOWN = 20
 """Completions of a kind, evenly over all there are."""
 WIDTH, ROW, GAP, LEFT, FOOT = 1000, 22, 8, 330, 22
@@ -39,32 +43,51 @@ def evaluation_page(results: Mapping[str, Any], answers: Sequence[Answer]) -> st
     """The whole page, which needs no other file."""
     metrics: Mapping[str, Mapping[str, Any]] = results["metrics"]
     model = results["model"] or results["settings"].get("completions") or "completions"
+    if results["model"] and not results.get("model_is_verified", True):
+        model = f"{model} (unverified)"
     title = f"{results['task']}: {model}"
     facts = (
         f"{counted(results['num_questions'], 'question')}, {counted(results['num_completions'], 'completion')}, "
         f"scored in {duration(results['seconds'])}"
     )
-    given = [(name, str(value)) for name, value in results["settings"].items() if value not in (None, [], False)]
+    settings = results["settings"].items()
+    given = [
+        (name, str(value)) for name, value in settings if not (value is None or value is False or value == [])
+    ]
     return document(
         title,
         element("h1", title),
         element("p", facts, class_="hint"),
+        _notes(results.get("notes", [])),
         section("Numbers", _chart(metrics), _table(metrics), anchor="numbers"),
         section("Completions", *_answers(answers), anchor="completions"),
         section("Settings", key_values([("data", str(results["data"])), *given]), anchor="settings"),
     )
 
 
+def _notes(notes: Sequence[str]) -> Markup | None:
+    """As a run's page shows its diagnoses."""
+    chip = element("span", "notice", class_="chip notice")
+    items = [element("li", chip, element("span", note)) for note in notes]
+    return element("ul", *items, class_="verdicts") if items else None
+
+
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Markup:
     rows = [
-        [name, _shown(one["value"]), _shown(one["low"]), _shown(one["high"]), f"{one['num']:,}"]
+        [name, _shown(one["value"]), *(_shown(end) for end in interval(one)), f"{one['num']:,}"]
         for name, one in metrics.items()
     ]
     return number_table(["", "value", "from", "to (95 % interval)", "questions"], rows)
 
 
-def _shown(value: float | None) -> str:
-    return "" if value is None else short(value, 4)
+def interval(one: Mapping[str, Any]) -> tuple[Any, Any]:
+    """From and to, as far as they are worth showing: `TOO_FEW` and nothing where there are too few questions."""
+    is_shown = one["num"] >= MIN_FOR_INTERVAL or one["value"] is None
+    return (one["low"], one["high"]) if is_shown else (TOO_FEW, None)
+
+
+def _shown(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else short(value, 4)
 
 
 def _chart(metrics: Mapping[str, Mapping[str, Any]]) -> Markup | None:
@@ -80,27 +103,28 @@ def _chart(metrics: Mapping[str, Mapping[str, Any]]) -> Markup | None:
         drawn.append(element("text", label, x=_x(mark), y=height - 6, class_="x"))
     for i, (name, one) in enumerate(parts):
         y = i * (ROW + GAP)
-        low, high, value = _x(one["low"]), _x(one["high"]), _x(one["value"])
-        said = f"{name}: {short(one['value'])}, from {short(one['low'])} to {short(one['high'])}"
-        drawn.append(element("text", name, x=0, y=y + 0.7 * ROW))
-        drawn.append(
-            element(
-                "rect",
-                element("title", said),
-                x=low,
-                y=y + ROW / 2 - 2,
-                width=max(1.0, high - low),
-                height=4,
-                class_="rest",
-            )
-        )
-        drawn.append(
-            element("rect", element("title", said), x=value - 3, y=y + 3, width=6, height=ROW - 6, class_="c0")
-        )
+        fits = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+        drawn.append(element("text", element("title", name), fits, x=0, y=y + 0.7 * ROW))
+        drawn += _line(name, one, y)
     label = "; ".join(f"{name} {short(one['value'])}" for name, one in parts)
     view = f"0 0 {WIDTH} {height}"
     drawing = element("svg", *drawn, role="img", aria_label=label, class_="devices", viewBox=view)
     return element("figure", drawing, class_="chart wide")
+
+
+def _line(name: str, one: Mapping[str, Any], y: float) -> list[Markup]:
+    """The interval, where it is worth drawing, and the value on it."""
+    low, high = interval(one)
+    value, said = _x(one["value"]), f"{name}: {short(one['value'])}"
+    found: list[Markup] = []
+    if low == TOO_FEW:
+        said += f" (of {counted(one['num'], 'question')}: too few for an interval)"
+    else:
+        said += f", from {short(low)} to {short(high)}"
+        box = {"x": _x(low), "y": y + ROW / 2 - 2, "width": max(1.0, _x(high) - _x(low)), "height": 4}
+        found.append(element("rect", element("title", said), **box, class_="rest"))
+    box = {"x": value - 3, "y": y + 3, "width": 6, "height": ROW - 6}
+    return [*found, element("rect", element("title", said), **box, class_="c0")]
 
 
 def _is_part(name: str, one: Mapping[str, Any]) -> bool:

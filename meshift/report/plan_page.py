@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshift.planner.explain import explanation, of_proof, of_rivals
+from meshift.layout.mesh import Mesh
+from meshift.planner.explain import explanation, of_calls, of_proof, of_rivals
+from meshift.planner.footprint import PARTS, WORDS, alike, worst
 from meshift.planner.planning import Planned
 from meshift.planner.variants import Variant, head, table_rows
 from meshift.report.device_chart import Bar, device_chart
@@ -34,6 +36,7 @@ def plan_page(planned: Planned, variants: Sequence[list[Variant]] = (), more: Se
         element("p", of_proof(planned)),
         section("A step", _chart(planned), anchor="step"),
         section("Calls", _calls(planned), anchor="calls"),
+        section("Memory", *_memory(planned), anchor="memory"),
         section("Plans by hand", number_table(["plan", "a step"], by_hand, numbers=False), anchor="by-hand"),
         section("Reasons", reasons, anchor="reasons"),
         section("What if", *map(_what_if, variants), anchor="what-if") if variants else None,
@@ -72,6 +75,33 @@ def _calls(planned: Planned) -> Markup:
         if op.kind != "call":
             continue
         spot = planned.choice[op.uses[0]]
-        seconds, memory = f"{event.end - event.start:.2f}", f"{event.peak / 1e9:.1f}"
+        seconds, memory = f"{event.end - event.start:.3g}", f"{event.peak / 1e9:.1f}"
         rows.append([op.name, str(spot.candidate.layout), spot.devices, seconds, memory])
     return number_table(["call", "layout", "devices", "seconds", "memory, GB"], rows)
+
+
+def _memory(planned: Planned) -> tuple[Markup, ...]:
+    """Of each call the device that needs the most, by what it holds; and the peak of all devices in all calls."""
+    found = of_calls(planned)
+    tightest = {call: worst(devices) for call, devices in found.items()}
+    used = [part for part in PARTS if any(one.parts[part] for one in tightest.values())]
+    rows = [
+        [call, str(one.device), *(_gigabytes(one.parts[part]) for part in used), _gigabytes(one.total)]
+        for call, one in tightest.items()
+    ]
+    groups = [
+        [str(Mesh(devices=tuple(group.devices))), *(_gigabytes(peak) for peak in group.peaks.values())]
+        for group in alike(found)
+    ]
+    capacity = planned.problem.capacity / 1e9
+    return (
+        element("p", f"GB. A device has {capacity:.1f} for models and calls.", class_="hint"),
+        element("h3", "Each call, on the device that needs the most"),
+        number_table(["call", "device", *(WORDS[part] for part in used), "in all"], rows),
+        element("h3", "Each device, in each call"),
+        number_table(["devices", *found], groups),
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size else ""

@@ -64,34 +64,40 @@ class ChatEndpoint(Generic[Read]):
         self._server = JsonServer(url, config.timeout_s, headers, expected="choices")
 
     def ask_all(
-        self, questions: Sequence[str], on_answered: Callable[[int], None] | None = None
+        self, questions: Sequence[str], on_answered: Callable[[int, int], None] | None = None
     ) -> list[Read | Fault]:
         """What was read in each answer, or what went wrong, in the order of the questions.
 
-        `on_answered` hears how many are done, those that are not put too, in any thread.
+        `on_answered` hears how many are done, those that are not put too, and how many of them have no answer that
+        could be read; in any thread.
         """
-        lost, done = _Count(), _Count()
+        lost, lock, done, failed = _Count(), threading.Lock(), 0, 0
 
         def one(question: str) -> Read | Fault:
-            try:
-                if lost.count >= MAX_LOST:
-                    return NOT_ASKED
-                answer = self._ask(question)
-            except CallError as error:
-                if error.fault.kind in (TIMEOUT, "connection"):
-                    lost.add()
-                else:
-                    lost.reset()
-                return error.fault
-            else:
-                lost.reset()
-                return answer
-            finally:
+            nonlocal done, failed
+            said: Read | Fault = NOT_ASKED if lost.count >= MAX_LOST else self._said(question, lost)
+            with lock:
+                done += 1
+                failed += isinstance(said, Fault)
                 if on_answered is not None:
-                    on_answered(done.add())
+                    on_answered(done, failed)
+            return said
 
         with ThreadPoolExecutor(self.config.num_concurrent, thread_name_prefix="judge") as threads:
             return list(threads.map(one, questions))
+
+    def _said(self, question: str, lost: _Count) -> Read | Fault:
+        """What was read, or the fault; `lost` counts questions in a row that found nobody."""
+        try:
+            answer = self._ask(question)
+        except CallError as error:
+            if error.fault.kind in (TIMEOUT, "connection"):
+                lost.add()
+            else:
+                lost.reset()
+            return error.fault
+        lost.reset()
+        return answer
 
     def _ask(self, question: str) -> Read | Fault:
         messages = [{"role": "user", "content": question}]
@@ -131,10 +137,9 @@ class _Count:
         self.count = 0
         self._lock = threading.Lock()
 
-    def add(self) -> int:
+    def add(self) -> None:
         with self._lock:
             self.count += 1
-            return self.count
 
     def reset(self) -> None:
         with self._lock:

@@ -25,7 +25,7 @@ from meshift.rewards.signatures import (
     unknown_signature,
 )
 
-TAKEN = ("mean", "std", "frac_reward_zero_std", "overlong_penalty", "over_greedy")
+TAKEN = ("mean", "std", "group_std", "frac_reward_zero_std", "overlong_penalty", "over_greedy", "reward_model")
 """What runs write as `reward/<name>` themselves: a function of such a name goes by its whole spec."""
 
 

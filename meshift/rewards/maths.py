@@ -11,6 +11,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from meshift.rewards.mixed_numbers import as_fractions
+
 END_OF_THOUGHT = "</think>"
 GSM8K_MARK = "####"
 BOX = "\\boxed{"
@@ -25,13 +27,13 @@ def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> flo
     logging.getLogger("math_verify").setLevel(
         logging.ERROR
     )  # it warns of what is done here: no time limit of its own
-    right = parse(boxed_truth(ground_truth), parsing_timeout=None)
+    right = parse(as_fractions(boxed_truth(ground_truth)), parsing_timeout=None)
     if not right:
         raise ValueError(f"the right answer {str(ground_truth)[:60]!r} holds no expression that can be read")
     text = solution_str.rpartition(END_OF_THOUGHT)[2]
     if boxed_only:
         text = BOX + text.rpartition(BOX)[2] if BOX in text else ""
-    return float(verify(right, parse(text, parsing_timeout=None), timeout_seconds=None))
+    return float(verify(right, parse(as_fractions(text), parsing_timeout=None), timeout_seconds=None))
 
 
 def boxed_truth(ground_truth: Any) -> str:

@@ -68,9 +68,16 @@ def compute_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def open_model(name_or_path: str, head: HeadKind, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """The model on the run's device, computing in `dtype`."""
-    return load_model(model_folder(name_or_path), head=head, dtype=dtype, device=device_for_run(), seed=seed)
+def open_model(
+    name_or_path: str, head: HeadKind, dtype: torch.dtype, seed: int = 0, *, to_cut: bool = False
+) -> Decoder:
+    """The model on the run's device, computing in `dtype`.
+
+    `to_cut`: it stays where its files are mapped, for whoever copies a part of it: no device need hold it whole.
+    """
+    device = torch.device("cpu") if to_cut else device_for_run()
+    folder = model_folder(name_or_path)
+    return load_model(folder, head=head, dtype=dtype, device=device, seed=seed, mapped=to_cut)
 
 
 def open_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:

@@ -180,7 +180,7 @@ def process_peaks(step: Step, hardware: Hardware, placements: Placements) -> lis
     placed = {name: placements[name] for name in memories}
     away = {name for name, role in step.roles.items() if role.offloaded}
     kept = {
-        device: {name: memories[name].on_device(of_role, device) for name, of_role in placed.items()}
+        device: {name: memories[name].on_device(of_role, device).total for name, of_role in placed.items()}
         for device in device_numbers(placed)
     }
     peaks = {device: float(sum(sizes[n] for n in sizes if n not in away)) for device, sizes in kept.items()}

@@ -20,6 +20,7 @@ from meshift.config.sections import TrainableConfig
 from meshift.errors import CheckpointError, ConfigError
 from meshift.runtime.checkpoints import Checkpoint, find_checkpoint
 from meshift.runtime.run_folder import CONFIG, FINAL, METRICS, worth_keeping, written_by_run
+from meshift.yaml_values import read_yaml
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -174,6 +175,27 @@ def check_same_run(begun: RunConfig, config: RunConfig, where: str) -> tuple[str
             raise ConfigError(f"{change}: a resumed run must be the same run; set it back, or start a new run")
         notes.append(f"{change}: the run {OTHER_BITS}")
     return tuple(notes)
+
+
+def replaced(config: RunConfig) -> tuple[str, ...]:
+    """A note where a new run will delete a finished one that was another run: its config differs in more than what
+    changes nothing about the model. A run that is repeated replaces itself without one."""
+    run = Path(config.output_dir)
+    if config.resume or not (run / FINAL).is_dir() or not written_by_run(run / CONFIG):
+        return ()
+    with suppress(ConfigError):
+        before, now = dict(_flat(read_yaml(run / CONFIG))), dict(_flat(config.model_dump(mode="json")))
+        changed = [key for key in [*now, *before] if before.get(key) != now.get(key)]
+        named = [key.partition(".")[0] if key.startswith("plan.") else key for key in changed]
+        others = list(dict.fromkeys(key for key in named if key.rsplit(".", 1)[-1] not in FREE))
+        if not others:
+            return ()
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return (
+            f"{run} holds a finished run with another `{others[0]}`{more}, which overwrite_output_dir deletes as "
+            "this one begins; to keep both, end this one and give it an output_dir of its own",
+        )
+    return ()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

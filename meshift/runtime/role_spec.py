@@ -48,9 +48,9 @@ class RoleSpec:
     moves: bool = False
     decode: Callable[[list[int]], str] | None = None
 
-    def open_model(self) -> Decoder:
-        """The whole model, the same each time."""
-        model = open_model(self.model, self.head, self.dtype, seed=self.head_seed)
+    def open_model(self, *, to_cut: bool = False) -> Decoder:
+        """The whole model, the same each time; `to_cut` is as in `models.open_model`."""
+        model = open_model(self.model, self.head, self.dtype, seed=self.head_seed, to_cut=to_cut)
         if self.zero_head:
             model.head.load_state_dict({"weight": torch.zeros(1, model.config.hidden_size)})
         if self.value_head:

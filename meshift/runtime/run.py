@@ -32,7 +32,7 @@ from meshift.runtime.interrupts import StopRequest
 from meshift.runtime.models import device_for_run
 from meshift.runtime.observer import Observer
 from meshift.runtime.peaks import PeakMeter
-from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics
+from meshift.runtime.resume import Start, check_environment, check_length, find_start, last_metrics, replaced
 from meshift.runtime.run_folder import FINAL, RunFolder, check_output_dir
 from meshift.runtime.run_state import KeptRole, LocalRunState, RunState, environment
 from meshift.step import run_step
@@ -112,7 +112,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
     start = find_start(config) if config.resume else Start()
     overwrite = config.overwrite_output_dir or config.resume
     check_output_dir(path, overwrite=overwrite)
-    for note in start.notes:
+    for note in (*start.notes, *replaced(config)):
         observer.on_message(note)
     if start.finished:
         return _finished_before(path)

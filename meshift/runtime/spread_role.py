@@ -35,6 +35,7 @@ from meshift.runtime.models import device_for_run
 from meshift.runtime.probe import probe
 from meshift.runtime.role import LocalRole
 from meshift.runtime.shared_home import share_home
+from meshift.runtime.whole_model import dtype_of, put_together
 from meshift.runtime.world import World
 from meshift.step import Role
 from meshift.training.checkpoint import read_state, write_values
@@ -73,6 +74,7 @@ class SpreadRole:
     ) -> None:
         """`open_model` gives the whole model, the same each time; a placement without training stands still.
 
+        It is best in the host's memory: it is cut there, and only this process's part goes to its device.
         `config` is that of the roles that `make_role` makes: it says what is left out of training.
         """
         self.name, self._config = name, config or TrainableConfig()
@@ -88,6 +90,7 @@ class SpreadRole:
             place = join(placement, world.device, world.ranks)
             if place is not None:
                 is_home = placement == self.home and "train" in placements
+                place = replace(place, device=device_for_run())
                 self._locals[placement] = make_role(cut_for(open_model(), place), place, is_home)
         self._moves = [move for p in dict.fromkeys(placements.values()) if (move := self._move_to(p))]
         if "train" in placements and len(set(placements.values())) > 1:
@@ -172,7 +175,10 @@ class SpreadRole:
             local.leave()
 
     def whole(self) -> Decoder | None:
-        """The whole model with its weights of now, in process 0; every process calls this."""
+        """The whole model with its weights of now, in process 0; every process calls this.
+
+        Unless that process has all of it anyway, it is in the host's memory: see `put_together`.
+        """
         alone = Placement(mesh=Mesh(devices=(self._first,)), layout=Layout())
         if self.home == alone:
             return self._locals[alone].model if alone in self._locals else None
@@ -181,12 +187,7 @@ class SpreadRole:
             return None
         is_first = self.world.device == self._first
         model = self._open_model() if is_first else self._at(self.home).model
-        site = self._site()
-        table, dtype = shard_table(model.config, model.head_kind), _dtype_of(model)
-        moving = plan(self.home, alone, table, dtypes=Dtypes(source=dtype, target=dtype))
-        into = {name: p.detach() for name, p in model.named_parameters()} if is_first else None
-        arrived = Reallocation(moving, table, site).run(self._parameters(self.home), into)
-        _bind(model, arrived.shards)
+        put_together(model, self._parameters(self.home), self.home, alone, self._site())
         return model if is_first else None
 
     def master_weights(self) -> Mapping[str, torch.Tensor]:
@@ -289,7 +290,7 @@ class SpreadRole:
             return None
         model = next(iter(self._locals.values())).model
         table = shard_table(model.config, model.head_kind)
-        dtype = _dtype_of(model)
+        dtype = dtype_of(model)
         frozen = gather_facts(self._frozen(), peers)
         leave_out = sorted({name for names in frozen for name in names or ()})
         moving = plan(self.home, target, table, dtypes=Dtypes(source=dtype, target=dtype), leave_out=leave_out)
@@ -345,10 +346,6 @@ def _bind(model: Decoder, shards: Mapping[str, torch.Tensor]) -> None:
 def _parameter_of(key: str) -> str:
     """`exp_avg/layers.0.mlp.up.weight` is of `layers.0.mlp.up.weight`."""
     return key.partition("/")[2]
-
-
-def _dtype_of(model: Decoder) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 class Everywhere:

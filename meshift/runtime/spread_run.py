@@ -93,7 +93,8 @@ class SpreadOpener:
     def open(self, spec: RoleSpec) -> Everywhere:
         """See `Opener`."""
         make = partial(spec.make, offload=spec.name in self._offloaded)
-        given = (self._placements[spec.name], self._world, spec.open_model, make)
+        opened = partial(spec.open_model, to_cut=True)
+        given = (self._placements[spec.name], self._world, opened, make)
         return Everywhere(SpreadRole(spec.name, *given, spec.config))
 
 

@@ -99,6 +99,7 @@ class TrainingEngine:
     ) -> None:
         """With a `place`, `model` is cut for it, and every process of the placement makes the same calls.
 
+        The model may still be in the host's memory: what this process keeps of it goes to the place's device.
         `work` is then that of all of them together.
         """
         self.name = name
@@ -106,11 +107,11 @@ class TrainingEngine:
         self.config = config
         self.version = 0
         self.work = Work()
+        self.passes = passes_of(model, place)
         self.ranks = None if place is None else Ranks(model, place)
         self.pipeline: Pipeline | None = None
         if self.ranks is not None and self.ranks.stages is not None:
             self.pipeline = Pipeline(model, self.ranks.stages, config)
-        self.passes = passes_of(model, place)
         self.optimizer: MasterAdamW | None = None
         if trainable:
             freeze(model, config)

@@ -1,6 +1,7 @@
 """A tiny random model with a tiny tokenizer, made by `transformers`, as a folder on disk."""
 
 import pytest
+from evaluations import DIALOGUES, QUESTIONS, write
 
 WORDS = ("the", "film", "was", "a", "good", "bad", "great", "dull", "story", "and", "I", "liked", "it", "not")
 WORDS += (".", "!", "user", "assistant")
@@ -75,3 +76,20 @@ def room(tmp_path, tiny_model, tiny_reward):
     from bad_input import Room
 
     return Room(tmp_path, tiny_model, tiny_reward)
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """`evaluate(*words)` -> (exit code, what was printed, what was said on stderr), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "gsm8k.jsonl", QUESTIONS)
+    write(tmp_path / "hh.jsonl", DIALOGUES)
+
+    from meshift.cli.main import main
+
+    def run(*words):
+        code = main(["eval", *map(str, words)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

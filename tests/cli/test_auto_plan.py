@@ -175,7 +175,7 @@ def test_slots_of_a_plan_are_the_runs_and_what_is_drawn_is_the_same(room):
         rows = (room.path / "run" / "samples.jsonl").read_text().splitlines()
         drawn.append([json.loads(row)["completion"] for row in rows])
     assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == 4
+    assert len(drawn[0]) >= 4
 
 
 def test_slots_of_a_role_that_draws_nothing_are_refused(room, capsys):
@@ -191,8 +191,9 @@ def test_slots_that_fit_are_chosen_before_the_launch_and_run(room, tmp_path, cap
     values = {**values_of(room, "grpo"), "max_steps": 1}
     values["data"] = {"dataset_name": room.rows("many.jsonl", rows), "batch_size": 32, "max_prompt_length": 8}
     values["generation"] = {"num_generations": 2, "max_completion_length": 100}
+    values["actor"]["max_tokens_per_micro_batch"] = 128
     file = tmp_path / "hardware.json"
-    file.write_text(json.dumps(as_values(device(memory=3.6e6))))
+    file.write_text(json.dumps(as_values(device(memory=2.1e6))))
     words = ["grpo", "--config", room.config(values), "--plan", "auto", "plan.auto.seconds=1"]
     assert main([*words, "plan.auto.devices=1", f"launch.hardware={file}"]) == 0
     said = " ".join(capfd.readouterr().err.split())

@@ -50,6 +50,13 @@ def test_another_kind_begins_anew():
     ]
 
 
+def test_what_failed_would_look_done():
+    counts = [("answers", 1, 3, 0), ("answers", 2, 3, 1), ("answers", 3, 3, 2), ("programs", 1, 1)]
+    lines = counted(counts, seconds=1.0).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["answers: 3/3, 2 failed", "programs: 1/1"]
+    assert "answers, 2 failed" in counted(counts[:3], terminal=True)
+
+
 def test_a_terminal_gets_a_bar_and_a_pipe_no_control_characters():
     text = counted([("programs", done, 3) for done in range(4)], terminal=True)
     assert "3/3" in text

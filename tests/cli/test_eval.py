@@ -8,50 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 from chat_server import chat_servers
+from evaluations import drawn, results, write
 
-from meshift.cli.main import main
 from meshift.evaluation.drawn_folder import DrawnFolder
-
-QUESTIONS = [
-    {"question": f"the film was {word} and I liked it", "answer": f"It was.\n#### {i}"}
-    for i, word in enumerate(("good", "bad", "great", "dull"))
-]
-DIALOGUES = [
-    {
-        "chosen": f"\n\nHuman: {word}\n\nAssistant: it was good",
-        "rejected": f"\n\nHuman: {word}\n\nAssistant: it was bad and dull",
-    }
-    for word in ("the film", "a story", "it")
-]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def evaluate(tmp_path, monkeypatch, capsys):
-    """`evaluate(*words)` -> (exit code, what was printed, what was said on stderr), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "gsm8k.jsonl", QUESTIONS)
-    write(tmp_path / "hh.jsonl", DIALOGUES)
-
-    def run(*words):
-        code = main(["eval", *map(str, words)])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-def drawn(model, *more, data="gsm8k.jsonl"):
-    return ["--task", "gsm8k", "--data", data, "--model", model, "--max-new-tokens", 6, *more]
-
-
-def results(folder="eval-gsm8k"):
-    with open(f"{folder}/results.json", encoding="utf-8") as file:
-        return json.load(file)
 
 
 def test_a_model_is_completed_scored_and_reported_on(evaluate, tiny_model, tmp_path):
@@ -146,35 +105,6 @@ def test_dialogues_are_scored_by_a_reward_and_a_cost_model_and_held_to_a_referen
     assert found["reward"]["value"] == pytest.approx(sum(row["reward"] for row in rows) / 6)
 
 
-def test_kl_is_of_the_model_that_drew_the_file(evaluate, tiny_model, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(tiny_model, other)
-    weights = next(other.glob("*.safetensors"))
-    assert evaluate(*drawn(tiny_model, "--temperature", 0.5, "--limit", 1))[0] == 0
-    again = [
-        "--task",
-        "gsm8k",
-        "--data",
-        "gsm8k.jsonl",
-        "--limit",
-        1,
-        "--output",
-        "again",
-        "--reference",
-        tiny_model,
-    ]
-    again += ["--completions", "eval-gsm8k/completions.jsonl"]
-    assert evaluate(*again, "--model", tiny_model, "--temperature", 0.5)[0] == 0
-    assert results("again")["metrics"]["KL to reference"]["value"] == 0.0
-    code, _, said = evaluate(*again, "--model", tiny_model, "--temperature", 1)
-    assert (code, "was drawn with temperature 0.5, and KL would be read with 1.0" in said) == (2, True), said
-    weights.touch()
-    code, _, said = evaluate(*again, "--model", other, "--temperature", 0.5)
-    assert (code, f"was drawn by '{tiny_model}', and --model is '{other}'" in said) == (2, True), said
-    shutil.copy("eval-gsm8k/completions.jsonl", "mine.jsonl")  # of a file elsewhere nobody knows who drew it
-    assert evaluate(*again, "--completions", "mine.jsonl", "--model", other, "--temperature", 0.5)[0] == 0
-
-
 @pytest.fixture
 def serve(monkeypatch):
     yield from chat_servers(monkeypatch)
@@ -208,6 +138,16 @@ def test_a_judge_compares_with_another_models_completions_in_both_orders(evaluat
         assert [json.loads(line)["judge"] for line in file] == [1.0, 0.5, 0.0]
 
 
+def test_a_judge_that_fails_would_look_as_if_it_had_answered(evaluate, serve, tmp_path):
+    server = serve(lambda question: "I cannot say.")
+    mine = write(tmp_path / "mine.jsonl", [{"id": str(i), "completion": " good"} for i in range(3)])
+    words = ["--task", "hh-rlhf", "--data", "hh.jsonl", "--completions", mine]
+    code, _, said = evaluate(*words, "--judge-url", server.url, "--judge-model", "m")
+    assert code == 1, said
+    assert "judge's answers: 6/6, 6 failed" in said
+    assert "the judge gave no verdict on any of 3 pairs: it got no line 'Verdict: A'" in said
+
+
 def test_what_scores_is_looked_for_before_anything_is_drawn(
     evaluate, tiny_model, tiny_reward, tmp_path, monkeypatch
 ):
@@ -226,10 +166,14 @@ def test_what_scores_is_looked_for_before_anything_is_drawn(
     shutil.copytree(tiny_reward, bare)
     for template in bare.glob("chat_template*"):
         template.unlink()
+    turns = write(tmp_path / "turns.jsonl", [{"prompt": [{"role": "user", "content": "it"}]}])
     long = write(tmp_path / "long.jsonl", [{"prompt": f"\n\nHuman: {'it ' * 600}\n\nAssistant:"}])
     for more, sentence in (
         (["--reward-model", tiny_model], "it is no reward model"),
-        (["--cost-model", bare, "--chat"], f"the cost model {bare} has no chat template"),
+        (
+            ["--cost-model", bare, "--chat", "--data", turns, "--model", another],
+            f"the cost model {bare} has no chat template, by",
+        ),
         (["--reward-model", tiny_reward, "--data", long], "long.jsonl:1: prompt and response have"),
         (["--reference", another], "another tokenizer"),
         ([*judge, "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY, which is not in the environment"),

@@ -9,9 +9,13 @@ import pytest
 import yaml
 
 from meshift.cli.main import main
+from meshift.cli.plan_request import Asked, taken_lengths
+from meshift.config.loading import load_config
 from meshift.config.plan import PPOPlan
+from meshift.config.runs import PPORunConfig
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Mesh
+from meshift.planner.hardware import as_values, find_hardware
 from meshift.planner.strategies import STRATEGIES
 
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
@@ -172,7 +176,17 @@ def test_what_does_not_fit_is_said_with_what_would(run_file, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--devices", "0"), "give at least 1"),
+        (("--devices", "0"), "--devices: 0 is below 1"),
+        (("--devices", "2", "--per-host", "-1"), "--per-host: -1 is below 1"),
+        (("--devices", "2", "--seconds", "nan"), "--seconds: nan is no number"),
+        (("--devices", "2", "--prompt-tokens", "-5"), "--prompt-tokens: -5 is not above 0"),
+        (("--devices", "2", "--completion-tokens", "nan"), "--completion-tokens: nan is no number"),
+        (("--devices", "2", "--completion-tokens", "257"), "the config has at most 256"),
+        (("--devices", "2", "--what-if", "completion=64,5000"), "the config has at most 256"),
+        (("--devices", "2", "--what-if", "prompt=300"), "the config has at most 256"),
+        (("--devices", "2", "--what-if", "devices=2.7"), "2.7 is no whole number"),
+        (("--devices", "2", "--what-if", "network=inf"), "inf is no number above 0"),
+        (("--devices", "2", "--what-if", "batch=2"), "num_mini_batches"),
         (("--devices", "2", "--hardware", "abacus"), "none of a100"),
         (("--devices", "2", "--what-if", "weather=fine"), "write one of devices"),
         (("--devices", "2", "--command", "pp"), "trains nothing"),
@@ -184,6 +198,68 @@ def test_a_mistake_is_named_in_one_sentence(run_file, capsys, words, said):
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("memory", "80GB", "`memory` is '80GB'; write a number above 0"),
+        ("memory", -1, "`memory` is -1"),
+        ("memory_rate", 0, "`memory_rate` is 0"),
+        ("near_delay", -1e-5, "write a number of at least 0"),
+        ("per_host", 2.5, "write a whole number"),
+        ("per_host", "8", "`per_host` is '8'"),
+        ("compute_share", 1.5, "a part of 1"),
+        ("flops", 3, "must hold the peaks of bfloat16 and float32"),
+        ("flops", {"bfloat16": 1e12, "float32": True}, "`flops.float32` is True"),
+        ("machine", None, "`machine` is None"),
+    ],
+)
+def test_hardware_that_cannot_be_would_be_planned_for(run_file, tmp_path, capsys, key, value, said):
+    file = tmp_path / "hardware.json"
+    file.write_text(json.dumps({**as_values(find_hardware("h100")), key: value}))
+    assert plan(run_file, "--devices", "2", "--hardware", str(file)) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_a_plan_that_is_checked_would_be_of_other_lengths_and_numbers_than_the_one_that_was_made(
+    run_file, tmp_path, capsys, suffix
+):
+    out = tmp_path / f"plan{suffix}"
+    words = ("--hardware", "h200", "--completion-tokens", "60", "--prompt-tokens", "33")
+    assert plan(run_file, "--devices", "2", *words, "--out", str(out)) == 0
+    made = capsys.readouterr().out
+    assert main(["check", "--config", str(run_file), "--plan", str(out)]) == 0
+    checked = capsys.readouterr().out
+    (seconds,) = re.findall(r"([\d.]+) s a step on h200", checked)
+    told = re.findall(r"^step ([\d.]+) s", made, re.MULTILINE) + re.findall(r"a step takes ([\d.]+) s", made)
+    assert float(seconds) == pytest.approx(float(told[-1]), rel=0.01)
+    assert f"33 tokens in the mean: as {out} says; completions of 60: as {out} says" in checked
+    assert main(["check", "--config", str(run_file), "--plan", str(out), "--completion-tokens", "200"]) == 0
+    assert "completions of 200: --completion-tokens" in capsys.readouterr().out
+
+
+def test_a_network_that_carries_nothing_would_pass_for_one_that_makes_no_difference(run_file, capsys):
+    assert plan(run_file, "--devices", "2", "--what-if", "network=2x", "--what-if", "prompt=16,200") == 0
+    shown = capsys.readouterr().out
+    assert "all 2 devices are on one host of 8" in shown
+    lengths = shown[shown.index("what if: prompt") :]
+    short, long = (float(re.findall(rf"^\s*{n}\s+([\d.]+)", lengths, re.MULTILINE)[0]) for n in (16, 200))
+    assert short < long
+    assert plan(run_file, "--devices", "2", "--per-host", "1", "--what-if", "network=2x") == 0
+    assert "on one host" not in capsys.readouterr().out
+
+
+def test_readings_would_stream_where_the_run_does_not(run_file):
+    for words, streaming in (([], True), (["launch.stream=false"], False)):
+        config = load_config(PPORunConfig, run_file, words)
+        lengths = taken_lengths(config, 100.0, 100.0)
+        hardware = find_hardware("h100")
+        asked = Asked(config=config, lengths=lengths, hardware=hardware, num_devices=2, seconds=1.0)
+        assert asked.plan().problem.streaming is streaming
 
 
 def test_planning_needs_no_torch(run_file):

@@ -115,7 +115,7 @@ def test_a_judge_that_looks_at_the_place_alone_gives_every_pair_half(serve):
     assert metrics["win rate by judge, chosen"].value == 0.5
     assert metrics["judge agrees with itself"].value == 0.0
     assert metrics["judge prefers the first place"].value == 1.0
-    assert sorted(seen) == [("judge's answers", i + 1, 6) for i in range(6)]
+    assert sorted(seen) == [("judge's answers", i + 1, 6, 0) for i in range(6)]
 
 
 def test_a_judge_that_looks_at_the_answers_is_the_same_in_both_orders(serve):

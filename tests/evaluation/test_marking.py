@@ -4,15 +4,18 @@ from itertools import combinations
 from statistics import fmean
 
 import pytest
+import torch
 from benchmark_rows import APPS, APPS_CALL, CODE_CONTESTS, HUMAN_EVAL, MATH, MBPP, questions_of
 
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import DataError, InputError
 from meshift.evaluation.evaluate import Request, evaluate
+from meshift.evaluation.generating import Drawing
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs
 from meshift.evaluation.programs import SandboxedTests, read_code_problem
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import find_task
+from meshift.generation.params import SamplingParams
 
 RIGHT = "print(sum(map(int, input().split())))"
 ALSO_RIGHT = "a = [int(x) for x in input().split()]\nprint(sum(a))"
@@ -70,9 +73,11 @@ def test_equal_programs_of_a_problem_run_once_and_progress_is_counted(tmp_path, 
 def test_the_part_of_tests_that_pass_is_told_where_all_of_them_are_run(tmp_path):
     """The program fails the first of two tests and passes the other: stopped at the first, it would get 0."""
     questions = questions_of(tmp_path, "apps", APPS)
+    params = SamplingParams(max_new_tokens=1)
+    drawing = Drawing(params=params, num_samples=1, seed=0, chat=False, dtype=torch.float32)
     for credit, part in (("partial", [1 / 2]), ("all", [])):
         config = UnitTestsConfig(credit=credit, num_workers=1)
-        request = Request(task=find_task("apps"), data="", drawing=None, wanted=Wanted(), tests=config)
+        request = Request(task=find_task("apps"), data="", drawing=drawing, wanted=Wanted(), tests=config)
         results = evaluate(request, questions, [completed(questions[0], "print(12)")])
         assert [row["right"] for row in results.rows] == [False]
         assert [row["tests_passed"] for row in results.rows if "tests_passed" in row] == part

@@ -6,7 +6,7 @@ from benchmark_rows import HH, questions_of
 from tiny_dialogue import save_dialogue_model
 
 from meshift.errors import DataError, ModelError
-from meshift.evaluation.reading import ScoreModel, kl_to_reference
+from meshift.evaluation.reading import ScoreModel, ScoreReader, kl_to_reference
 from meshift.evaluation.saved import Saved
 
 
@@ -42,11 +42,9 @@ def test_responses_are_scored_at_their_end_token_or_where_the_limit_cut_them(mod
     said = [" Hello, how are you?", " Go away.", " Go aw"]
     seen = []
     model = ScoreModel(
-        str(models / "reward"),
-        "reward",
+        ScoreReader(str(models / "reward"), "reward", chat=False),
         torch.float32,
-        chat=False,
-        on_progress=lambda what, done, total: seen.append((what, done, total)),
+        lambda what, done, total, failed=0: seen.append((what, done, total)),
     )
     found = model.scores(questions, said, [False, False, True])
     prompt = questions[0].prompt
@@ -59,18 +57,58 @@ def test_responses_are_scored_at_their_end_token_or_where_the_limit_cut_them(mod
 
 def test_a_chat_model_reads_turns(models, tmp_path):
     [question] = questions_of(tmp_path, "hh-rlhf", HH)
-    model = ScoreModel(str(models / "reward"), "reward", torch.float32, chat=True)
+    model = ScoreModel(ScoreReader(str(models / "reward"), "reward", chat=True), torch.float32)
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGo away.<|im_end|>\n"
     [found] = model.scores([question], [" Go away."], [False])
     ends = [theirs(models / "reward", text), theirs(models / "reward", text.rstrip("\n"))]
     assert min(abs(found - end) for end in ends) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def bare(models):
+    """The reward model without its chat template."""
+    import json
+    import shutil
+
+    folder = models / "bare"
+    shutil.copytree(models / "reward", folder)
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_reward_model_without_a_template_reads_a_chat_models_answers_as_texts(models, bare, tmp_path):
+    """As `meshift reward` trains it on such dialogues; the blank that a chat model leaves out is in those."""
+    [question] = questions_of(tmp_path, "hh-rlhf", HH)
+    reader = ScoreReader(bare, "reward", chat=True, policy=str(models / "policy"))
+    assert reader.check([question]) == [
+        f"the reward model {bare} has no chat template; it reads the dialogues as texts, as it was trained"
+    ]
+    said = ["Go away.", " Go away.", "Go away."]
+    found = ScoreModel(reader, torch.float32).scores([question] * 3, said, [False, False, True])
+    assert found[0] == found[1] == pytest.approx(theirs(bare, question.prompt + " Go away.<|im_end|>"), abs=1e-5)
+    assert found[2] == pytest.approx(theirs(bare, question.prompt + " Go away."), abs=1e-5)
+
+
+def test_a_reward_model_without_a_template_reads_messages_in_the_policys_or_not_at_all(models, bare, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}]
+    [question] = questions_of(tmp_path, "hh-rlhf", {"prompt": messages})
+    reader = ScoreReader(bare, "reward", chat=True, policy=str(models / "policy"))
+    assert f"in the chat template of {models / 'policy'}" in reader.check([question])[0]
+    whole = ScoreReader(str(models / "reward"), "reward", chat=True)
+    assert reader.tokens(question, "Go away.", False) == whole.tokens(question, "Go away.", False)
+    with pytest.raises(ModelError, match=r"would read the messages of .*hh-rlhf.jsonl:1; put chat_template into"):
+        ScoreReader(bare, "reward", chat=True).check([question])
+
+
 def test_what_no_reward_model_can_read_is_named(models, tmp_path):
     [question] = questions_of(tmp_path, "hh-rlhf", HH)
     with pytest.raises(ModelError, match="it is no reward model"):
-        ScoreModel(str(models / "policy"), "cost", torch.float32, chat=False)
-    model = ScoreModel(str(models / "reward"), "reward", torch.float32, chat=False)
+        ScoreModel(ScoreReader(str(models / "policy"), "cost", chat=False), torch.float32)
+    model = ScoreModel(ScoreReader(str(models / "reward"), "reward", chat=False), torch.float32)
     with pytest.raises(DataError, match=r"hh-rlhf.jsonl:1: prompt and response have \d+ tokens, and .* takes 512"):
         model.scores([question], ["long " * 200], [False])
 

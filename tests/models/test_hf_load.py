@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,28 @@ def test_overwriting_the_file_does_not_change_a_loaded_model(edited):
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * size)
     assert torch.equal(model.norm.weight, before)
+
+
+def in_a_file(tensor):
+    """Whether its memory is that of a mapped file of weights."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return line.endswith(".safetensors")
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_a_model_to_be_cut_would_be_copied_into_memory_whole(saved, name):
+    folder = saved(name).folder
+    mapped, usual = load_model(folder, mapped=True), load_model(folder)
+    assert all(in_a_file(parameter) for parameter in mapped.parameters())
+    assert not any(in_a_file(parameter) for parameter in usual.parameters())
+    for (own, one), (_, other) in zip(mapped.named_parameters(), usual.named_parameters(), strict=True):
+        assert torch.equal(one, other), own
+    narrowed = load_model(folder, dtype=torch.bfloat16, mapped=True)
+    assert {parameter.dtype for parameter in narrowed.parameters()} == {torch.bfloat16}
 
 
 def test_a_language_model_starts_a_critic_at_zero(saved):

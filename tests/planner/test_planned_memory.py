@@ -113,7 +113,7 @@ def test_a_second_placement_takes_the_boxes_that_the_first_has_not(name, mesh, p
             for parameter, box in ({} if theirs is None else boxes_of(other.layout, table, theirs)).items():
                 same = held.get(parameter) == box and not is_frozen(parameter, 1)
                 expected += 0 if same else 4 * num_elements(box)
-        assert memory.on_device({"train": home, "generate": other}, device) == expected
+        assert memory.on_device({"train": home, "generate": other}, device).total == expected
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
@@ -172,11 +172,13 @@ def runs_kernels(dtype):
     return kernels() is not None and products_for(torch.zeros(1, dtype=TYPES[dtype])) is not None
 
 
-def saved_bytes(config, lengths, dtype=torch.float32, checkpoint=False):
+def saved_bytes(config, lengths, dtype=torch.float32, checkpoint=False, passes=None):
     """What autograd keeps of the layers of a model, by storages that are no weights."""
     model = Decoder(config).to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.adapter is None or is_adapters(name))
+    if passes is not None:
+        freeze(model, passes)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -211,6 +213,20 @@ def test_activations_beside_adapters_are_kept_as_predicted(dtype, modules):
     each = Memory(role(config, dtype=dtype), machine).saved_numbers(Layout())
     predicted = sum(lengths) * 3 * TYPES[dtype].itemsize * each
     assert 0.8 < saved_bytes(config, lengths, TYPES[dtype]) / predicted < 1.1
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=16)], ids=["whole", "adapters"])
+def test_layers_under_the_lowest_that_learns_keep_nothing(lora):
+    """Six layers, of which two learn: by what autograd keeps, and by what all of them would."""
+    passes = TrainableConfig(num_frozen_layers=4, lora=lora)
+    config, rows = adapted(wide_config(num_hidden_layers=6), passes), 128
+    given, frozen = call(num_prompts=1, completion=112), replace(role(config, dtype="float32"), passes=passes)
+    each = rows * 4 * Memory(frozen).saved_numbers(Layout())
+    every = replace(frozen, passes=passes.model_copy(update={"num_frozen_layers": 0}))
+    whole, some = (Memory(one).working(given, Layout(), FIRST).activations for one in (every, frozen))
+    assert whole - some == pytest.approx(4 * each, rel=1e-6)
+    assert 0.8 < saved_bytes(config, [rows], passes=passes) / (2 * each) < 1.1
+    assert saved_bytes(config, [rows], checkpoint=True, passes=passes) > 6 * rows * 256 * 4  # inputs all the same
 
 
 def test_bfloat16_kernels_keep_two_matrices_of_the_mlp():

@@ -37,9 +37,10 @@ def estimate(value, low=None, high=None):
     return {"value": value, "low": low, "high": high, "num": 10}
 
 
-def page(metrics, answers, **settings):
+def page(metrics, answers, notes=(), *, model_is_verified=True, **settings):
     results = {"task": "humaneval", "data": "d.jsonl", "model": "m", "metrics": metrics, "seconds": 2.0}
     counts = {"num_questions": 10, "num_completions": len(answers)}
+    counts |= {"notes": notes, "model_is_verified": model_is_verified}
     checked = Checked()
     checked.feed(evaluation_page({**results, **counts, "settings": settings}, answers))
     assert not checked.open
@@ -63,6 +64,29 @@ def test_parts_of_one_are_drawn_to_scale_and_other_numbers_are_not():
     assert len(spans) == 2
     for number in ("0.25", "0.75", "145", "115", "175"):
         assert number in found.text
+
+
+def test_an_interval_of_two_questions_would_be_drawn_over_most_of_the_axis():
+    metrics = {"accuracy": estimate(0.5, 0.09, 0.91) | {"num": 2}, "tokens": estimate(4.0) | {"num": 1}}
+    found = page(metrics, [])
+    assert len([tag for tag, _ in found.elements if tag == "rect"]) == 1, "the value alone"
+    assert "0.09" not in found.text
+    assert found.text.count("too few\n") == 2
+    assert "of 2 questions: too few for an interval" in found.text
+
+
+def test_a_long_name_of_a_number_would_run_into_the_drawing():
+    name = "accuracy (" + "a group whose name is long " * 4 + ")"
+    found = page({name: estimate(0.5, 0.25, 0.75)}, [])
+    assert f"{name[:45]}\N{HORIZONTAL ELLIPSIS}\n" in found.text
+    assert found.text.count(name) == 4, "in the titles of name, line and value, and in the table"
+
+
+def test_notes_and_a_model_that_nobody_knows_to_have_written_it_stand_at_the_top():
+    found = page({}, answers(1), notes=["nothing is right"], model_is_verified=False)
+    assert "humaneval: m (unverified)\n" in found.text
+    assert found.text.index("nothing is right") < found.text.index("Numbers")
+    assert "unverified" not in page({}, answers(1), model_is_verified=True).text
 
 
 def test_wrong_and_right_answers_stand_apart_and_are_some_of_all():

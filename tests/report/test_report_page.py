@@ -5,15 +5,25 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import meshift
+from meshift.config.loading import dump_config, load_config
+from meshift.config.policy_runs import GRPORunConfig
+from meshift.config.runs import PPORunConfig
 from meshift.errors import ConfigError, InputError
+from meshift.report.catalogue import charts_for
+from meshift.report.differences import differences
 from meshift.report.run_data import name_runs, read_run
 from meshift.report.write import write_report
+from meshift.rewards.configured import TAKEN
 
+RUN_KEYS = ("output_dir", "data.dataset_name", "actor.model_name_or_path", "reward.model_name_or_path")
 VOID = {"meta", "br", "hr", "link", "input", "path", "line", "rect", "circle"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'>]]>--> \u202e \ud800 \x00"
 
@@ -196,6 +206,53 @@ def test_comparison_says_once_what_the_sources_of_reward_have_in_common(make_fol
         charts = [a["aria-label"] for tag, a in page.elements if tag == "svg" and a.get("role") == "img"]
         assert len([label for label in charts if "Reward by source" in label]) == 0
         assert any(label.startswith("short") for label in charts) == bool(count)
+
+
+def test_what_is_no_source_of_reward_would_be_drawn_as_one(make_folder):
+    more = {"reward/good": 1.0, "reward/short": 2.0, "reward/short/words": 5.0, "reward/short/num_errors": 1}
+    more |= {"reward/group_std": 0.5, "reward/frac_reward_zero_std": 0.25, "reward/overlong_penalty": 0.1}
+    rows = [row | {k: v * (i + 1) for k, v in more.items()} for i, row in enumerate(ppo_rows(12))]
+    folder = make_folder(rows)
+    (group,) = [group for group in charts_for(read_run(folder).metrics) if group.title == "Reward and KL"]
+    by_title = {chart.title: [key for key, _ in chart.lines] for chart in group.charts}
+    assert by_title["Reward by source"] == ["reward/good", "reward/short"]
+    assert by_title["Groups of equal rewards"] == ["reward/frac_reward_zero_std"]
+    assert "reward/group_std" in by_title["Spread of rewards"]
+
+
+def test_what_methods_write_beside_sources_is_known_to_the_page_and_no_functions_name():
+    """A new `reward/<name>` of a method needs a chart of its own, and a place among the names that are taken."""
+    sources = Path(meshift.__file__).parent.glob("algorithms/*.py")
+    written = {name for path in sources for name in re.findall(r'"reward/(\w+)"', path.read_text())}
+    assert {"mean", "group_std", "frac_reward_zero_std", "over_greedy"} <= written
+    assert written <= set(TAKEN)
+    drawn = charts_for({f"reward/{name}" for name in written - {"reward_model"}})
+    assert [chart for group in drawn for chart in group.charts if chart.title == "Reward by source"] == []
+
+
+def test_a_comparison_would_list_defaults_of_roles_that_no_run_has(make_folder):
+    ppo = load_config(PPORunConfig, None, [f"{k}=x" for k in RUN_KEYS])
+    costly = load_config(PPORunConfig, None, [*(f"{k}=x" for k in RUN_KEYS), "cost.model_name_or_path=c"])
+    grpo = load_config(GRPORunConfig, None, [*(f"{k}=x" for k in RUN_KEYS), "generation.num_generations=2"])
+    names = ("ppo", "costly", "grpo")
+    runs = [
+        read_run(make_folder(ppo_rows(3), (), dump_config(config), name=name))
+        for name, config in zip(names, (ppo, costly, grpo), strict=True)
+    ]
+    page = parsed(write_report([runs[0].path, runs[2].path], runs[0].path / "c.html"))
+    text = "\n".join(page.texts)
+    assert text.index("generation.num_generations") < text.index("keys that not all of the runs have")
+    assert text.index("keys that not all of the runs have") < text.index("ppo.lam")
+    told = [row[0] for row in differences([runs[0], runs[2]])]
+    assert "ppo.lam" in told
+    assert "critic.learning_rate" in told
+    assert "generation.num_generations" in told
+    assert not [key for key in told if "cost" in key or key.startswith(("reference.", "plan."))]
+    assert "cost_critic.learning_rate" in [row[0] for row in differences([runs[0], runs[1]])]
+    trunk = dict(runs[0].config["ppo"], shared_trunk=True)
+    shared = replace(runs[0], config={**runs[0].config, "ppo": trunk})
+    assert ["ppo.shared_trunk", "False", "True"] in differences([runs[0], shared])
+    assert ["critic.learning_rate", "1e-05", "\N{EN DASH}"] in differences([runs[0], shared])
 
 
 def test_fixed_completions_show_the_reward_that_their_rows_have(make_folder):

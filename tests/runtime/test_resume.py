@@ -14,7 +14,7 @@ from meshift.runtime import run as run_module
 from meshift.runtime.dpo_run import run_dpo
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.ppo_run import run_ppo
-from meshift.runtime.resume import check_same_run, find_start
+from meshift.runtime.resume import check_same_run, find_start, replaced
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.run_folder import RunFolder
 
@@ -356,3 +356,20 @@ def test_overwriting_removes_the_checkpoints_of_the_old_run(broken_off):
     run_reward(config, SilentObserver())
     assert not list(Path(config.output_dir).glob("checkpoint-*"))
     assert not (Path(config.output_dir) / "LATEST").exists()
+
+
+def test_a_finished_run_would_be_lost_to_another_one_without_a_word(reward_config):
+    """As one that it is to be compared with, where a recipe overwrites and the command has another plan."""
+    config = changed(reward_config(), max_steps=1, save_steps=None, overwrite_output_dir=True)
+    run_reward(config, SilentObserver())
+    again, other = Notes(), Notes()
+    run_reward(changed(config, num_logged_samples=2), again)
+    assert [note for note in again.notes if "finished run" in note] == [], "it is the same run"
+    run_reward(changed(config, seed=3), other)
+    [note] = [note for note in other.notes if "finished run" in note]
+    assert note.startswith(
+        f"{config.output_dir} holds a finished run with another `seed`, which overwrite_output_dir"
+    )
+    planned = changed(config, seed=3).model_dump() | {"plan": {"reward": {"train": {"mesh": "1", "layout": "d1"}}}}
+    assert "another `plan`, which" in replaced(type(config).model_validate(planned))[0]
+    assert replaced(changed(config, seed=5, resume=True)) == ()

@@ -35,12 +35,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    mapped: bool = False,
 ) -> Decoder:
     """A `Decoder` filled from a local folder or a hub id; of an adapter's, the base model with it merged in.
 
     `dtype` None keeps the stored one (the embedding's, should the file mix several). A head that the checkpoint
     does not hold starts at zero (value) or is drawn from `seed` with std 1 / sqrt(hidden + 1) (reward; Stiennon
-    et al. 2020, arXiv:2009.01325). Raises `ModelError`.
+    et al. 2020, arXiv:2009.01325). With `mapped`, parameters that are stored in `dtype` stay in the mapped files
+    on a CPU, for whoever copies a part of them at once; the others are in memory. Raises `ModelError`.
     """
     directory = resolve_model(name_or_path)
     config = load_config(directory)
@@ -49,7 +51,7 @@ def load_model(
     fresh = _check(config, head, stored, files)
     with torch.device("meta"):
         model = Decoder(config, head)
-    tensors = _read(files, {name: held for name, held in stored.items() if name not in fresh}, dtype)
+    tensors = _read(files, {n: held for n, held in stored.items() if n not in fresh}, dtype, mapped=mapped)
     if fresh:
         kept = tensors["embedding.weight"].dtype
         tensors["head.weight"] = _new_head(config, head, seed).to(kept)
@@ -186,11 +188,14 @@ def _check_tie(embedding: str, files: Files) -> None:
         )
 
 
-def _read(files: Files, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Our name -> a tensor that owns its memory, all of one dtype."""
+def _read(
+    files: Files, stored: Mapping[str, Stored], dtype: torch.dtype | None, *, mapped: bool = False
+) -> dict[str, Tensor]:
+    """Our name -> a tensor that owns its memory unless it is `mapped`, all of one dtype."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in files.read(stored):
-        tensors |= {ours: _copy(part, dtype) for ours, part in stored[name].split(tensor).items()}
+        for ours, part in stored[name].split(tensor).items():
+            tensors[ours] = part.to(dtype or part.dtype) if mapped else _copy(part, dtype)
     kept = dtype or tensors["embedding.weight"].dtype
     return {name: tensor.to(kept) for name, tensor in tensors.items()}
 

@@ -14,9 +14,10 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshift.errors import ConfigError
+from meshift.rewards.sandbox.jail import WORK_FOLDER
 from meshift.rewards.sandbox.launching import Launch, WallKind, best_wall, python_folders
 from meshift.rewards.sandbox.layers import (
     FIXES,
@@ -119,18 +120,21 @@ PROBE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Protection:
-    """What a machine can do: the wall, the layers that are there, and by name what is wrong with the others."""
+    """What a machine can do: the wall, the layers that are there, and by name what is wrong with the others, and
+    what to do where that is not what `FIXES` says."""
 
     wall: WallKind
     layers: tuple[str, ...]
     missing: Mapping[str, str]
+    fixes: Mapping[str, str] = field(default_factory=dict)
 
     def require_all(self) -> None:
         """Raise `ConfigError` naming the first layer that is missing and what to do."""
         for layer in LAYERS:
             if layer in self.missing:
+                fix = self.fixes.get(layer, FIXES[layer])
                 raise ConfigError(
-                    f"the sandbox has no {layer} layer here ({self.missing[layer]}); {FIXES[layer]}, or set "
+                    f"the sandbox has no {layer} layer here ({self.missing[layer]}); {fix}, or set "
                     "sandbox: unsafe in its kwargs to run generated code without it"
                 )
 
@@ -138,7 +142,7 @@ class Protection:
         """For a dry run: "bubblewrap, namespaces, ..."."""
         inner = ", ".join(layer for layer in self.layers if layer != WALL)
         wall = {"bubblewrap": "bubblewrap", "own": "a wall of its own", "none": "no wall"}[self.wall]
-        return f"{wall}, {inner}" + "".join(f"; no {layer}" for layer in self.missing)
+        return f"{wall}, {inner}" + "".join(f"; no {layer}" for layer in self.missing if layer not in self.layers)
 
 
 def probe(walls: Collection[WallKind] | None = None) -> Protection:
@@ -162,12 +166,11 @@ def _check_machine() -> None:
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         here = f"{sys.platform} on {platform.machine()}"
         raise ConfigError(f"generated code is run on Linux on {' or '.join(ARCHITECTURES)} alone, not on {here}")
-    hidden = [path for path in python_folders() if path.startswith("/tmp/")]
-    if hidden:
-        raise ConfigError(
-            f"Python is installed in {hidden[0]}, and programs in the sandbox have a /tmp of their own; run "
-            "Meshift by a Python that is installed elsewhere"
-        )
+
+
+def _hidden_python() -> str | None:
+    """Where Python is, if a program's own /tmp would hide it."""
+    return next((path for path in python_folders() if path.startswith(f"{WORK_FOLDER}/")), None)
 
 
 @contextmanager
@@ -180,8 +183,14 @@ def _slot(wall: WallKind) -> Iterator[Slot]:
 
 
 def _protection(slot: Slot, missing: Mapping[str, str]) -> Protection:
-    found = dict(missing)
+    found, hidden = dict(missing), _hidden_python()
+    fixes: dict[str, str] = {}
+    if hidden is not None:
+        found[NAMESPACES] = f"Python is installed in {hidden}, which the /tmp of each program's own would hide"
+        fixes[NAMESPACES] = "run Meshift by a Python that is installed elsewhere"
     for layer, (attacks, up) in ATTACKS.items():
+        if layer in found:
+            continue
         wrong = next((f"needs {need}" for need in up if need != layer and need in found), None)
         wrong = wrong or _wrong(slot, attacks, up)
         if wrong is not None:
@@ -189,7 +198,7 @@ def _protection(slot: Slot, missing: Mapping[str, str]) -> Protection:
     layers = tuple(layer for layer in LAYERS if layer not in found)
     if PRIVILEGES in found and NAMESPACES in found and LANDLOCK in layers:
         layers = (*layers, PRIVILEGES)  # it drops what there is; without namespaces no attack can tell
-    return Protection(wall=slot.launch.wall, layers=layers, missing=found)
+    return Protection(wall=slot.launch.wall, layers=layers, missing=found, fixes=fixes)
 
 
 def _wrong(slot: Slot, attacks: str, up: Collection[str]) -> str | None:

@@ -90,6 +90,24 @@ def test_a_missing_layer_stops_the_run_with_its_name_and_the_fix(monkeypatch, la
     function._sandbox.close()
 
 
+def test_a_python_under_tmp_would_be_refused_though_the_user_says_unsafe(monkeypatch, caplog):
+    """A program's own /tmp hides it: namespaces are left out, and the other layers stay."""
+    monkeypatch.setattr(probes, "python_folders", lambda: ["/usr/lib/python3", "/tmp/python/lib"])
+    with pytest.raises(ConfigError) as caught:
+        UnitTests(UnitTestsConfig())
+    sentence = str(caught.value)
+    assert sentence.startswith("the sandbox has no namespaces layer here (Python is installed in /tmp/python/lib")
+    assert "run Meshift by a Python that is installed elsewhere, or set sandbox: unsafe" in sentence
+    function = UnitTests(UnitTestsConfig(sandbox="unsafe", num_workers=1))
+    assert "generated programs run with less protection" in caplog.text
+    assert set(function.protection.layers) == set(LAYERS) - {NAMESPACES}
+    assert function.describe().endswith("; no namespaces"), "privileges are dropped all the same"
+    tests = [["assert f(1) == 1"]]
+    rewards = [function(["p"], [f"def f(x): return {x}"], lambda *_: None, tests=tests) for x in ("x", "x + 1")]
+    assert rewards == [[1.0], [0.0]]
+    function._sandbox.close()
+
+
 def test_a_wall_that_does_not_come_up_is_named(monkeypatch):
     monkeypatch.setattr("meshift.rewards.sandbox.launching.Launch._bubblewrap", lambda self: ["/bin/false"])
     found = probes.probe(["bubblewrap"])

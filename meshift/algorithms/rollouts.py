@@ -125,8 +125,8 @@ def require_numbers(values: Tensor, batch: Batch, what: str) -> Tensor:
     more = "; ..." if len(wrong) > MOST_NAMED else ""
     raise NonFiniteError(
         f"{what} is {float(values[wrong[0]])} in {len(wrong)} of {len(values)} completions "
-        f"({'; '.join(named)}{more}); nothing was learned from them: look at these prompts and at the model that "
-        "gave it, or set dtype: float32"
+        f"({'; '.join(named)}{more}); nothing was learned from them: look at these prompts and at the "
+        "function or model behind it; where models compute in bfloat16, try dtype: float32"
     )
 
 

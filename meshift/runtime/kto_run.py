@@ -125,7 +125,7 @@ def one_prompt_notes(config: KTORunConfig, rows: Sequence[Judged]) -> tuple[str,
     """A sentence where steps have completions of one prompt only, and so no other to hold them against."""
     prompts = [tuple(one.tokens[: one.num_prompt_tokens]) for one in rows]
     size, num_steps = config.data.batch_size, steps_of(config, len(rows))
-    if max(Counter(prompts).values()) < min(size, len(rows)):
+    if 2 * max(Counter(prompts).values()) < min(size, len(rows)):  # a batch has a row twice at most
         return ()
     loader = Loader(len(rows), size, config.seed, config.data.shuffle)
     alone = sum(len({prompts[i] for i in loader.batch(step)}) == 1 for step in range(num_steps))

@@ -98,6 +98,5 @@ def test_the_baseline_form_of_reinforce_pp_becomes_another_tilt():
     found = trained("reinforce_pp", baseline="group", kl_coef=kl_coef)
     for actor, expected, reference in zip(found, optimum, references(), strict=True):
         tilt = torch.softmax(reference.log() + PRICES / kl_coef, -1)
-        print("rppb", low, apart(actor, expected), apart(actor, tilt), apart(reference, expected))
         assert apart(reference, expected) > 0.2
         assert apart(actor, expected) < 0.05 < apart(actor, tilt)

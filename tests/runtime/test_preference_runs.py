@@ -63,19 +63,23 @@ def test_a_pair_is_taken_apart_into_one_that_was_liked_and_one_that_was_not(conf
     assert all(texts[i] != texts[i + 1] for i in range(0, 90, 2))
 
 
-def test_the_rows_of_a_pair_would_be_each_others_mismatched_texts(config_on_disk, pairs_files):
-    data = {"dataset_name": pairs_files[0], "batch_size": 90, "shuffle": False}
+def test_the_rows_of_a_pair_would_be_each_others_mismatched_texts(config_on_disk, tmp_path, write_jsonl):
+    """No two rows say the same, so whose completion stands after a prompt can be told."""
+    nouns = ("film", "story", "the", "it", "and", "not")
+    rows = [{"prompt": f"a {noun}", "chosen": f" good {noun}", "rejected": f" bad {noun}"} for noun in nouns]
+    data = {"dataset_name": write_jsonl(tmp_path / "pairs.jsonl", rows), "batch_size": 12, "shuffle": False}
     batch = build_kto_job(config_on_disk(KTORunConfig, data=data)).next_batch(0)
     sizes = batch["num_prompt_tokens"].values.tolist()
     texts = [row.tolist() for row in batch["tokens"].rows()]
     parts = [(text[:n], text[n:]) for text, n in zip(texts, sizes, strict=True)]
     others = [row.tolist() for row in batch["mismatched"].rows()]
+    assert len({tuple(said) for _, said in parts}) == 12
     for (prompt, _), other in zip(parts, others, strict=True):
         assert other[: len(prompt)] == prompt
-        completion = other[len(prompt) :]
-        owners = [one for one, text in parts if text == completion]
-        assert any(one != prompt for one in owners), "it is what some row of another prompt says"
-    assert sorted(o[n:] for o, n in zip(others, sizes, strict=True)) == sorted(said for _, said in parts)
+        (owner,) = [one for one, said in parts if said == other[len(prompt) :]]
+        assert owner != prompt
+    taken = [other[n:] for other, n in zip(others, sizes, strict=True)]
+    assert sorted(taken) == sorted(said for _, said in parts), "every completion counts once"
 
 
 def test_steps_with_one_prompt_only_are_told(config_on_disk, tmp_path):

@@ -1,30 +1,8 @@
 """Servers on this machine that speak OpenAI's chat completions, with answers that a test gives."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 
-from meshift.rewards import http
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.asked.append((self.path, self.headers.get("Authorization"), question))
-        answer = self.server.answer(question)
-        if answer is None:
-            self.server.released.wait(30)
-            return
-        status, body = answer if isinstance(answer, tuple) else (200, chat(answer))
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
+from local_server import local_servers
 
 
 def chat(text):
@@ -34,22 +12,14 @@ def chat(text):
 def chat_servers(monkeypatch):
     """For a fixture: `serve(answer)` -> a server that says `answer(question)`: a text, (status, body), or
     None to hang."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
-    servers = []
+    with local_servers(monkeypatch, "/v1") as start:
+        yield lambda answer: start(partial(_act, answer))
 
-    def start(answer):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.answer, server.asked, server.lock = answer, [], threading.Lock()
-        server.released = threading.Event()
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        servers.append(server)
-        return server
 
-    yield start
-    for server in servers:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
+def _act(answer, handler, question):
+    said = answer(question)
+    if said is None:
+        handler.server.released.wait(30)
+        return
+    status, body = said if isinstance(said, tuple) else (200, chat(said))
+    handler.say(status, body)

@@ -5,12 +5,15 @@ Defaults are those of the method's paper, which the docstring names. It knows no
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from meshift.config.section import Section
+from meshift.config.section import Off, Section
 from meshift.config.sections import (
+    IDLE_CAP,
     GenerationConfig,
     ImportanceCap,
     ImportanceCorrection,
@@ -80,6 +83,8 @@ class UpdatesConfig(Section):
 class PolicyConfig(UpdatesConfig):
     """What every critic-free objective has."""
 
+    IDLE: ClassVar[Mapping[str, Off]] = IDLE_CAP
+
     clip_ratio_low: ClipLow = 0.2
     clip_ratio_high: ClipHigh = 0.2
     dual_clip: float | None = Field(
@@ -137,6 +142,14 @@ class DrGRPOConfig(PolicyConfig):
 
 class DAPOConfig(PolicyConfig):
     """Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3."""
+
+    IDLE: ClassVar[Mapping[str, Off]] = MappingProxyType(
+        {
+            **IDLE_CAP,
+            "max_sampling_rounds": Off("dynamic_sampling", (False,)),
+            "overlong_penalty": Off("overlong_buffer_length", (0,)),
+        }
+    )
 
     num_mini_batches: NumMiniBatches = 4
     clip_ratio_high: ClipHigh = 0.28

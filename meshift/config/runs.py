@@ -35,6 +35,7 @@ from meshift.config.sections import (
     RewardConfig,
     RewardFunctionConfig,
     RewardLossConfig,
+    ScoringModelConfig,
     SFTModelConfig,
     SimPOConfig,
     TrainableConfig,
@@ -56,7 +57,6 @@ class RunConfig(Section):
     save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept, the newest (null: all)")
     resume: bool = Field(False, description="go on from the last whole checkpoint in output_dir (`--resume`)")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="besides metrics.jsonl")
-    num_logged_samples: int = Field(8, ge=0, description="completions per step written to samples.jsonl")
     data: DataConfig
     plan: PlanConfig = PlanConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -91,6 +91,7 @@ class RolloutRunConfig(RunConfig, ABC):
     max_staleness: int = Field(
         0, ge=0, description="steps whose updates the weights that draw a step's completions lack (0: none)"
     )
+    num_logged_samples: int = Field(8, ge=0, description="completions per step written to samples.jsonl")
     num_report_prompts: int = Field(
         4, ge=0, description="prompts that are completed again through the run, for the report (0: none)"
     )
@@ -220,7 +221,10 @@ class HeldOutRunConfig(RunConfig):
     """A run on given rows, which may be measured on others."""
 
     NOT_HERE: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"max_staleness": "is of methods that draw completions, and this one learns from given rows"}
+        dict.fromkeys(
+            ("max_staleness", "num_logged_samples", "num_report_prompts", "report_samples_every"),
+            "is of methods that draw completions, and this one learns from given rows",
+        )
     )
 
     eval_steps: int | None = Field(None, ge=1, description="steps between held-out evaluations (null: at the end)")
@@ -250,7 +254,7 @@ class RewardRunConfig(HeldOutRunConfig):
     """`meshift reward`: a Bradley-Terry reward model from preference pairs."""
 
     data: PairDataConfig
-    model: TrainableConfig
+    model: ScoringModelConfig
     reward: RewardLossConfig = RewardLossConfig()
     plan: RewardPlan = RewardPlan()
 

@@ -5,11 +5,13 @@ Every key has a type, a default and a sentence that says what it does. It knows 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from meshift.config.section import Section
+from meshift.config.section import Off, Section
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -89,6 +91,8 @@ class LoraConfig(Section):
 class TrainableConfig(Section):
     """A model and how it is trained."""
 
+    IDLE: ClassVar[Mapping[str, Off]] = MappingProxyType({"min_lr_ratio": Off("lr_scheduler_type", ("constant",))})
+
     model_name_or_path: str | None = Field(None, description="local folder, hub id, or `pypi:<name>`")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
@@ -124,7 +128,17 @@ class DPOActorConfig(TrainableConfig):
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
 
 
-class CriticConfig(TrainableConfig):
+class ScoringModelConfig(TrainableConfig):
+    """A model whose head gives one number per token or text, and no logits."""
+
+    @model_validator(mode="after")
+    def _has_no_logits(self) -> ScoringModelConfig:
+        if self.logits_chunk != TrainableConfig.model_fields["logits_chunk"].default:
+            raise ValueError("logits_chunk is of language models, and this one has no logits; take it out")
+        return self
+
+
+class CriticConfig(ScoringModelConfig):
     """The critic: starts from the reward model where there is one, else from the actor."""
 
     new_value_head: bool = Field(
@@ -134,6 +148,10 @@ class CriticConfig(TrainableConfig):
 
 class ReferenceConfig(Section):
     """The frozen or slowly moving model that the trained one is measured against."""
+
+    IDLE: ClassVar[Mapping[str, Off]] = MappingProxyType(
+        dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), Off("sync_ref_model", (False,)))
+    )
 
     model_name_or_path: str | None = Field(None, description="default: the actor's")
     sync_ref_model: bool = Field(False, description="let the reference follow the actor (EMA)")
@@ -160,6 +178,8 @@ class RewardFunctionConfig(Section):
 
 class RewardConfig(Section):
     """What a completion is worth: a reward model, Python functions, or both, weighted."""
+
+    IDLE: ClassVar[Mapping[str, Off]] = MappingProxyType({"weight": Off("model_name_or_path", (None,))})
 
     model_name_or_path: str | None = Field(None, description="a reward model's folder")
     weight: float = Field(1.0, description="the reward model's share of the total reward")
@@ -271,6 +291,7 @@ class GenerationConfig(Section):
 
 
 # Keys of every objective that has importance ratios, described once.
+IDLE_CAP = MappingProxyType({"importance_cap": Off("importance_correction", ("none",))})
 ImportanceCorrection = Annotated[
     Literal["none", "token", "sequence"],
     Field(
@@ -294,6 +315,16 @@ def need_recomputed(correction: str, *, recompute: bool) -> None:
 
 class PPOConfig(Section):
     """The PPO objective. Sources: Schulman et al. 2017; Xu et al. 2024 (arXiv 2404.10719)."""
+
+    IDLE: ClassVar[Mapping[str, Off]] = MappingProxyType(
+        {
+            **IDLE_CAP,
+            "vf_coef": Off("shared_trunk", (False,)),
+            "value_norm_beta": Off("value_norm", ("none", "cumulative")),
+            "adaptive_kl": Off("kl_coef", (0.0,)),  # a coefficient that is multiplied stays zero
+            **dict.fromkeys(("kl_target", "kl_target_unit", "kl_horizon"), Off("adaptive_kl", (False,))),
+        }
+    )
 
     num_ppo_epochs: int = Field(1, ge=1, description="passes over each step's completions")
     num_mini_batches: int = Field(4, ge=1, description="optimizer updates per pass")

@@ -22,8 +22,8 @@ from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import (
     actor_and_reference,
     actor_spec,
-    arithmetic,
     check_actor_and_reference,
+    closing_rows,
     held_out_calls,
     held_out_due,
     reference_spec,
@@ -35,11 +35,10 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
-from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.planned_run import Method, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
@@ -64,12 +63,16 @@ def check_dpo(config: DPORunConfig) -> list[tuple[str, str]]:
         *data.described(),
         *weights_in_words(config.data, pairs),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
-        *arithmetic(config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
         ("reference", "read once, before the first step, then dropped" if once else "read in every step"),
-        *trained_rows(names, {"actor": config.actor}),
-        ("memory", f"{_resident_bytes(config, names) / 1e9:.2f} GB for weights, gradients and optimizer"),
-        ("output", config.output_dir),
-        *plan_row(config, DPO_METHOD),
+        *closing_rows(
+            config,
+            DPO_METHOD,
+            sizes,
+            "pairs",
+            names=names,
+            trained={"actor": config.actor},
+            memory=_resident_bytes(config, names),
+        ),
     ]
 
 

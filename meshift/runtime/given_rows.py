@@ -7,7 +7,7 @@ It knows nothing of what the rows are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,11 @@ from meshift.runtime.models import (
     compute_dtype,
     open_tokenizer,
     stop_token_ids,
+    trained_rows,
 )
+from meshift.runtime.planned_run import Method, plan_row
 from meshift.runtime.role_spec import RoleSpec, frozen_like
+from meshift.runtime.run import steps_of
 from meshift.runtime.run_folder import check_inputs_stay
 
 D = TypeVar("D")
@@ -110,10 +113,22 @@ def left_out_notes(*left_out: tuple[Sequence[str], str]) -> list[str]:
     return [f"{len(at)} {which} were left out, the first at {at[0]}" for at, which in left_out if at]
 
 
-def arithmetic(
-    config: HeldOutRunConfig, sizes: Sequence[int], max_tokens: int, max_steps: int, what: str
+def closing_rows(
+    config: HeldOutRunConfig,
+    method: Method,
+    sizes: Sequence[int],
+    what: str,
+    *,
+    names: Mapping[str, str],
+    trained: Mapping[str, TrainableConfig],
+    memory: int,
 ) -> list[tuple[str, str]]:
-    """Micro-batches and steps in words. `sizes` are the tokens of each row, `what` is their plural."""
+    """How a dry run ends: micro-batches and steps, what is trained, bytes that are kept, the folder, the plan.
+
+    `sizes` are the tokens of each row, `what` is their plural; `trained` is the one role that learns.
+    """
+    (role,) = trained
+    max_tokens, max_steps = trained[role].max_tokens_per_micro_batch, steps_of(config, len(sizes))
     per_step = sum(sizes) / len(sizes) * config.data.batch_size
     passes = max_steps * config.data.batch_size / len(sizes)
     return [
@@ -122,4 +137,8 @@ def arithmetic(
             f"about {math.ceil(per_step / max_tokens)} of at most {max_tokens} tokens, over all data ranks",
         ),
         ("steps", f"{max_steps}, {passes:.2f} passes over the {what}"),
+        *trained_rows(names, trained),
+        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
+        ("output", config.output_dir),
+        *plan_row(config, method),
     ]

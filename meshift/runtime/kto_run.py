@@ -35,8 +35,8 @@ from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import (
     actor_and_reference,
     actor_spec,
-    arithmetic,
     check_actor_and_reference,
+    closing_rows,
     held_out_calls,
     held_out_due,
     left_out_notes,
@@ -50,10 +50,9 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    trained_rows,
 )
 from meshift.runtime.observer import Observer
-from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.planned_run import Method, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
@@ -79,14 +78,8 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
         ("held-out completions", _counted(data.heldout) if data.heldout else "none"),
         ("weights", _balance(config, rows)),
         ("batch", f"{config.data.batch_size} completions per update"),
-        *arithmetic(
-            config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(rows)), "completions"
-        ),
         *(("KL term", note) for note in one_prompt_notes(config, rows)),
-        *trained_rows(names, trained),
-        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
-        ("output", config.output_dir),
-        *plan_row(config, KTO_METHOD),
+        *closing_rows(config, KTO_METHOD, sizes, "completions", names=names, trained=trained, memory=memory),
     ]
 
 

@@ -18,8 +18,8 @@ from meshift.graph.calls import Graph
 from meshift.runtime.dpo_run import heldout_metrics
 from meshift.runtime.given_rows import (
     actor_spec,
-    arithmetic,
     check_before_reading,
+    closing_rows,
     held_out_calls,
     held_out_due,
 )
@@ -29,11 +29,10 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
-from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.planned_run import Method, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
@@ -72,11 +71,15 @@ def check_pairs(config: ReferenceFreeRunConfig) -> list[tuple[str, str]]:
         *data.described(),
         *weights_in_words(config.data, pairs),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
-        *arithmetic(config, sizes, config.actor.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
-        *trained_rows({"actor": name}, {"actor": config.actor}),
-        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
-        ("output", config.output_dir),
-        *plan_row(config, PAIR_METHOD),
+        *closing_rows(
+            config,
+            PAIR_METHOD,
+            sizes,
+            "pairs",
+            names=_models(config),
+            trained={"actor": config.actor},
+            memory=memory,
+        ),
     ]
 
 

@@ -13,18 +13,17 @@ from meshift.algorithms.reward import reward_graph
 from meshift.config.runs import RewardRunConfig
 from meshift.data.preferences import Pair
 from meshift.runtime.fixed_samples import Infers
-from meshift.runtime.given_rows import arithmetic, check_before_reading, held_out_calls, held_out_due
+from meshift.runtime.given_rows import check_before_reading, closing_rows, held_out_calls, held_out_due
 from meshift.runtime.models import (
     compute_dtype,
     model_folder,
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    trained_rows,
 )
 from meshift.runtime.observer import Observer
 from meshift.runtime.pairs import PairSets, PairSource, load_pairs, num_pair_tokens, pair_batch, weights_in_words
-from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.planned_run import Method, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, RoleSpec, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
@@ -49,11 +48,15 @@ def check_reward(config: RewardRunConfig) -> list[tuple[str, str]]:
         *data.described(),
         *weights_in_words(config.data, pairs),
         ("batch", f"{config.data.batch_size} pairs = {2 * config.data.batch_size} texts per update"),
-        *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(pairs)), "pairs"),
-        *trained_rows({"reward": name}, {"reward": config.model}),
-        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
-        ("output", config.output_dir),
-        *plan_row(config, REWARD_METHOD),
+        *closing_rows(
+            config,
+            REWARD_METHOD,
+            sizes,
+            "pairs",
+            names=_models(config),
+            trained={"reward": config.model},
+            memory=memory,
+        ),
     ]
 
 

@@ -22,8 +22,8 @@ from meshift.errors import ConfigError, DataError
 from meshift.runtime.fixed_samples import Infers
 from meshift.runtime.given_rows import (
     actor_spec,
-    arithmetic,
     check_before_reading,
+    closing_rows,
     held_out_calls,
     held_out_due,
     left_out_notes,
@@ -35,10 +35,9 @@ from meshift.runtime.models import (
     open_tokenizer,
     resident_bytes,
     shortest_limit,
-    trained_rows,
 )
 from meshift.runtime.observer import Observer
-from meshift.runtime.planned_run import Method, plan_row, start_run
+from meshift.runtime.planned_run import Method, start_run
 from meshift.runtime.plans import Uses, uses_of
 from meshift.runtime.role_spec import LocalOpener, Opener, save_role
 from meshift.runtime.run import Job, RunResult, steps_of
@@ -70,11 +69,15 @@ def check_sft(config: SFTRunConfig) -> list[tuple[str, str]]:
             f"{config.data.batch_size} texts per update, about {round(per_step * sum(sizes))} tokens, "
             f"{round(per_step * total)} of them trained; packed without padding",
         ),
-        *arithmetic(config, sizes, config.model.max_tokens_per_micro_batch, steps_of(config, len(texts)), "texts"),
-        *trained_rows({"actor": name}, {"actor": config.model}),
-        ("memory", f"{memory / 1e9:.2f} GB for weights, gradients and optimizer"),
-        ("output", config.output_dir),
-        *plan_row(config, SFT_METHOD),
+        *closing_rows(
+            config,
+            SFT_METHOD,
+            sizes,
+            "texts",
+            names=_models(config),
+            trained={"actor": config.model},
+            memory=memory,
+        ),
     ]
 
 

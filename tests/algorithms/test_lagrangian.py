@@ -87,10 +87,10 @@ def optimum(reference, weight):
 
 
 def world_for(num_steps, **cost):
-    how = {"lr_scheduler_type": "linear", "logits_chunk": 64}
+    how = {"lr_scheduler_type": "linear"}
     config = config_for(
         cost,
-        actor={"model_name_or_path": "unused", "learning_rate": 2e-3, **how},
+        actor={"model_name_or_path": "unused", "learning_rate": 2e-3, "logits_chunk": 64, **how},
         critic={"learning_rate": 5e-3, **how},
         cost_critic={"learning_rate": 5e-3, **how},
         generation={"max_completion_length": 1},

@@ -16,9 +16,9 @@ def next_probabilities(model, tokens):
 
 
 def world_config(num_tokens, *, actor_rate=3e-3, decay="linear", **ppo):
-    rates = {"lr_scheduler_type": decay, "logits_chunk": 64}
+    rates = {"lr_scheduler_type": decay}
     return ppo_config(
-        actor={"model_name_or_path": "unused", "learning_rate": actor_rate, **rates},
+        actor={"model_name_or_path": "unused", "learning_rate": actor_rate, "logits_chunk": 64, **rates},
         critic={"learning_rate": 5e-3, **rates},
         generation={"max_completion_length": num_tokens},
         ppo={"length_limit_is_end": True, "num_mini_batches": 2, "cliprange_value": None, **ppo},

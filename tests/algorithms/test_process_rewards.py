@@ -94,9 +94,9 @@ class PlacedTokens:
 
 def test_with_no_look_ahead_each_token_is_learned_from_its_own_reward():
     """gamma is nearly zero: only a reward that is paid where it is earned can teach all three tokens."""
-    num_steps, how = 40, {"lr_scheduler_type": "linear", "logits_chunk": 64}
+    num_steps, how = 40, {"lr_scheduler_type": "linear"}
     config = ppo_config(
-        actor={"model_name_or_path": "unused", "learning_rate": 5e-3, **how},
+        actor={"model_name_or_path": "unused", "learning_rate": 5e-3, "logits_chunk": 64, **how},
         critic={"learning_rate": 5e-3, **how},
         generation={"max_completion_length": 3},
         reward=MODEL,

@@ -67,7 +67,7 @@ def test_two_steps_late_ppo_still_finds_that_policy(cap):
     config = ppo_config(
         max_staleness=BEHIND,
         actor=actor_with(2e-3),
-        critic={"learning_rate": 5e-3, "lr_scheduler_type": "linear", "logits_chunk": 512},
+        critic={"learning_rate": 5e-3, "lr_scheduler_type": "linear"},
         generation={"max_completion_length": 1},
         ppo={
             "length_limit_is_end": True,

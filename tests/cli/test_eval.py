@@ -130,7 +130,7 @@ def test_a_judge_compares_with_another_models_completions_in_both_orders(evaluat
     code, _, said = evaluate(*words, "--judge-question", "question.txt")
     assert code == 0, said
     assert "judge's answers: 6/6" in said
-    assert {key for _, key, _ in server.asked} == {"Bearer secret"}
+    assert {asked.headers["Authorization"] for asked in server.asked} == {"Bearer secret"}
     found = results("eval-hh-rlhf-scored")["metrics"]
     assert found["win rate by judge, against"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["judge agrees with itself"]["value"] == 1.0

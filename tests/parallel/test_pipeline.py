@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gang import run_gang
+from gang import Cases, run_gang
 from test_ranks import (
     CONFIG,
     READING,
@@ -61,8 +61,9 @@ def check_layouts(rank, name, layouts, config, num_ranks):
             assert boxes_of(place.layout, table, place.rank).keys() == dict(role.model.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("name", [GRID[0], *(pytest.param(name, marks=pytest.mark.slow) for name in GRID[1:])])
-def test_stages_together_are_the_role_on_one_device(name, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRID[1:])
+def test_stages_of_other_families_are_the_role_on_one_device(name, tmp_path):
     run_gang(4, check_layouts, tmp_path, name, LAYOUTS, CONFIG, 4)
 
 
@@ -70,11 +71,9 @@ def test_stages_together_are_the_role_on_one_device(name, tmp_path):
 FROZEN = {"none": 0, "within a stage": 2, "a whole stage": 3}
 
 
-@pytest.mark.parametrize("case", FROZEN)
-def test_gradients_go_back_as_far_as_something_is_learned(case, tmp_path):
-    changes = {"num_frozen_layers": FROZEN[case], "gradient_checkpointing": True, "learning_rate": 0.005}
-    config = CONFIG.model_copy(update=changes)
-    run_gang(2, check_layouts, tmp_path, "llama-tied", ("d1t1p2",), config, 2)
+def check_frozen(rank, num_frozen_layers):
+    changes = {"num_frozen_layers": num_frozen_layers, "gradient_checkpointing": True, "learning_rate": 0.005}
+    check_layouts(rank, "llama-tied", ("d1t1p2",), CONFIG.model_copy(update=changes), 2)
 
 
 @pytest.mark.slow
@@ -95,10 +94,6 @@ def check_one_order(rank):
         check_layouts(rank, "llama-tied", ("d1t1p3", "d1t1p2"), CONFIG, 4)
 
 
-def test_stages_would_need_tags(tmp_path):
-    run_gang(4, check_one_order, tmp_path)
-
-
 def check_families(rank):
     """Log-probs and tokens of every family, drawn with and without a support."""
     plain = SamplingTask(params=SamplingParams(max_new_tokens=7, min_new_tokens=2, stop_token_ids=(4,)), seed=3)
@@ -109,10 +104,6 @@ def check_families(rank):
         for task in (plain, cut):
             ours, theirs = (r.generate(task, prompts()).batch for r in (role, whole))
             assert_batches_agree(ours, theirs, name)
-
-
-def test_every_family_reads_and_draws_through_stages(tmp_path):
-    run_gang(2, check_families, tmp_path)
 
 
 def check_bfloat16(rank):
@@ -133,29 +124,17 @@ def check_bfloat16(rank):
         assert agree > 0.5, agree
 
 
-def test_stages_in_bfloat16(tmp_path):
-    run_gang(2, check_bfloat16, tmp_path)
-
-
 def check_trouble(rank):
     assert_trouble_is_heard(role_of("llama-tied", place_in("d2t1p2", rank)))
 
 
-def test_every_stage_hears_of_a_loss_that_is_no_number(tmp_path):
-    run_gang(4, check_trouble, tmp_path)
-
-
-def check_bad_logits(rank, params):
+def check_bad_logits(rank, top_k):
+    params = SamplingParams(max_new_tokens=3, top_k=top_k)
     role = role_of("llama-tied", place_in("d2t1p2", rank))
     if role.model.ends:
         role.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="sequence 1"):
         role.generate(SamplingTask(params=params, seed=1), prompts())
-
-
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_every_stage_hears_of_logits_that_are_no_numbers(top_k, tmp_path):
-    run_gang(4, check_bad_logits, tmp_path, SamplingParams(max_new_tokens=3, top_k=top_k))
 
 
 def check_few(rank):
@@ -171,8 +150,63 @@ def check_few(rank):
         assert_batches_agree(ours, theirs, f"prompts {rows}")
 
 
-def test_fewer_rows_than_stages(tmp_path):
-    run_gang(4, check_few, tmp_path)
+TOP_K = (0, 3)
+OF_FOUR = {
+    "layouts": (check_layouts, GRID[0], LAYOUTS, CONFIG, 4),
+    "one order": (check_one_order,),
+    "trouble": (check_trouble,),
+    **{f"bad logits: {top_k}": (check_bad_logits, top_k) for top_k in TOP_K},
+    "few": (check_few,),
+}
+OF_TWO = {
+    **{f"frozen: {case}": (check_frozen, num_layers) for case, num_layers in FROZEN.items()},
+    "families": (check_families,),
+    "bfloat16": (check_bfloat16,),
+}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return Cases(4, tmp_path_factory.mktemp("four"), OF_FOUR)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return Cases(2, tmp_path_factory.mktemp("two"), OF_TWO)
+
+
+def test_stages_together_are_the_role_on_one_device(four):
+    four.check("layouts")
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_gradients_go_back_as_far_as_something_is_learned(two, case):
+    two.check(f"frozen: {case}")
+
+
+def test_stages_would_need_tags(four):
+    four.check("one order")
+
+
+def test_every_family_reads_and_draws_through_stages(two):
+    two.check("families")
+
+
+def test_stages_in_bfloat16(two):
+    two.check("bfloat16")
+
+
+def test_every_stage_hears_of_a_loss_that_is_no_number(four):
+    four.check("trouble")
+
+
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_every_stage_hears_of_logits_that_are_no_numbers(four, top_k):
+    four.check(f"bad logits: {top_k}")
+
+
+def test_fewer_rows_than_stages(four):
+    four.check("few")
 
 
 def test_a_stage_keeps_the_names_and_the_shapes_of_its_parameters():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gang import run_gang
+from gang import Cases
 from tiny_families import family_model
 from tiny_rl import random_rollout
 
@@ -26,7 +26,9 @@ from meshift.training.engine import TrainTask
 from meshift.training.readings import TokenLogprobs
 
 LAYOUTS = ("d2t1p1", "d1t2p1", "d4t1p1", "d2t2p1", "d1t4p1", "d3t1p1", "d2t1p1s", "d2t2p1s")
-MODELS = ("llama-biases", "olmo2", "qwen3")
+TOGETHER = ("d2t2p1", "d1t4p1", "d3t1p1", "d2t2p1s")
+"""Those in which the others are contained."""
+MODELS = {"llama-biases": LAYOUTS, "olmo2": TOGETHER, "qwen3": TOGETHER}
 CONFIG = TrainableConfig(
     learning_rate=0.02,
     adam_epsilon=1e-3,  # Adam magnifies the rounding of a gradient that is all rounding
@@ -65,10 +67,10 @@ def prompts():
 
 
 def story(role):
-    """What a role gives through generation, reading and three steps of training."""
+    """What a role gives through generation, reading and two steps of training, of six updates each."""
     drawn = role.generate(SAMPLING, prompts()).batch
     read = role.infer(READING, rollouts()).batch
-    metrics = [role.train(TASK, rollouts(step), step=step).metrics for step in range(3)]
+    metrics = [role.train(TASK, rollouts(step), step=step).metrics for step in range(2)]
     return drawn, read, metrics, role.infer(READING, rollouts()).batch
 
 
@@ -101,17 +103,12 @@ def assert_role_agrees(role, whole, expected, place, what):
         torch.testing.assert_close(weight, part, atol=1e-5, rtol=1e-5, msg=f"{what}: {parameter}")
 
 
-def check_layouts(rank, name):
+def check_layouts(rank, name, layouts):
     expected = story(whole := role_of(name, None))
-    for layout in LAYOUTS:
+    for layout in layouts:
         place = place_in(layout, rank)
         if place is not None:
             assert_role_agrees(role_of(name, place), whole, expected, place, f"{name} {layout}")
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_role_on_many_ranks_is_the_role_on_one(name, tmp_path):
-    run_gang(4, check_layouts, tmp_path, name)
 
 
 def assert_trouble_is_heard(role):
@@ -131,10 +128,6 @@ def check_trouble(rank):
     assert_trouble_is_heard(role_of("llama-tied", place_in("d2t2p1", rank)))
 
 
-def test_every_rank_hears_of_one_ranks_trouble(tmp_path):
-    run_gang(4, check_trouble, tmp_path)
-
-
 def check_bfloat16(rank):
     whole = role_of("qwen2", None, dtype=torch.bfloat16)
     task = TrainTask(loss=PolicyLoss(reading=READING))
@@ -150,10 +143,6 @@ def check_bfloat16(rank):
         assert math.isclose(*norms, rel_tol=room), (layout, norms)
 
 
-def test_ranks_would_train_on_a_part_of_the_gradient_in_bfloat16(tmp_path):
-    run_gang(4, check_bfloat16, tmp_path)
-
-
 def check_few_rows(rank):
     whole, ours = role_of("qwen2", None), role_of("qwen2", place_in("d4t1p1", rank))
     task = TrainTask(loss=PolicyLoss(reading=READING))
@@ -165,5 +154,37 @@ def check_few_rows(rank):
     assert_batches_agree(ours.infer(READING, two_rows).batch, whole.infer(READING, two_rows).batch, "two rows")
 
 
-def test_fewer_rows_than_ranks(tmp_path):
-    run_gang(4, check_few_rows, tmp_path)
+CASES = {
+    **{f"layouts: {name}": (check_layouts, name, layouts) for name, layouts in MODELS.items()},
+    "trouble": (check_trouble,),
+    "bfloat16": (check_bfloat16,),
+    "few rows": (check_few_rows,),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return Cases(4, tmp_path_factory.mktemp("gang"), CASES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_role_on_many_ranks_is_the_role_on_one(ranks, name):
+    ranks.check(f"layouts: {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, layouts in MODELS.items() if layouts != LAYOUTS])
+def test_a_role_in_every_layout_is_the_role_on_one(name, tmp_path):
+    Cases(4, tmp_path, {name: (check_layouts, name, LAYOUTS)}).check(name)
+
+
+def test_every_rank_hears_of_one_ranks_trouble(ranks):
+    ranks.check("trouble")
+
+
+def test_ranks_would_train_on_a_part_of_the_gradient_in_bfloat16(ranks):
+    ranks.check("bfloat16")
+
+
+def test_fewer_rows_than_ranks(ranks):
+    ranks.check("few rows")

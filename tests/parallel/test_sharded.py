@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from gang import run_gang
+from gang import Cases, run_gang
 from test_ranks import CONFIG, READING, SAMPLING, assert_batches_agree, place_in, prompts, role_of, rollouts
 from tiny_families import MODELS, family_model
 from tiny_rl import tiny_model
@@ -85,21 +85,18 @@ def check_families(rank, num_ranks, layouts):
                 check_weights(role, whole, place, f"{name} {layout}")
 
 
-def test_a_family_would_learn_otherwise_when_its_state_is_shared_out(tmp_path):
-    run_gang(4, check_families, tmp_path, 4, ("d2t1p1s", "d4t1p1s", "d2t2p1s"))
-
-
 @pytest.mark.slow
-def test_eight_ranks_would_learn_otherwise(tmp_path):
-    run_gang(8, check_families, tmp_path, 8, ("d8t1p1s", "d4t2p1s"))
+@pytest.mark.parametrize("layouts", [("d2t1p1s",), ("d8t1p1s", "d4t2p1s")])
+def test_two_and_eight_ranks_would_learn_otherwise(layouts, tmp_path):
+    run_gang(8, check_families, tmp_path, 8, layouts)
 
 
 def check_settings(rank):
-    batches = [rollouts(seed) for seed in range(3)]
+    batches = [rollouts(seed) for seed in range(2)]
     for what, settings in SETTINGS.items():
         config = CONFIG.model_copy(update=settings)
         expected = story(whole := role_of("llama-biases", None, config), batches)
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if what == "nothing frozen" else ("d3t1p1s", "d2t2p1s"):
             place = place_in(layout, rank)
             if place is not None:
                 role = role_of("llama-biases", place, config)
@@ -107,19 +104,11 @@ def check_settings(rank):
                 check_weights(role, whole, place, f"{what}, {layout}")
 
 
-def test_frozen_layers_checkpointing_and_uneven_micro_batches_would_be_of_another_model(tmp_path):
-    run_gang(4, check_settings, tmp_path)
-
-
 def check_few_rows(rank):
     whole, place = role_of("qwen2", None), place_in("d4t1p1s", rank)
     ours, batches = role_of("qwen2", place), [rollouts().index([0, 1]), rollouts(1).index([3])]
     check_story(ours, story(whole, batches), batches, "few rows")
     check_weights(ours, whole, place, "few rows")
-
-
-def test_ranks_without_a_row_would_be_waited_for(tmp_path):
-    run_gang(4, check_few_rows, tmp_path)
 
 
 class Stopping(PolicyLoss):
@@ -152,11 +141,6 @@ def check_trouble(rank, layout):
     assert whole.version == role.version == 1
     check_story(role, story(whole, [batch]), [batch], "after trouble")  # nobody is out of step
     check_weights(role, whole, place, "after trouble")
-
-
-@pytest.mark.parametrize("layout", ["d4t1p1s", "d2t2p1s"])
-def test_a_rank_in_trouble_would_be_waited_for(layout, tmp_path):
-    run_gang(4, check_trouble, tmp_path, layout)
 
 
 def assert_freed(role):
@@ -198,11 +182,6 @@ def check_memory(rank, dtype):
     everyone = [torch.zeros(()) for _ in range(4)]
     torch.distributed.all_gather(everyone, torch.tensor(float(sum(p.numel() for p in role.model.parameters()))))
     assert sum(everyone) == num_whole  # nobody has what another has
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rank_would_keep_more_than_its_share(dtype, tmp_path):
-    run_gang(4, check_memory, tmp_path, dtype)
 
 
 def even_role(place):
@@ -248,10 +227,6 @@ def check_rollouts(rank):
         assert_freed(role)
 
 
-def test_a_rollout_would_keep_the_whole_model(tmp_path):
-    run_gang(3, check_rollouts, tmp_path)
-
-
 def trained(role):
     return {name for name, p in role.model.named_parameters() if p.requires_grad}
 
@@ -264,10 +239,6 @@ def own_part_of_plain(plain, ours, place):
         parts[name] = weight[start:stop]
     assert parts.keys() == ours.master_weights().keys()
     return parts
-
-
-def test_bfloat16_would_differ_from_copies_of_the_model(tmp_path):
-    run_gang(4, check_bfloat16, tmp_path)
 
 
 def check_bits(rank):
@@ -286,8 +257,58 @@ def check_bits(rank):
     check_weights(one, whole, place, "another order")
 
 
-def test_the_same_run_would_give_other_bits(tmp_path):
-    run_gang(3, check_bits, tmp_path)
+IN_TROUBLE = ("d4t1p1s", "d2t2p1s")
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = {
+    "families": (check_families, 4, ("d4t1p1s", "d2t2p1s")),
+    "settings": (check_settings,),
+    "few rows": (check_few_rows,),
+    **{f"trouble: {layout}": (check_trouble, layout) for layout in IN_TROUBLE},
+    **{f"memory: {dtype}": (check_memory, dtype) for dtype in DTYPES},
+    "rollouts": (check_rollouts,),
+    "bfloat16": (check_bfloat16,),
+    "bits": (check_bits,),
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return Cases(4, tmp_path_factory.mktemp("gang"), CASES)
+
+
+def test_a_family_would_learn_otherwise_when_its_state_is_shared_out(sharded):
+    """Of d2t1p1s, the least of the layouts, `settings` holds one family, `test_ranks` three, a slow test all."""
+    sharded.check("families")
+
+
+def test_frozen_layers_checkpointing_and_uneven_micro_batches_would_be_of_another_model(sharded):
+    sharded.check("settings")
+
+
+def test_ranks_without_a_row_would_be_waited_for(sharded):
+    sharded.check("few rows")
+
+
+@pytest.mark.parametrize("layout", IN_TROUBLE)
+def test_a_rank_in_trouble_would_be_waited_for(sharded, layout):
+    sharded.check(f"trouble: {layout}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rank_would_keep_more_than_its_share(sharded, dtype):
+    sharded.check(f"memory: {dtype}")
+
+
+def test_a_rollout_would_keep_the_whole_model(sharded):
+    sharded.check("rollouts")
+
+
+def test_bfloat16_would_differ_from_copies_of_the_model(sharded):
+    sharded.check("bfloat16")
+
+
+def test_the_same_run_would_give_other_bits(sharded):
+    sharded.check("bits")
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 8, 61])

@@ -226,7 +226,8 @@ def say(text: str) -> None:
 
 def import_everything() -> None:
     """What a run imports, so that a fork need not. Nothing may start a thread here."""
-    import transformers  # noqa: F401
+    import transformers.activations  # which a model's config brings with it
+    import transformers.models.auto.tokenization_auto  # noqa: F401
 
     import meshift.cli.main
     import meshift.cli.progress  # noqa: F401

@@ -1,4 +1,4 @@
-"""The recipes of online DPO, RAFT, KTO, ORPO and PPO with a cost: valid, and of the calls they should make."""
+"""The recipes of methods beside GRPO and the quickstart's: valid, and of the calls they should make."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from meshift.config.loading import load_config
 from meshift.config.policy_runs import OnlineDPORunConfig, RAFTRunConfig
 from meshift.config.runs import KTORunConfig, ORPORunConfig, PPORunConfig
+from meshift.runtime.policy_run import METHODS as CRITIC_FREE
 from meshift.runtime.spread_run import METHODS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -27,6 +28,7 @@ CALLS = {
             "cost_critic": ("infer", "train"),
         },
     ),
+    "ppo_shared_trunk": (PPORunConfig, {"actor": ("generate", "infer", "train"), "reference": ("infer",)}),
 }
 
 
@@ -36,3 +38,10 @@ def test_a_recipe_would_name_a_key_that_is_gone_or_make_other_calls(name):
     config = load_config(schema, RECIPES / f"{name}.yaml", ["max_steps=3"])
     assert config.max_steps == 3
     assert METHODS[schema].uses(config) == calls
+
+
+@pytest.mark.parametrize("schema", CRITIC_FREE, ids=lambda schema: schema.SECTION)
+def test_the_recipe_of_all_methods_without_a_critic_would_not_be_of_one(schema):
+    config = load_config(schema, RECIPES / "methods_sentiment.yaml")
+    assert METHODS[schema].uses(config)["actor"][0] == "generate"
+    assert config.objective == type(config.objective)(), "each with the values of its paper"

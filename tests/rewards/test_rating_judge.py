@@ -35,8 +35,8 @@ def test_ratings_become_rewards_and_the_judge_is_asked_as_openai_is(serve, monke
     assert scores == pytest.approx([0.75, 0.2])
     assert metrics == pytest.approx({"reward/judge": 0.475, "reward/judge/rating": 4.75})
     assert len(server.asked) == 2
-    for path, key, question in server.asked:
-        assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    for path, headers, question in server.asked:
+        assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
         assert (question["model"], question["temperature"], question["max_tokens"]) == ("m", 0.0, 99)
     [shown] = [q["messages"] for _, _, q in server.asked if "]\nde\n" in q["messages"][0]["content"]]
     assert "[The user's words]\nab\n" in shown[0]["content"]

@@ -1,67 +1,27 @@
 """A reward server of OpenRLHF's kind, on this machine: what it is asked, and every way in which it may fail."""
 
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import local_servers
 from reward_batches import rollout, score_spec
 
 from meshift.errors import RewardError
 from meshift.rewards import http
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers by the request's path: the server's `answers` has (status, body) for each try of each path."""
-
-    def do_POST(self):
-        length = int(self.headers["Content-Length"])
-        self.server.asked.append((self.path, self.headers["Content-Type"], json.loads(self.rfile.read(length))))
-        self.server.act(self)
-
-    do_GET = do_POST  # noqa: N815 - what a followed redirect would ask by
-
-    def say(self, status, body=b"", **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def serve(monkeypatch):
-    """`serve(act)` -> a server whose `url` answers by `act(handler)` and whose `asked` remembers."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
-    servers = []
-
-    def start(act):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.act, server.asked = act, []
-        server.url = f"http://127.0.0.1:{server.server_port}/get_reward"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    """`serve(act)` -> a server whose `url` answers by `act(handler, body)` and whose `asked` remembers."""
+    with local_servers(monkeypatch, "/get_reward") as start:
+        yield start
 
 
 def answers(*said):
     """Say these in turn, the last one ever after."""
     left = list(said)
 
-    def act(handler):
+    def act(handler, body):
         status, body = left.pop(0) if len(left) > 1 else left[0]
         handler.say(status, body)
 
@@ -81,7 +41,8 @@ def test_a_server_is_asked_as_openrlhf_asks_it(serve):
         "reward/get_reward/share": 0.25,
     }
     query = {"query": ["ab<end>de<end>", "cfga"], "prompts": ["ab<end>", "c"], "labels": ["x", 2]}
-    assert server.asked == [("/get_reward", "application/json", query)]
+    [asked] = server.asked
+    assert (asked.path, asked.headers["Content-Type"], asked.body) == ("/get_reward", "application/json", query)
 
 
 def test_scores_are_taken_where_there_are_no_rewards(serve):
@@ -101,7 +62,7 @@ def test_a_server_that_stays_busy_has_all_the_time_there_is_and_says_when_to_com
 
     times = []
 
-    def act(handler):
+    def act(handler, body):
         times.append(time.monotonic())
         if len(times) == 1:
             return handler.say(503, b"", **{"Retry-After": "1"})
@@ -112,7 +73,7 @@ def test_a_server_that_stays_busy_has_all_the_time_there_is_and_says_when_to_com
 
 
 def test_a_server_that_is_busy_for_longer_than_there_is_time_is_a_timeout_that_says_so(serve):
-    server = serve(lambda handler: handler.say(429, b"", **{"Retry-After": "600"}))
+    server = serve(lambda handler, body: handler.say(429, b"", **{"Retry-After": "600"}))
     with pytest.raises(
         RewardError, match=r"no answer within timeout_s = 30, but status 429 on a batch .*raise its timeout_s"
     ):
@@ -139,7 +100,7 @@ def test_when_to_come_again_is_read_in_seconds_and_as_a_date(said, wait):
 
 
 def test_a_connection_that_breaks_is_tried_again(serve):
-    def act(handler):
+    def act(handler, body):
         if len(handler.server.asked) > 1:
             return handler.say(200, {"rewards": [1.0, 2.0]})
         handler.close_connection = True
@@ -160,9 +121,8 @@ def test_a_server_that_is_not_there_is_named_after_a_few_tries(serve):
 
 @pytest.mark.parametrize("way", ["silent", "drop by drop", "headers drop by drop"])
 def test_a_server_that_hangs_is_given_up_in_time(serve, way):
-    released = threading.Event()
-
-    def act(handler):
+    def act(handler, body):
+        released = handler.server.released
         if way == "silent":
             released.wait(60)
             return
@@ -181,14 +141,13 @@ def test_a_server_that_hangs_is_given_up_in_time(serve, way):
     ):
         score_spec(url, timeout_s=0.5)
     _, metrics = score_spec(url, timeout_s=0.5, on_error="skip")
-    released.set()
     assert metrics["reward/get_reward/num_timeouts"] == 2
     assert time.monotonic() - started < 30
 
 
 def test_a_redirect_is_not_followed(serve):
     other = serve(answers((200, {"rewards": [1.0, 2.0]})))
-    server = serve(lambda handler: handler.say(302, b"", Location=other.url))
+    server = serve(lambda handler, body: handler.say(302, b"", Location=other.url))
     with pytest.raises(RewardError, match=r"got status 302 from http://127.* a redirect, which is not followed"):
         score_spec(server.url)
     assert not other.asked
@@ -211,8 +170,8 @@ def test_an_answer_that_cannot_be_read_is_named(serve, body, sentence):
 
 
 def test_a_sample_that_the_server_fails_on_is_found(serve):
-    def act(handler):
-        queries = handler.server.asked[-1][2]["query"]
+    def act(handler, body):
+        queries = body["query"]
         handler.say(*((500, b"") if "cfga" in queries else (200, {"rewards": [3.0] * len(queries)})))
 
     url = serve(act).url

@@ -259,12 +259,8 @@ def spread_files(
 def make_case(tmp_path_factory, spread_files):
     rewards = tmp_path_factory.mktemp("rewards") / "odd.py"
     rewards.write_text(ODD, encoding="utf-8")
-    model = {
-        "model_name_or_path": spread_files["actor"],
-        "logits_chunk": 5,
-        "max_tokens_per_micro_batch": 64,
-        **SMOOTH,
-    }
+    scoring = {"model_name_or_path": spread_files["actor"], "max_tokens_per_micro_batch": 64, **SMOOTH}
+    model = {"logits_chunk": 5, **scoring}
     other = {"model_name_or_path": spread_files["other"]}
     held_out = {"batch_size": 6, "max_eval_samples": 7}
     pairs = {**data_of(spread_files["pairs"]), **held_out}
@@ -275,7 +271,7 @@ def make_case(tmp_path_factory, spread_files):
         KTORunConfig: {"actor": model, "data": data_of(spread_files["judged"]) | held_out, "reference": other},
         ORPORunConfig: {"actor": model, "data": pairs},
         SimPORunConfig: {"actor": model, "data": pairs},
-        RewardRunConfig: {"model": model, "data": pairs},
+        RewardRunConfig: {"model": scoring, "data": pairs},
         SFTRunConfig: {"model": model, "data": texts | held_out},
     }
     drawn = {
@@ -298,7 +294,9 @@ def make_case(tmp_path_factory, spread_files):
     given[OnlineDPORunConfig] = drawn | {"reference": other}
 
     def make(case, output_dir, **sections):
-        values = {"output_dir": str(output_dir), "max_steps": 3, "dtype": "float32", "report_to": []}
+        # What was drawn ahead, or a reference that has moved, shows in the third step.
+        steps = 3 if {"max_staleness", "reference"} & case.sections.keys() else 2
+        values = {"output_dir": str(output_dir), "max_steps": steps, "dtype": "float32", "report_to": []}
         values |= given.get(case.schema, drawn)
         own = {key: values.get(key, {}) | value for key, value in case.sections.items() if isinstance(value, dict)}
         return make_config(case.schema, values | case.sections | own | sections)

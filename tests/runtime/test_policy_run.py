@@ -11,7 +11,7 @@ from meshift.config.policy_runs import DAPORunConfig, GRPORunConfig
 from meshift.errors import DataError, ModelError
 from meshift.runtime.memory import held_models
 from meshift.runtime.observer import SilentObserver
-from meshift.runtime.policy_run import METHODS, build_policy_job, check_policy, run_policy
+from meshift.runtime.policy_run import CRITIC_FREE, METHODS, build_policy_job, check_policy, run_policy
 
 NAMES = """
 actor/pg_loss actor/ppo_kl actor/pg_clipfrac actor/pg_clipfrac_low actor/pg_clipfrac_high actor/entropy
@@ -97,11 +97,13 @@ MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_
         ("grpo", "bfloat16", {"reference": MOVING, "grpo": {"num_iterations": 2, "num_mini_batches": 2}}),
         ("dapo", "float32", {"dapo": {"num_mini_batches": 2}}),
         ("remax", "float32", {}),
+        ("online_dpo", "float32", {"online_dpo": {"steps_per_round": 3}}),
+        ("raft", "bfloat16", {"raft": {"kl_coef": 0.1}, "reference": MOVING}),
     ],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(policy_config_on_disk, tmp_path, section, dtype, sections):
     """DAPO's further prompts come from a walk whose place is remembered: without it, others would be drawn."""
-    schema = next(schema for schema in METHODS if section == schema.SECTION)
+    schema = next(schema for schema in CRITIC_FREE if section == schema.SECTION)
     given = {"dtype": dtype, **sections, **(KEPT | {"max_steps": 4})}
     whole = run_policy(policy_config_on_disk(schema, tmp_path / "whole", **given), SilentObserver())
     config = policy_config_on_disk(schema, tmp_path / "run", **given)

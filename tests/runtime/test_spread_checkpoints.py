@@ -1,6 +1,7 @@
 """A run over several processes that is broken off goes on, by any plan, and ends as one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,10 +71,16 @@ def close(one, other):
 
 @pytest.fixture(scope="module")
 def unbroken(make_config, tmp_path_factory):
-    """The run by `PLAN`, from its first step to its last."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    run_ppo(make_config(folder, plan=PLAN), SilentObserver())
-    return folder
+    """`unbroken(dtype="bfloat16")` -> the run by `PLAN`, from its first step to its last; each made once."""
+    runs = {}
+
+    def run(dtype="bfloat16"):
+        if dtype not in runs:
+            runs[dtype] = tmp_path_factory.mktemp("unbroken") / "run"
+            run_ppo(make_config(runs[dtype], plan=PLAN, dtype=dtype), SilentObserver())
+        return runs[dtype]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +91,10 @@ def alone(make_config, tmp_path_factory):
 
 
 def test_what_a_run_carries_from_step_to_step_would_be_other_than_in_one_process(unbroken, alone):
-    close(unbroken, alone)
+    spread = unbroken("float32")
+    close(spread, alone)
     for role in ("actor", "critic", "reference"):
-        one, other = (read_state(run / "checkpoint-3" / role) for run in (unbroken, alone))
+        one, other = (read_state(run / "checkpoint-3" / role) for run in (spread, alone))
         assert one.values == other.values
         assert set(one.tensors) == set(other.tensors)
         assert one.tensors
@@ -94,27 +102,31 @@ def test_what_a_run_carries_from_step_to_step_would_be_other_than_in_one_process
             torch.testing.assert_close(one.tensors[name], expected, atol=5e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("call", [pytest.param("rollout", marks=pytest.mark.slow), "train_actor"])
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [
+        ("train_actor", "bfloat16"),
+        pytest.param("train_actor", "float32", marks=pytest.mark.slow),
+        pytest.param("rollout", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("rollout", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_process_would_change_the_final_weights(make_config, unbroken, tmp_path, call, dtype):
-    expected = unbroken
-    if dtype == "bfloat16":
-        expected = tmp_path / "unbroken"
-        run_ppo(make_config(expected, plan=PLAN, dtype=dtype), SilentObserver())
     killer = KillerObserver(2, call)
     run_ppo(make_config(tmp_path / "run", plan=PLAN, dtype=dtype), killer)
     assert killer.done
     assert any("was killed by SIGKILL" in text and "starting again" in text for text in killer.messages)
     assert any("going on after step 2" in text for text in killer.messages)
-    same_bits(tmp_path / "run", expected)
+    same_bits(tmp_path / "run", unbroken(dtype))
     assert not members()
 
 
 def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
     killer = KillerObserver(1, "rollout", signal.SIGSTOP)
-    run_ppo(make_config(tmp_path / "run", plan=PLAN, launch={"heartbeat_timeout_s": 3}), killer)
+    sections = {"dtype": "bfloat16", "launch": {"heartbeat_timeout_s": 3}}
+    run_ppo(make_config(tmp_path / "run", plan=PLAN, **sections), killer)
     assert any("not been heard for" in text and "stopped" in text for text in killer.messages)
-    same_bits(tmp_path / "run", unbroken)
+    same_bits(tmp_path / "run", unbroken())
     assert "process 2" in (tmp_path / "run" / "hang_report.txt").read_text()
 
 
@@ -130,16 +142,18 @@ def test_a_stopped_process_would_stop_the_run(make_config, unbroken, tmp_path):
     ],
     ids=["one", "many", "to stages", "from stages", "sharded", "one-sharded"],
 )
-def test_another_plan_would_not_go_on_from_a_checkpoint(make_config, alone, tmp_path, read_lines, first, then):
+def test_another_plan_would_not_go_on_from_a_checkpoint(
+    make_config, alone, unbroken, tmp_path, read_lines, first, then
+):
     run = tmp_path / "run"
-    stop = KillerObserver(2, "advantages")
-    if first is None:
-        run_ppo(make_config(run, max_steps=3), SilentObserver())
-        for folder in ("final", "final_critic"):
-            (run / folder).rename(tmp_path / folder)
+    if first in (None, PLAN):  # as it stood after two steps
+        shutil.copytree(alone if first is None else unbroken("float32"), run)
+        for folder in ("final", "final_critic", "checkpoint-3"):
+            shutil.rmtree(run / folder)
+        (run / "LATEST").write_text("checkpoint-2\n")
     else:
         with pytest.raises(LostWorkerError):
-            run_ppo(make_config(run, plan=first, launch={"max_restarts": 0}), stop)
+            run_ppo(make_config(run, plan=first, launch={"max_restarts": 0}), KillerObserver(2, "advantages"))
     before = read_state(run / "checkpoint-2" / "actor").tensors
     listener = KillerObserver(-1, "none")
     config = make_config(run, resume=True, **({} if then is None else {"plan": then}))
@@ -190,10 +204,10 @@ def test_a_process_that_is_lost_when_all_is_done_would_fail_the_run(make_config,
     assert any("is finished" in text for text in killer.messages)
 
 
-@pytest.mark.parametrize("to", ["one", "the group"])
+@pytest.mark.parametrize("to", [pytest.param("one", marks=pytest.mark.slow), "the group"])
 def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, tmp_path, to):
     run, file = tmp_path / "run", tmp_path / "config.yaml"
-    config = make_config(run, plan=PLAN, save_steps=None)
+    config = make_config(run, plan=PLAN, save_steps=None, dtype="bfloat16")
     file.write_text(dump_config(config), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "meshift.cli.main", "ppo", "--config", str(file)]
@@ -216,4 +230,4 @@ def test_sigterm_would_lose_a_run_over_several_processes(make_config, unbroken, 
     assert code == 143, said
     assert "--resume goes on from" in said
     run_ppo(config.model_copy(update={"resume": True}), SilentObserver())
-    same_bits(run, unbroken)
+    same_bits(run, unbroken())

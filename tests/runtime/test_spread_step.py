@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from gang import run_gang
+from gang import Cases
 from tiny_rl import make_world, ppo_config, tiny_model
 
 from meshift.batch import Batch, Outcome, Ragged
@@ -162,19 +162,9 @@ def check_weights(role, whole, name):
         assert local.version == whole.version
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_a_spread_step_is_the_step_of_one_process(name, tmp_path):
-    run_gang(4, check_ppo, tmp_path, name)
-
-
 MOVING = SECTIONS | {
     "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2},
 }
-
-
-@pytest.mark.parametrize("name", ["all-apart", "critic-moves", "stages", "sharded", "sharded-everywhere"])
-def test_a_reference_would_move_otherwise_than_in_one_process(name, tmp_path):
-    run_gang(4, check_ppo, tmp_path, name, MOVING)
 
 
 def two_rounds(graph, later):
@@ -217,11 +207,6 @@ def check_loop(rank, name, sections, part_size):
         check_weights(roles[role], alone.roles[role], name)
 
 
-@pytest.mark.parametrize("name", ["all-apart", "critic-moves"])
-def test_a_loop_that_trains_would_be_another_over_several_processes(name, tmp_path):
-    run_gang(4, check_loop, tmp_path, name, MOVING, 2 if name == "all-apart" else None)
-
-
 # The plan, the least rows of a part, and how many calls stream.
 STREAMS = {
     "a row at a time": ("all-apart", 1, 2),
@@ -246,12 +231,46 @@ PLANS["streaming"] = {
 }
 
 
+STILL = ("spread", "host-not-first")
+MOVES = ("all-apart", "critic-moves", "stages", "sharded", "sharded-everywhere")
+LOOPS = {"all-apart": 2, "critic-moves": None}
 MORE = ("larger parts", "one part")
+CASES = {
+    **{f"still: {name}": (check_ppo, name) for name in STILL},
+    **{f"moving: {name}": (check_ppo, name, MOVING) for name in MOVES},
+    **{f"loop: {name}": (check_loop, name, MOVING, part_size) for name, part_size in LOOPS.items()},
+    **{f"stream: {case}": (check_ppo, name, SECTIONS, *how) for case, (name, *how) in STREAMS.items()},
+}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in MORE else case for case in STREAMS]
-)
-def test_streaming_would_give_another_step(case, tmp_path):
-    name, part_size, num_streams = STREAMS[case]
-    run_gang(4, check_ppo, tmp_path, name, SECTIONS, part_size, num_streams)
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """What is not slow, in one gang."""
+    slow = {f"stream: {case}" for case in MORE}
+    return Cases(4, tmp_path_factory.mktemp("gang"), {n: case for n, case in CASES.items() if n not in slow})
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_a_spread_step_is_the_step_of_one_process(spread, name):
+    spread.check(f"still: {name}")
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_step_or_its_moving_reference_would_be_other_than_in_one_process(spread, name):
+    spread.check(f"moving: {name}")
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_that_trains_would_be_another_over_several_processes(spread, name):
+    spread.check(f"loop: {name}")
+
+
+@pytest.mark.parametrize("case", [case for case in STREAMS if case not in MORE])
+def test_streaming_would_give_another_step(spread, case):
+    spread.check(f"stream: {case}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE)
+def test_streaming_in_larger_parts_would_give_another_step(case, tmp_path):
+    Cases(4, tmp_path, {case: CASES[f"stream: {case}"]}).check(case)

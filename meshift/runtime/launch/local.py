@@ -29,7 +29,11 @@ from meshift.runtime.launch.member import LOST_PEER, PASSED_ON, Post, run_member
 from meshift.runtime.launch.watch import Limits
 from meshift.runtime.observer import Observer
 
-PRELOAD = ["torch", "torch.distributed", "meshift.runtime.spread_run"]
+PRELOAD = [
+    *("torch", "torch.distributed", "meshift.runtime.spread_run"),
+    # What each process would import by itself, for a second or two, when it reads a model's config and tokenizer.
+    *("transformers.models.auto.tokenization_auto", "transformers.activations"),
+]
 PARENT_DIED = 1  # PR_SET_PDEATHSIG
 WITH_SERVER = 255
 """The exit code, as multiprocessing gives it, of a process whose forkserver has gone and could not say."""

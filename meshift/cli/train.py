@@ -181,7 +181,7 @@ def _kept(observer: RichObserver, output_dir: str) -> str:
 
     latest = latest_name(Path(output_dir))
     if observer.num_done == 0 and latest is None:
-        return f"interrupted before the first step was done; {output_dir} has no checkpoint of it"
+        return "interrupted before the first step was done: there is nothing to go on from"
     if observer.num_done == 0:
         return f"interrupted; --resume goes on from {output_dir}/{latest}"
     steps = "step 1" if observer.num_done == 1 else f"steps 1 to {observer.num_done}"

@@ -9,7 +9,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, stdev
 
 CONFIDENCE = 0.95
@@ -57,6 +57,12 @@ def mean(values: Sequence[float]) -> Estimate:
         return Estimate(value=middle, low=None, high=None, num=1)
     half = student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Estimate(value=middle, low=middle - half, high=middle + half, num=len(values))
+
+
+def mean_count(counts: Sequence[float]) -> Estimate:
+    """The same of what is never below 0, and so neither is the interval."""
+    found = mean(counts)
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
 
 
 def student_quantile(degrees: int) -> float:

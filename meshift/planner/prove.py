@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from meshift.layout.layout import Layout
 from meshift.planner.bounds import Candidates, least_seconds, reduced
-from meshift.planner.candidates import GRAIN, Op, Problem, Use
+from meshift.planner.candidates import GRAIN, Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import FIRST_PART, Choice, Spot
+from meshift.planner.uses import Op, Use
 
 TICKS = 10_000
 """Of the best step known; with some ten ops rounding costs a bound a tenth of a percent."""

@@ -13,9 +13,10 @@ from random import Random
 from types import MappingProxyType
 
 from meshift.layout.layout import Layout
-from meshift.planner.candidates import Candidate, Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import Choice, Spot
+from meshift.planner.uses import Candidate, Use
 
 ROUNDS = 4
 """Times that each use is given its best layout, given the others'."""

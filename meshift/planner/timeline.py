@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshift.planner.candidates import Candidate, Op, Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import WORK
+from meshift.planner.uses import Candidate, Op, Use
 
 FIRST_PART = 0.1
 """Of a generation passes before others may begin to read."""

@@ -13,11 +13,12 @@ from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
 from meshift.models.shards import shard_table
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import Costs
 from meshift.planner.hardware import KNOWN, as_values, from_values
 from meshift.planner.memory import Memory
 from meshift.planner.moving import Moving
+from meshift.planner.uses import Use
 from meshift.planner.workload import PlannedCall, Role, Step, Texts
 from meshift.realloc.plan import plan, unchanged
 from meshift.training.flops import training_flops

@@ -9,7 +9,7 @@ from tiny_steps import device, step
 
 from meshift.errors import ConfigError
 from meshift.layout.layout import Layout, Placement
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import evaluate
 from meshift.planner.hardware import as_values, find_hardware
@@ -17,6 +17,7 @@ from meshift.planner.planning import make_plan
 from meshift.planner.profile import PRODUCTS, SPEEDS, Message, Product, Profile
 from meshift.planner.search import score, search
 from meshift.planner.timeline import Spot, timeline
+from meshift.planner.uses import Use
 from meshift.planner.written import placements_of
 
 RATE = 1e10

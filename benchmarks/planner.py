@@ -13,6 +13,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,15 @@ from benchmarks.prediction import in_prediction
 from meshift.config.sections import TrainableConfig
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
+from meshift.models.shards import shard_table
 from meshift.planner.brute_force import brute_force
 from meshift.planner.candidates import Problem
 from meshift.planner.hardware import KNOWN, Hardware
-from meshift.planner.planning import SEARCH_SHARE
+from meshift.planner.planning import SEARCH_SHARE, make_plan
 from meshift.planner.prove import Proof, has_solver, prove
 from meshift.planner.search import score, search
 from meshift.planner.strategies import STRATEGIES
+from meshift.planner.timeline import Choice, Spot
 from meshift.planner.workload import PlannedCall, Role, Step, Texts
 
 LLAMA = MappingProxyType(
@@ -48,12 +51,36 @@ TOKENS = 512 * 256
 """Of a step on 16 devices, as in the paper: 512 sequences of 256 tokens, or fewer longer ones."""
 PAPER = MappingProxyType(
     {
-        "actor grows": (("7b", "7b", 16), ("13b", "7b", 32), ("34b", "7b", 64), ("70b", "7b", 128)),
+        "actor grows": (
+            ("7b", "7b", 8),
+            ("7b", "7b", 16),
+            ("13b", "7b", 32),
+            ("34b", "7b", 64),
+            ("70b", "7b", 128),
+        ),
         "both grow": (("13b", "13b", 32), ("34b", "34b", 64), ("70b", "70b", 128)),
     }
 )
-MEASURED = MappingProxyType({"DeepSpeed-Chat": 8.27, "OpenRLHF": 8.96, "Megatron heuristic": 1.24})
-"""ReaL's gain on 128 devices with 128 new tokens, both models grown: 6.45 PFLOP/s to .78, .72 and 5.20."""
+NEW_TOKENS = (128, 384, 896)
+MEASURED = MappingProxyType(
+    {
+        ("actor grows", 64, 128): {
+            "DeepSpeed-Chat": 0.77,
+            "OpenRLHF": 0.71,
+            "Megatron heuristic": 3.08,
+            "ReaL": 3.23,
+        },
+        ("both grow", 128, 128): {
+            "DeepSpeed-Chat": 0.78,
+            "OpenRLHF": 0.72,
+            "Megatron heuristic": 5.20,
+            "ReaL": 6.45,
+        },
+    }
+)
+"""PFLOP/s of the whole cluster that ReaL's paper measured, by setting, devices and new tokens."""
+PASSES = MappingProxyType({"generate": 2, "infer": 2, "train": 6})
+"""Operations for each parameter and token, as that paper counts them (nothing is computed twice)."""
 
 
 def llama(name: str) -> DecoderConfig:
@@ -122,11 +149,15 @@ def of_actor(model: str, num_sequences: int, new_tokens: int) -> Step:
     return Step(roles=roles, calls=calls)
 
 
-def find(problem: Problem, seconds: float) -> tuple[Proof, float, float]:
-    """A plan and its proof in so many seconds; the local search's own seconds a step, and how long all took."""
+def find(problem: Problem, seconds: float, known: Choice | None = None) -> tuple[Proof, float, float]:
+    """A plan and its proof in so many seconds; the local search's own seconds a step, and how long all took.
+
+    `known` is a plan to begin with, beside those by hand.
+    """
     begun = time.perf_counter()
-    by_hand = [made for make in STRATEGIES.values() if (made := make(problem)) is not None]
-    choice = search(problem, seconds=SEARCH_SHARE * seconds, hints=by_hand)
+    hints: list[Choice] = [made for make in STRATEGIES.values() if (made := make(problem)) is not None]
+    hints += [] if known is None else [known]
+    choice = search(problem, seconds=SEARCH_SHARE * seconds, hints=hints)
     local = score(problem, choice).seconds
     left = max(1.0, seconds - (time.perf_counter() - begun))
     proof = prove(problem, choice, seconds=left)
@@ -157,20 +188,25 @@ def in_brute_force(seconds: float) -> list[dict[str, Any]]:
 
 
 def in_scale(seconds: float) -> list[dict[str, Any]]:
-    """PPO with a reward model, on H100s; sequences grow with devices."""
+    """PPO with a reward model, on H100s; sequences grow with devices. Time is that of a plan with its settings.
+
+    `local_over_plan`: the local search once more, alone and without plans by hand to begin with.
+    """
     rows = []
     for model, sizes in (("7b", (8, 32, 128, 1024)), ("70b", (128, 1024, 8192))):
         for num_devices in sizes:
             step = ppo(model, model, max(128, 8 * num_devices), 512)
-            begun = time.perf_counter()
-            problem = Problem(step, KNOWN["h100"], num_devices)
-            num_candidates = sum(map(len, problem.candidates.values()))
-            made = time.perf_counter() - begun
             budget = seconds if num_devices <= 1024 else 4 * seconds
-            proof, local, taken = find(problem, max(5.0, budget - made))
+            begun = time.perf_counter()
+            planned = make_plan(step, KNOWN["h100"], num_devices, seconds=budget)
+            num_settings = len(planned.settings)
+            taken = time.perf_counter() - begun
+            problem, proof = planned.problem, planned.proof
+            num_candidates = sum(map(len, problem.candidates.values()))
+            alone = score(problem, search(problem, seconds=SEARCH_SHARE * budget)).seconds
             row = {"model": model, "devices": num_devices, "candidates": num_candidates, "step_s": proof.seconds}
-            row |= {"local_over_plan": local / proof.seconds, "gap": proof.gap, "proven": proof.proven}
-            rows.append({**row, "planning_s": made + taken})
+            row |= {"local_over_plan": alone / proof.seconds, "gap": proof.gap, "proven": proof.proven}
+            rows.append({**row, "planning_s": taken, "settings": num_settings})
     return rows
 
 
@@ -179,10 +215,12 @@ def in_strategies(seconds: float) -> list[dict[str, Any]]:
     rows = []
     for setting, cases in PAPER.items():
         for actor, critic, num_devices in cases:
-            for new_tokens in (128, 896):
+            for new_tokens in NEW_TOKENS:
                 sequences = TOKENS * num_devices // 16 // (PROMPT + new_tokens)
-                problem = Problem(ppo(actor, critic, sequences, new_tokens), KNOWN["a100"], num_devices)
-                proof, _, _ = find(problem, seconds)
+                step = ppo(actor, critic, sequences, new_tokens)
+                problem = Problem(step, KNOWN["a100"], num_devices)
+                proof = find(problem, seconds)[0]
+                measured = MEASURED.get((setting, num_devices, new_tokens))
                 row: dict[str, Any] = {
                     "setting": setting,
                     "actor": actor,
@@ -190,8 +228,22 @@ def in_strategies(seconds: float) -> list[dict[str, Any]]:
                     "devices": num_devices,
                 }
                 row |= {"new_tokens": new_tokens, "step_s": proof.seconds, "gap": proof.gap}
+                row |= {"pflops": operations(step) / proof.seconds / 1e15, "paper_pflops": measured}
+                if measured is not None:
+                    row["over_real"] = {name: measured["ReaL"] / rate for name, rate in measured.items()}
                 rows.append({**row, "over_plan": dict(_by_hand(problem, proof.seconds))})
     return rows
+
+
+def operations(step: Step) -> float:
+    """Of all calls, by parameters and tokens."""
+    numbers = {
+        name: sum(shard.num_elements for shard in shard_table(role.config, role.head).values())
+        for name, role in step.roles.items()
+    }
+    return sum(
+        PASSES[call.kind] * numbers[call.role] * call.texts.num_rows(share_prefixes=False) for call in step.calls
+    )
 
 
 def _by_hand(problem: Problem, seconds: float) -> list[tuple[str, float | None]]:
@@ -208,19 +260,32 @@ def _by_hand(problem: Problem, seconds: float) -> list[tuple[str, float | None]]
 def in_scaling(seconds: float) -> list[dict[str, Any]]:
     """7B on more and more devices with as many sequences for each: what is lost to size."""
     rows: list[dict[str, Any]] = []
+    known: Choice | None = None
     for num_devices in (8, 16, 32, 64, 128, 256, 512, 1024):
         problem = Problem(ppo("7b", "7b", 32 * num_devices, 512), KNOWN["h100"], num_devices)
-        proof, _, _ = find(problem, seconds)
+        proof = find(problem, seconds, None if known is None else doubled(problem, known))[0]
+        known = proof.choice
         rows.append({"devices": num_devices, "step_s": proof.seconds, "gap": proof.gap})
         rows[-1]["efficiency"] = rows[0]["step_s"] / proof.seconds
     return rows
 
 
+def doubled(problem: Problem, choice: Choice) -> Choice | None:
+    """A plan of half as many devices and half the work, with twice the data ranks; None where that cannot be."""
+    found = {}
+    for use, spot in choice.items():
+        layout = replace(spot.candidate.layout, data=2 * spot.candidate.layout.data)
+        if layout.num_ranks not in problem.sizes() or layout not in set(problem.layouts(use)):
+            return None
+        found[use] = Spot(problem.candidate(use, layout, spot.candidate.slots), 2 * spot.first)
+    return found
+
+
 SECTIONS: Mapping[str, tuple[Callable[[float], Any], float]] = MappingProxyType(
     {
         "brute_force": (in_brute_force, 10.0),
-        "scale": (in_scale, 30.0),
-        "strategies": (in_strategies, 12.0),
+        "scale": (in_scale, 20.0),
+        "strategies": (in_strategies, 8.0),
         "scaling": (in_scaling, 10.0),
         "prediction": (in_prediction, 10.0),
     }
@@ -249,7 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "solver": has_solver(),
-        "paper": {"ReaL's measured gain, 70B and 70B on 128 A100s": dict(MEASURED)},
     }
     for name in given.sections.split(","):
         measure, seconds = sections[name]

@@ -84,4 +84,4 @@ class ReallocationError(MeshiftError):
 
 
 class NonFiniteError(MeshiftError):
-    """A loss, a gradient or a log-probability is NaN or infinite."""
+    """A loss, a gradient, a log-probability or a model's score is NaN or infinite."""

@@ -15,19 +15,34 @@ from torch import Tensor
 
 from meshift.batch import Ragged
 
+LARGEST_LOG_RATIO = 20.0
+"""Nats beyond which exp is continued by its tangent; a sum of squares of gradients is then a number in fp32."""
+
+
+def exp_of_ratio(log: Tensor) -> Tensor:
+    """exp(log), and beyond `LARGEST_LOG_RATIO` its tangent there: finite, with a gradient that is too.
+
+    A log-ratio of a completion is a sum over its tokens, and exp overflows fp32 at 88. A clamp alone would have no
+    gradient, so that what has gone furthest would be the only thing that nothing pulls back.
+    """
+    beyond = (log - LARGEST_LOG_RATIO).clamp(min=0.0)
+    return torch.exp(log.clamp(max=LARGEST_LOG_RATIO)) * (1.0 + beyond)
+
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from tokens the policy drew, in nats.
 
     With d = logprob - ref_logprob: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
-    k3 = exp(-d) - 1 + d (unbiased, never negative).
+    k3 = exp(-d) - 1 + d (unbiased, never negative; exp as `exp_of_ratio` continues it).
     """
     difference = logprobs - ref_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
-    return torch.expm1(-difference) + difference
+    bounded = (-difference).clamp(max=LARGEST_LOG_RATIO)
+    beyond = (-difference - LARGEST_LOG_RATIO).clamp(min=0.0)
+    return torch.expm1(bounded) + torch.exp(bounded) * beyond + difference
 
 
 def token_rewards(kl: Ragged, kl_coef: float, scores: Tensor, scored: Tensor) -> Ragged:
@@ -67,8 +82,13 @@ def _to_grid(ragged: Ragged, width: int) -> Tensor:
 
 
 def whiten(values: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean, unit variance over all entries: the tokens of the whole global batch. Statistics in fp64."""
+    """Zero mean, unit variance over all entries: the tokens of the whole global batch. Statistics in fp64.
+
+    Exactly 0 where all are equal, whatever rounding says of their mean.
+    """
     exact = values.double()
+    if bool((exact == exact[:1]).all()):
+        return torch.zeros_like(values)
     return ((exact - exact.mean()) / torch.sqrt(exact.var(unbiased=False) + eps)).to(values.dtype)
 
 

@@ -2,22 +2,30 @@
 
 Source: Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3: GRPO's advantages with clip_ratio_high above
 clip_ratio_low, no KL, prompts whose completions all score the same replaced by others (3.2), and the soft overlong
-punishment (equation 13) on top of the scores.
+punishment (equation 13) on top of the scores. Completions that differ by that punishment alone teach something, so
+their prompt is not replaced (the paper's are those with right and with wrong answers).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from meshift.algorithms.dynamic_sampling import DynamicSampling
 from meshift.algorithms.group_baseline import group_advantages
-from meshift.algorithms.policy_graph import Drawing, Method, Scored, clipped_loss, drawing_calls, policy_graph
-from meshift.batch import Ragged
+from meshift.algorithms.policy_graph import (
+    Drawing,
+    Method,
+    Scored,
+    clipped_loss,
+    drawing_calls,
+    policy_graph,
+    scores_by,
+)
+from meshift.batch import Batch, Ragged
 from meshift.config.policy_runs import DAPORunConfig
 from meshift.graph.calls import Graph, LoopCall
 from meshift.rewards.functions import STEP
@@ -25,16 +33,8 @@ from meshift.rewards.functions import STEP
 
 def dapo_graph(config: DAPORunConfig, drawing: Drawing) -> Graph:
     """Completions of prompts that have signal, compared; token ratios."""
-    limit, length = config.generation.max_completion_length, config.dapo.overlong_buffer_length
-    buffer = limit // 5 if length is None else length
     method = Method(
-        advantages=partial(
-            dapo_advantages,
-            scale=config.dapo.scale_rewards,
-            limit=limit,
-            buffer=buffer,
-            penalty=config.dapo.overlong_penalty,
-        ),
+        advantages=partial(dapo_advantages, config=config),
         loss=clipped_loss(config, drawing.sampling),
         draw=dynamic_sampling(config, drawing) if config.dapo.dynamic_sampling else None,
     )
@@ -51,6 +51,7 @@ def dynamic_sampling(config: DAPORunConfig, drawing: Drawing) -> LoopCall:
         max_rounds=config.dapo.max_sampling_rounds,
         weight=config.reward.weight,
         more_prompts=drawing.more_prompts,
+        shape=partial(_shape, config),
     )
     return LoopCall(
         name="sampling",
@@ -63,12 +64,21 @@ def dynamic_sampling(config: DAPORunConfig, drawing: Drawing) -> LoopCall:
     )
 
 
-def dapo_advantages(
-    scored: Scored, scale: Literal["group", "batch", "none"], limit: int, buffer: int, penalty: float
-) -> tuple[Ragged, dict[str, float]]:
+def _shape(config: DAPORunConfig, scores: Tensor, batch: Batch) -> Tensor:
+    """Scores as the advantages are made of them."""
+    return scores_by(config, scores, batch) - _price(config, batch["completion_lengths"].values)
+
+
+def _price(config: DAPORunConfig, lengths: Tensor) -> Tensor:
+    limit, length = config.generation.max_completion_length, config.dapo.overlong_buffer_length
+    return config.dapo.overlong_penalty * overlong_price(lengths, limit, limit // 5 if length is None else length)
+
+
+def dapo_advantages(scored: Scored, config: DAPORunConfig) -> tuple[Ragged, dict[str, float]]:
     """GRPO's, of scores less what long completions pay."""
-    price = penalty * overlong_price(scored.lengths, limit, buffer)
-    advantages, metrics = group_advantages(replace(scored, scores=scored.scores - price), scale)
+    price = _price(config, scored.lengths)
+    priced = replace(scored, scores=scored.scores - price)
+    advantages, metrics = group_advantages(priced, config.dapo.scale_rewards)
     return advantages, {**metrics, "reward/overlong_penalty": float(price.mean())}
 
 

@@ -18,11 +18,19 @@ from meshift.batch import Batch, Outcome, Ragged
 from meshift.rewards.functions import STEP
 
 
+def as_given(scores: Tensor, batch: Batch) -> Tensor:
+    """Scores [n] that nothing is taken off."""
+    del batch  # whatever was drawn
+    return scores
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicSampling:
     """Feeds and collects a `LoopCall`. `num_groups` groups with signal are wanted, in at most `max_rounds` rounds.
 
-    Where the rounds end first, groups without signal fill the step, the earliest first: their advantages are zero.
+    Signal is a difference between a group's scores as `shape(scores, batch)` makes them, which are those that
+    advantages are made of. Where the rounds end first, groups without it fill the step, the earliest first: their
+    advantages are zero, but for KL where that is paid in the reward.
     """
 
     num_groups: int
@@ -30,6 +38,7 @@ class DynamicSampling:
     max_rounds: int
     weight: float
     more_prompts: Callable[[int, int, int], Batch] | None
+    shape: Callable[[Tensor, Batch], Tensor] = as_given
 
     def feed(self, batch: Batch, outcomes: Sequence[Outcome]) -> Batch | None:
         """The step's own rows first; then as many prompts as the share with signal so far says are needed."""
@@ -63,9 +72,9 @@ class DynamicSampling:
         return Outcome(batch=drawn.index(rows), metrics=metrics)
 
     def _signal(self, drawn: Batch) -> Tensor:
-        """Whether the scores of each group differ, bool [groups]."""
+        """Whether the shaped scores of each group differ, bool [groups]."""
         scores, judged = total_score(drawn, self.weight)
-        return has_signal(scores, judged, self.num_generations)[:: self.num_generations]
+        return has_signal(self.shape(scores, drawn), judged, self.num_generations)[:: self.num_generations]
 
 
 def _with_step(batch: Batch, step: int) -> Batch:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshift.algorithms.advantages import exp_of_ratio
 from meshift.algorithms.off_policy import Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import OldLogprobs
@@ -53,6 +54,10 @@ class PolicyLoss:
         """Completion tokens."""
         return int(batch["advantages"].values.numel())
 
+    def teaches(self, batch: Batch) -> bool:
+        """Where an advantage is not zero, or entropy counts."""
+        return self.entropy_coef > 0 or bool(batch["advantages"].values.any())
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         new = outputs[self.reading.key].values
@@ -60,7 +65,7 @@ class PolicyLoss:
         old = drawn if self.old == "sampled" else batch["old_logprobs"].values.to(new)
         advantages = batch["advantages"].values.to(new)
         log_ratio, apart = new - old, (new - drawn).detach().abs()
-        ratio = torch.exp(log_ratio)
+        ratio = exp_of_ratio(log_ratio)
         clipped = ratio.clamp(1.0 - self.clip_ratio_low, 1.0 + self.clip_ratio_high)
         per_token = torch.maximum(-advantages * ratio, -advantages * clipped)
         if self.dual_clip is not None:
@@ -123,6 +128,10 @@ class ValueLoss:
         """Completion tokens."""
         return int(batch[self.returns].values.numel())
 
+    def teaches(self, batch: Batch) -> bool:
+        """Always: every token has a return."""
+        return self.count(batch) > 0
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         new = outputs[self.reading.key].drop_last().values
@@ -168,6 +177,10 @@ class PolicyAndValueLoss:
         """Completion tokens."""
         return self.policy.count(batch)
 
+    def teaches(self, batch: Batch) -> bool:
+        """Where either does."""
+        return self.policy.teaches(batch) or (self.vf_coef > 0 and self.value.teaches(batch))
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
         policy, value = self.policy(outputs, batch), self.value(outputs, batch)
@@ -192,6 +205,10 @@ class TokenCrossEntropy:
     def count(self, batch: Batch) -> int:
         """Trained tokens."""
         return int(num_trained_tokens(batch).sum())
+
+    def teaches(self, batch: Batch) -> bool:
+        """Where a token is trained on."""
+        return self.count(batch) > 0
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
@@ -227,6 +244,10 @@ class PairwiseLoss:
     def count(self, batch: Batch) -> int:
         """Pairs."""
         return len(batch)
+
+    def teaches(self, batch: Batch) -> bool:
+        """Where a pair has a weight."""
+        return has_pairs(batch)
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
@@ -269,6 +290,10 @@ class DPOLoss:
     def count(self, batch: Batch) -> int:
         """Pairs."""
         return len(batch)
+
+    def teaches(self, batch: Batch) -> bool:
+        """Where a pair has a weight."""
+        return has_pairs(batch)
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
@@ -313,6 +338,11 @@ def share_won(margin: Tensor) -> Tensor:
 def pair_numbers(batch: Batch, key: str, default: float, like: Tensor) -> Tensor:
     """One number per pair [n]: the batch's, or the default where it has none."""
     return batch[key].values.to(like) if key in batch else torch.full_like(like, default)
+
+
+def has_pairs(batch: Batch) -> bool:
+    """Whether any pair of a batch has a weight; without that key all have."""
+    return bool(batch["pair_weight"].values.any()) if "pair_weight" in batch else len(batch) > 0
 
 
 def preference_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

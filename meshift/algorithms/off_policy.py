@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from meshift.algorithms.advantages import LARGEST_LOG_RATIO
 from meshift.batch import Batch, Ragged
 from meshift.config.policy_sections import PolicyConfig
 from meshift.config.sections import PPOConfig
@@ -47,8 +48,8 @@ class Correction:
         return Ragged(apart, lengths).sum_rows().repeat_interleave(lengths.to(apart.device))
 
     def weights(self, log_ratio: Tensor) -> Tensor:
-        """w of every token [tokens]; without a cap at most exp(80), which is still a number."""
-        return torch.exp(log_ratio.clamp(max=LARGEST_LOG if self.cap is None else math.log(self.cap)))
+        """w of every token [tokens]; without a cap at most exp(20): a gradient times that has a norm in fp32."""
+        return torch.exp(log_ratio.clamp(max=LARGEST_LOG_RATIO if self.cap is None else math.log(self.cap)))
 
     def sums(self, log_ratio: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """What `off_policy_metrics` are made of, summed over tokens; `counted` [tokens] is 1 or 0."""

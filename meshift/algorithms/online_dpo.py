@@ -17,7 +17,7 @@ from torch import Tensor
 from meshift.algorithms.advantages import group_std, has_signal
 from meshift.algorithms.losses import DPOLoss
 from meshift.algorithms.policy_graph import Drawing, drawing_calls
-from meshift.algorithms.rollouts import length_metrics, score_metrics, sync_calls, total_score
+from meshift.algorithms.rollouts import length_metrics, score_metrics, shaped_scores, sync_calls, total_score
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.policy_runs import OnlineDPORunConfig
 from meshift.graph.calls import Call, Graph, LoopCall, ModelCall, SyncCall
@@ -88,7 +88,7 @@ def _paired(
     drawn, keys, group = outcomes[0].batch, config.online_dpo, config.generation.num_generations
     given, judged = total_score(drawn, config.reward.weight)
     truncated = drawn["truncated"].values.bool()
-    scores = torch.where(truncated, given - (keys.missing_eos_penalty or 0.0), given)
+    scores = shaped_scores(given, truncated, missing_eos_penalty=keys.missing_eos_penalty)
     found = pairs_of(scores, judged, group, best_worst=keys.pairs == "best_worst")
     rows = torch.tensor(found or [(0, 1)])  # without any pair, one that counts for nothing
     chosen, rejected = rows[:, 0], rows[:, 1]

@@ -20,14 +20,16 @@ from meshift.algorithms.rollouts import (
     RewardCall,
     infer_call,
     length_metrics,
+    require_numbers,
     rollout_call,
     rollout_keys,
     score_metrics,
     scoring_calls,
+    shaped_scores,
     sync_calls,
     total_score,
 )
-from meshift.batch import Batch, Outcome, Ragged
+from meshift.batch import WHERE, Batch, Outcome, Ragged
 from meshift.config.policy_runs import PolicyRunConfig
 from meshift.config.runs import RolloutRunConfig
 from meshift.generation.rollout import SamplingTask
@@ -49,6 +51,11 @@ class Drawing:
     reward_functions: RewardCall | None = None
     columns: tuple[str, ...] = ()
     more_prompts: Callable[[int, int, int], Batch] | None = None
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The key of where a row is in the data, if the batch has it: what errors name."""
+        return tuple(key for key in self.columns if key == WHERE)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -126,7 +133,7 @@ def policy_graph(config: PolicyRunConfig, drawing: Drawing, method: Method) -> G
         HostCall(
             name="advantages",
             function=advantages,
-            reads=(*compared, *paid),
+            reads=(*compared, *paid, *drawing.place),
             writes=("scores", "advantages", "trained"),
         ),
         ModelCall(
@@ -205,7 +212,7 @@ class AdvantageCall:
         scores, judged = total_score(batch, self.config.reward.weight)
         truncated = batch["truncated"].values.bool()
         scored = Scored(
-            scores=self._shaped(scores, truncated),
+            scores=scores_by(self.config, scores, batch),
             judged=judged,
             penalty=self._penalty(batch),
             num_generations=self.config.generation.num_generations,
@@ -232,18 +239,14 @@ class AdvantageCall:
         }
         return Outcome(batch=Batch(written), metrics={**shared, **metrics})
 
-    def _shaped(self, scores: Tensor, truncated: Tensor) -> Tensor:
-        policy = self.config.policy
-        if policy.reward_clip is not None:
-            scores = scores.clamp(-policy.reward_clip, policy.reward_clip)
-        return torch.where(truncated, scores - (policy.missing_eos_penalty or 0.0), scores)
-
     def _penalty(self, batch: Batch) -> Ragged:
         policy, logprobs = self.config.policy, batch["logprobs"]
         if "ref_logprobs" not in batch or policy.kl_in == "loss":
             return Ragged(torch.zeros_like(logprobs.values), logprobs.lengths)
         kl = kl_estimate(paid_logprobs(batch).values, batch["ref_logprobs"].values, policy.kl_estimator)
-        return Ragged(policy.kl_coef * kl, logprobs.lengths)
+        penalty = Ragged(policy.kl_coef * kl, logprobs.lengths)
+        require_numbers(penalty.sum_rows(), batch, "KL to the reference")
+        return penalty
 
     def _objective(self, scored: Scored) -> Mapping[str, float]:
         """KL to the reference per completion, by k1, and scores less what it costs."""
@@ -255,6 +258,13 @@ class AdvantageCall:
         coef = self.config.policy.kl_coef
         earned = float((scored.scores * scored.judged).mean() - coef * kl)
         return {**metrics, "objective/kl": float(kl), "objective/kl_coef": coef, "objective/rlhf_reward": earned}
+
+
+def scores_by(config: PolicyRunConfig, scores: Tensor, batch: Batch) -> Tensor:
+    """The scores [n] of a batch's completions by the config's clip and penalty, wherever they are compared."""
+    policy = config.policy
+    keys = {"clip": policy.reward_clip, "missing_eos_penalty": policy.missing_eos_penalty}
+    return shaped_scores(scores, batch["truncated"].values, **keys)
 
 
 def group_metrics(scored: Scored) -> dict[str, float]:

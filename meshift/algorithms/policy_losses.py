@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meshift.algorithms.advantages import kl_estimate
+from meshift.algorithms.advantages import exp_of_ratio, kl_estimate
 from meshift.algorithms.off_policy import BEHAVIOUR, Correction, off_policy_metrics
 from meshift.batch import Batch, Ragged
 from meshift.config.policy_sections import Aggregation, Estimator
@@ -59,6 +59,8 @@ class PolicyGradientLoss(ABC):
     before the step's updates (`recomputed`), or, where a step makes one update and so both are one, the `current`.
     With a `correction` the latter two are the proximal policy of decoupled PPO: surrogate and KL, which are means
     over drawn tokens, are weighted as if that policy had drawn them.
+
+    Completions that are not trained count as unmoved: whatever their log-probs are, they are in no sum.
     """
 
     reading: TokenLogprobs
@@ -78,7 +80,7 @@ class PolicyGradientLoss(ABC):
 
     def ratios(self, log_ratio: Ragged) -> Ratios:
         """The importance of every token, from new minus old log-probs."""
-        return Ratios(log=log_ratio.values, weight=torch.exp(log_ratio.values))
+        return Ratios(log=log_ratio.values, weight=exp_of_ratio(log_ratio.values))
 
     def count(self, batch: Batch) -> int:
         """What the mini-batch's sum is divided by."""
@@ -87,13 +89,23 @@ class PolicyGradientLoss(ABC):
             return int((trained * batch["completion_lengths"].values).sum())
         return int(trained.sum()) * (self.max_completion_length if self.aggregation == "constant" else 1)
 
+    def teaches(self, batch: Batch) -> bool:
+        """Where a completion is trained that has an advantage, or any is and KL or entropy counts."""
+        trained = batch["trained"].values.bool()
+        if self.kl_coef > 0 or self.entropy_coef > 0:
+            return bool(trained.any())
+        return bool(
+            batch["advantages"].values[trained.repeat_interleave(batch["completion_lengths"].values)].any()
+        )
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
-        new, lengths = outputs[self.reading.key].values, batch["completion_lengths"].values
-        drawn = batch["logprobs"].values.to(new)
+        read, lengths = outputs[self.reading.key].values, batch["completion_lengths"].values
+        drawn = batch["logprobs"].values.to(read)
+        is_trained = batch["trained"].values.bool().repeat_interleave(lengths).to(read.device)
+        new = torch.where(is_trained, read, drawn)
         old = self._old(new, batch)
-        trained = batch["trained"].values.repeat_interleave(lengths).to(new)
-        weights = trained * self._weights(lengths).to(new)
+        trained, weights = is_trained.to(new), self._weights(lengths).to(new)
         ratios = self.ratios(Ragged(new - old, lengths))
         surrogate = self.surrogate(new, ratios, batch["advantages"].values.to(new))
         entropy = outputs["entropy"].values if "entropy" in outputs else torch.zeros_like(new)
@@ -103,9 +115,10 @@ class PolicyGradientLoss(ABC):
             log_ratio = self.correction.log_ratio(old, drawn, lengths)
             importance = self.correction.weights(log_ratio)
             pg_loss, kl = importance * pg_loss, importance * kl
-            off_policy = self.correction.sums(log_ratio, trained)
-        total = (weights * (pg_loss + self.kl_coef * kl - self.entropy_coef * entropy)).sum()
-        apart = (new - drawn).detach().abs()
+            off_policy = self.correction.sums(torch.where(is_trained, log_ratio, 0.0), trained)
+        per_token = pg_loss + self.kl_coef * kl - self.entropy_coef * entropy
+        total = torch.where(is_trained, weights * per_token, 0.0).sum()
+        apart = (read - drawn).detach().abs()
         token_means = {
             "ppo_kl": old - new,
             "pg_clipfrac_low": surrogate.low,
@@ -114,11 +127,10 @@ class PolicyGradientLoss(ABC):
             "ratio": ratios.weight,
             "logprob_diff_mean": apart,
         }
-        sums = {key: (trained * value).detach().sum() for key, value in token_means.items()}
-        sums |= {
+        of_sums = {**token_means, "pg_loss": weights * pg_loss, "kl_loss": weights * kl}
+        sums = {
+            **{key: torch.where(is_trained, value, 0).detach().sum() for key, value in of_sums.items()},
             "num_tokens": trained.sum(),
-            "pg_loss": (weights * pg_loss).detach().sum(),
-            "kl_loss": (weights * kl).detach().sum(),
             **off_policy,
         }
         return LossSums(total=total, sums=sums, maxima={"logprob_diff_max": apart.max()})
@@ -193,7 +205,7 @@ class ClippedLoss(PolicyGradientLoss):
         per_row = log_ratio.sum_rows()
         per_row = per_row / lengths if self.importance == "mean" else per_row
         log = per_row.repeat_interleave(lengths)
-        return Ratios(log=log, weight=torch.exp(log))
+        return Ratios(log=log, weight=exp_of_ratio(log))
 
     def surrogate(self, logprobs: Tensor, ratios: Ratios, advantages: Tensor) -> Surrogate:
         """See the class."""

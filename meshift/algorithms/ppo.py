@@ -31,6 +31,7 @@ from meshift.algorithms.rollouts import (
     RewardCall,
     infer_call,
     length_metrics,
+    require_numbers,
     rollout_call,
     rollout_keys,
     score_metrics,
@@ -38,7 +39,7 @@ from meshift.algorithms.rollouts import (
     sync_calls,
     total_score,
 )
-from meshift.batch import Batch, Outcome, Ragged
+from meshift.batch import WHERE, Batch, Outcome, Ragged
 from meshift.config.runs import PPORunConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Call, Graph, HostCall, ModelCall
@@ -72,6 +73,7 @@ class PPO:
         recomputing = self._recomputing(rollout)
         old = tuple(key for call in recomputing for key in call.writes)
         paid = old if correction_of(self.config.ppo) is not None else ()
+        estimates, place = ("values", "logprobs", "ref_logprobs"), tuple(key for key in columns if key == WHERE)
         calls: tuple[Call, ...] = (
             rollout_call(self.sampling),
             *scoring,
@@ -82,7 +84,7 @@ class PPO:
             HostCall(
                 name="advantages",
                 function=self.advantages,
-                reads=(*score_keys, *cost_keys, "values", "logprobs", "ref_logprobs", *paid, "truncated"),
+                reads=(*score_keys, *cost_keys, *estimates, *paid, "truncated", *place),
                 writes=("scores", "advantages", "returns", *(("cost_returns",) if costs else ())),
             ),
             *self._training((*rollout, "logprobs", *old, "advantages", "versions")),
@@ -102,6 +104,7 @@ class PPO:
         scored = scored & judged
         logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
         penalty = kl_estimate(paid_logprobs(batch).values, ref_logprobs.values, ppo.kl_estimator)
+        require_numbers(Ragged(penalty, logprobs.lengths).sum_rows(), batch, "KL to the reference")
         rewards = token_rewards(Ragged(penalty, logprobs.lengths), self.kl.coef, rewarded, scored)
         if process is not None:
             paid = process.values.clamp(-ppo.reward_clip, ppo.reward_clip)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshift.algorithms.losses import pair_numbers, preference_metrics, preference_sums
+from meshift.algorithms.losses import has_pairs, pair_numbers, preference_metrics, preference_sums
 from meshift.batch import Batch, Ragged
 from meshift.training.engine import LossSums, mean_over_updates
 from meshift.training.text_readings import SIDES, CompletionLogprobs, PairLogprobs, num_completion_tokens
@@ -36,6 +36,10 @@ class KTOLoss:
     def count(self, batch: Batch) -> int:
         """Completions."""
         return len(batch)
+
+    def teaches(self, batch: Batch) -> bool:
+        """Always: both sides have a weight."""
+        return len(batch) > 0
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""
@@ -96,6 +100,10 @@ class ReferenceFreeLoss(ABC):
     @abstractmethod
     def per_pair(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """The loss of every pair [n], of its mean log-probs [n]."""
+
+    def teaches(self, batch: Batch) -> bool:
+        """Where a pair has a weight."""
+        return has_pairs(batch)
 
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """See the class."""

@@ -19,8 +19,10 @@ from meshift.algorithms.policy_losses import LikelihoodLoss
 from meshift.algorithms.rollouts import (
     infer_call,
     length_metrics,
+    require_numbers,
     rollout_keys,
     score_metrics,
+    shaped_scores,
     sync_calls,
     total_score,
 )
@@ -93,7 +95,7 @@ def _kept(batch: Batch, outcomes: Sequence[Outcome], config: RAFTRunConfig) -> O
     drawn, keys = outcomes[0].batch, config.raft
     given, judged = total_score(drawn, config.reward.weight)
     truncated = drawn["truncated"].values.bool()
-    scores = torch.where(truncated, given - (keys.missing_eos_penalty or 0.0), given)
+    scores = shaped_scores(given, truncated, missing_eos_penalty=keys.missing_eos_penalty)
     usable = judged if keys.min_score is None else judged & (scores >= keys.min_score)
     penalty, objective = _penalty(drawn, config)
     best = best_rows(scores - penalty, usable, config.generation.num_generations, keys.num_kept)
@@ -126,6 +128,7 @@ def _penalty(drawn: Batch, config: RAFTRunConfig) -> tuple[Tensor, dict[str, flo
     ref = drawn["ref_logprobs"].values
     cost = Ragged(kl_estimate(logprobs.values, ref, config.raft.kl_estimator), logprobs.lengths).sum_rows()
     kl = Ragged(logprobs.values - ref, logprobs.lengths).sum_rows().mean()
+    require_numbers(cost, drawn, "KL to the reference")
     return coef * cost, {"objective/kl": float(kl), "objective/kl_coef": coef}
 
 

@@ -1,7 +1,8 @@
 """ReMax: REINFORCE with the score of the greedy completion as baseline.
 
 Source: Li et al. 2024 (ReMax, arXiv 2310.10505), algorithm 1: A_t = sum over s >= t of reward_s - r(greedy), where
-rewards are the score at the last token and -kl_coef * KL at each. The greedy completion is drawn once per prompt.
+rewards are the score at the last token and -kl_coef * KL at each. The greedy completion is drawn once per prompt;
+its score is clipped, and penalised where it was cut off, as those of the others are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from functools import partial
 import torch
 
 from meshift.algorithms.advantages import returns_to_go, token_rewards
-from meshift.algorithms.policy_graph import Drawing, Method, Scored, clipped_loss, drawing_calls, policy_graph
+from meshift.algorithms.policy_graph import (
+    Drawing,
+    Method,
+    Scored,
+    clipped_loss,
+    drawing_calls,
+    policy_graph,
+    scores_by,
+)
 from meshift.algorithms.rollouts import total_score
 from meshift.batch import Batch, Outcome, Ragged
 from meshift.config.policy_runs import ReMaxRunConfig
@@ -36,12 +45,12 @@ def greedy_call(config: ReMaxRunConfig, drawing: Drawing) -> LoopCall:
     """The most probable completion of each prompt, and its score at each of the prompt's rows."""
     greedy = replace(drawing.sampling, params=replace(drawing.sampling.params, temperature=0.0))
     inner = replace(drawing, columns=(*drawing.columns, STEP) if drawing.columns else ())
-    group, weight = config.generation.num_generations, config.reward.weight
+    group = config.generation.num_generations
     return LoopCall(
         name="greedy_baseline",
         graph=Graph(drawing_calls(config, inner, greedy), frozenset((*drawing.inputs, STEP))),
         feed=partial(_one_row_per_prompt, group=group),
-        collect=partial(_baseline, group=group, weight=weight),
+        collect=partial(_baseline, config=config),
         reads=drawing.inputs,
         writes=("baseline", "baseline_judged"),
     )
@@ -55,12 +64,12 @@ def _one_row_per_prompt(batch: Batch, outcomes: Sequence[Outcome], group: int) -
     return first.union(Batch({STEP: Ragged.scalars([step] * len(first), torch.int64)}))
 
 
-def _baseline(batch: Batch, outcomes: Sequence[Outcome], group: int, weight: float) -> Outcome:
+def _baseline(batch: Batch, outcomes: Sequence[Outcome], config: ReMaxRunConfig) -> Outcome:
     del batch  # its rows are the greedy completions' prompts, `group` times each
-    greedy = outcomes[0]
-    scores, judged = total_score(greedy.batch, weight)
+    greedy, group = outcomes[0], config.generation.num_generations
+    scores, judged = total_score(greedy.batch, config.reward.weight)
     written = {
-        "baseline": Ragged.scalars(scores.repeat_interleave(group)),
+        "baseline": Ragged.scalars(scores_by(config, scores, greedy.batch).repeat_interleave(group)),
         "baseline_judged": Ragged.scalars(judged.repeat_interleave(group)),
     }
     metrics = {f"greedy/{key}": value for key, value in greedy.metrics.items() if key.startswith("reward/")}

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshift.batch import Batch, Outcome
+from meshift.batch import WHERE, Batch, Outcome
 from meshift.config.sections import PPORewardConfig, ReferenceConfig, RewardConfig
+from meshift.errors import NonFiniteError
 from meshift.generation.rollout import SamplingTask
 from meshift.graph.calls import Call, HostCall, ModelCall, SyncCall
 from meshift.training.readings import SequenceScores, TokenScores
 
 ROLLOUT_INPUTS = ("prompts", "index")
+MOST_NAMED = 3
+"""Samples that an error names."""
 RewardCall = Callable[[Batch], Outcome]
 
 
@@ -80,20 +83,51 @@ def total_score(batch: Batch, weight: float, of: str = "") -> tuple[Tensor, Tens
     """Each row's score [n], and whether anything scored it [n]: where no function did, `function_scores` is NaN.
 
     `weight` is the reward model's; the functions' scores come weighted. Of rewards per token it is the sum.
-    With `of`, of scores whose names begin with that.
+    With `of`, of scores whose names begin with that. Raises `NonFiniteError` for a score that is no number.
     """
     total, judged = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
+    who = "cost" if of else "reward"
     if f"{of}model_scores" in batch:
-        total = total + weight * batch[f"{of}model_scores"].values
+        given = weight * batch[f"{of}model_scores"].values
+        total = total + require_numbers(given, batch, f"the {who} model's score")
         judged = ~judged
     if f"{of}process_scores" in batch:
-        total = total + weight * batch[f"{of}process_scores"].sum_rows()
+        given = weight * batch[f"{of}process_scores"].sum_rows()
+        total = total + require_numbers(given, batch, f"the sum of the {who} model's scores per token")
         judged = ~judged
     if f"{of}function_scores" in batch:
-        given = ~batch[f"{of}function_scores"].values.isnan()
-        total = total + torch.where(given, batch[f"{of}function_scores"].values, 0.0)
-        judged = judged | given
+        scored = ~batch[f"{of}function_scores"].values.isnan()
+        given = torch.where(scored, batch[f"{of}function_scores"].values, 0.0)
+        total = total + require_numbers(given, batch, f"the {who} functions' weighted score")
+        judged = judged | scored
     return total, judged
+
+
+def shaped_scores(
+    scores: Tensor, truncated: Tensor, *, clip: float | None = None, missing_eos_penalty: float | None = None
+) -> Tensor:
+    """Scores [n] as they are compared: clipped to plus or minus `clip`, less the penalty where `truncated` [n]."""
+    clipped = scores if clip is None else scores.clamp(-clip, clip)
+    return torch.where(truncated.bool(), clipped - (missing_eos_penalty or 0.0), clipped)
+
+
+def require_numbers(values: Tensor, batch: Batch, what: str) -> Tensor:
+    """The `values` [n], one per row of the batch, all of them finite.
+
+    Comparisons with NaN are false, so that a group with one would pass for a group of equal scores. Raises
+    `NonFiniteError`: `what` is no number in which samples, with their places in the data where the batch has them.
+    """
+    wrong = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
+    if not wrong:
+        return values
+    places = batch.columns.get(WHERE)
+    named = [f"sample {i}{f', {places[i]}' if places and places[i] else ''}" for i in wrong[:MOST_NAMED]]
+    more = "; ..." if len(wrong) > MOST_NAMED else ""
+    raise NonFiniteError(
+        f"{what} is {float(values[wrong[0]])} in {len(wrong)} of {len(values)} completions "
+        f"({'; '.join(named)}{more}); nothing was learned from them: look at these prompts and at the "
+        "function or model behind it; where models compute in bfloat16, try dtype: float32"
+    )
 
 
 def score_metrics(batch: Batch, scores: Tensor) -> dict[str, float]:

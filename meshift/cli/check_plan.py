@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.plan_request import TakenLengths, compute_type, planned_step, taken_lengths
+from meshift.cli.plan_request import TakenLengths, compute_type, planned_step, read_hardware, taken_lengths
 from meshift.cli.tables import make_console, print_problems
 from meshift.config.loading import config_problems, make_config, read_plan, read_yaml
 from meshift.config.runs import RunConfig
@@ -25,7 +25,7 @@ from meshift.layout.layout import Placement
 from meshift.planner.checking import on_hosts, shortages, would_fit
 from meshift.planner.evaluate import Event, Placements, evaluate
 from meshift.planner.footprint import footprints, tightest
-from meshift.planner.hardware import KNOWN, Hardware, find_hardware, from_values
+from meshift.planner.hardware import KNOWN, Hardware, from_values
 from meshift.planner.workload import ComputeType, Step
 
 PROMPT, COMPLETION = "prompt_tokens", "completion_tokens"
@@ -146,7 +146,7 @@ def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> tuple[Hardware
     from meshift.runtime.this_hardware import hardware_of_run
 
     if cluster.hardware is not None:
-        found, dtype = find_hardware(cluster.hardware), compute_type(config)
+        found, dtype = read_hardware(cluster.hardware, config), compute_type(config)
     else:
         told = _told_hardware(plan)
         here = dtype_name(config)

@@ -27,27 +27,29 @@ from meshift.cli.plan_request import (
     as_assumed,
     check_lengths,
     check_variants,
-    compute_type,
     of_network,
+    read_hardware,
     show_variants,
     taken_lengths,
     variants_of,
 )
 from meshift.cli.tables import make_console, print_rows
 from meshift.config.loading import load_config, read_values
-from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof, of_rivals
-from meshift.planner.hardware import Hardware, as_values, find_hardware
+from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.simulate import in_sentences, simulate
-from meshift.planner.written import named_hosts, placements_of
+from meshift.planner.written import devices_of, named_hosts, num_idle, placements_of
 from meshift.report.plan_page import plan_page
 from meshift.report.reconciled import factors
 from meshift.report.run_data import read_run
 
 WRITTEN = (".yaml", ".yml", ".json", ".html")
 """Suffixes of `--out`."""
+HOST_CALLS = (
+    "What process 0 does between calls (reward functions, sandboxes, judges) is not in the step's seconds."
+)
 SIMULATED = 20
 """Steps with random lengths that `--explain` plays."""
 
@@ -113,6 +115,8 @@ def _run(args: argparse.Namespace) -> int:
         raise NothingFitsError(f"the step does not fit on {asked.num_devices} {asked.hardware.name}")
     show(planned)
     print(f"  {asked.lengths.in_words(planned.step)}")
+    if any(call.kind == "generate" for call in planned.step.calls):
+        print(f"  {HOST_CALLS}")
     more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
@@ -120,6 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     show_variants(variants)
     if args.out is not None:
         _write(Path(args.out), asked, planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
+        print(f"written to {args.out}")
     return 0
 
 
@@ -166,7 +171,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if len(names) > 1:
         raise UsageError(f"{args.config} could be of {' or '.join(names)}; say which with --command")
     config = load_config(commands[names[0]].schema, args.config, args.overrides)
-    hardware = _hardware(args.hardware, config)
+    hardware = read_hardware(args.hardware, config)
     if args.per_host is not None:
         hardware = replace(hardware, per_host=args.per_host)
     return Asked(
@@ -199,28 +204,19 @@ def _factors(folder: Path, hardware: Hardware) -> dict[str, float]:
     return found
 
 
-def _hardware(name: str, config: RunConfig) -> Hardware:
-    """A known one, a profile's, or this machine's processors, for which torch is needed."""
-    if name.lower() != "cpu":
-        return find_hardware(name)
-    from meshift.cli.profile import measuring_observer
-    from meshift.runtime.profiling.profile import named_hardware
-
-    return named_hardware(name, (compute_type(config),), measuring_observer())
-
-
 def show(planned: Planned) -> None:
     """The plan as a table, what it gains over plans by hand, and how good it is at most."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("call", "layout", "devices", "begins, s", "takes, s", "memory, GB"):
         table.add_column(name, justify="left" if name in ("call", "layout", "devices") else "right")
-    spots = {op.name: planned.choice[op.uses[0]] for op in planned.problem.ops if op.kind == "call"}
+    uses = {op.name: op.uses[0] for op in planned.problem.ops if op.kind == "call"}
+    devices = devices_of(planned.problem, planned.choice)
     for event in planned.events:
-        spot = spots.get(event.name)
-        if spot is None and event.end == event.start:
+        use = uses.get(event.name)
+        if use is None and event.end == event.start:
             continue
-        placed = ("", "") if spot is None else (str(spot.candidate.layout), spot.devices)
-        memory = f"{event.peak / 1e9:.1f}" if spot is not None else ""
+        placed = ("", "") if use is None else (str(planned.choice[use].candidate.layout), devices[use])
+        memory = f"{event.peak / 1e9:.1f}" if use is not None else ""
         row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
         table.add_row(*map(Text, row))
     problem = planned.problem
@@ -228,6 +224,9 @@ def show(planned: Planned) -> None:
     console.print(f"{problem.num_devices} {problem.hardware.name}, one step", style="bold", markup=False)
     console.print(table)
     rows = [("proof", of_proof(planned)), *of_rivals(planned)]
+    idle = num_idle(problem, planned.choice)
+    if idle:
+        rows.append(("idle", f"{idle} of {problem.num_devices} devices: no call is faster for having them too"))
     fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
     rows += [("slots", f"{count} completions are drawn at a time, since more do not fit") for count in fewer]
     away = [name for name, role in problem.step.roles.items() if role.offloaded]

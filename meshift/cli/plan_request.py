@@ -24,7 +24,7 @@ from meshift.data.names import parse_name
 from meshift.errors import ConfigError, DataError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
-from meshift.planner.hardware import Hardware
+from meshift.planner.hardware import Hardware, find_hardware
 from meshift.planner.planning import Planned, make_plan
 from meshift.planner.rollout_steps import Lengths
 from meshift.planner.steps import in_one_process, role_names, step_of
@@ -68,6 +68,16 @@ def compute_type(config: RunConfig) -> ComputeType:
     return "float32" if config.dtype == "float32" else "bfloat16"
 
 
+def read_hardware(name: str, config: RunConfig) -> Hardware:
+    """A known one, a profile's, or this machine's processors, for which torch is needed."""
+    if name.lower() != "cpu":
+        return find_hardware(name)
+    from meshift.cli.profile import measuring_observer
+    from meshift.runtime.profiling.profile import named_hardware
+
+    return named_hardware(name, (compute_type(config),), measuring_observer())
+
+
 def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType | None = None) -> Step:
     """The step of a config, of which the models' config.json are read."""
     models = {role: read_model(name) for role, name in role_names(config).items()}
@@ -104,6 +114,8 @@ def taken_lengths(config: RunConfig, prompt: float | None, completion: float | N
     def source(option: str, given: float | None, of_data: float | None) -> str:
         if given is not None:
             return f"--{option}"
+        if option == COMPLETION and _is_fixed(config):
+            return "the config has them all so long"
         if found is None or of_data is None:
             return f"assumed; --{option} sets it"
         return found.told if option == PROMPT or not isinstance(config, RolloutRunConfig) else EXPECTED
@@ -113,6 +125,13 @@ def taken_lengths(config: RunConfig, prompt: float | None, completion: float | N
         prompt=source(PROMPT, prompt, read.prompt),
         completion=source(COMPLETION, completion, read.completion),
     )
+
+
+def _is_fixed(config: RunConfig) -> bool:
+    """Whether no completion may end before its limit."""
+    if not isinstance(config, RolloutRunConfig):
+        return False
+    return config.generation.min_new_tokens >= config.generation.max_completion_length
 
 
 def check_lengths(asked: Asked, prompt: str, completion: str) -> None:

@@ -153,6 +153,7 @@ def _start(config: RunConfig) -> list[tuple[str, str]]:
 
 def _run_and_show(run: Run, config: RunConfig) -> None:
     from meshift.cli.progress import RichObserver
+    from meshift.models.hf.adapter_files import loading_by_peft
     from meshift.report.write import REPORT, write_report
 
     with RichObserver() as observer:
@@ -165,7 +166,10 @@ def _run_and_show(run: Run, config: RunConfig) -> None:
             raise
     chosen = {key: result.metrics[key] for key in CLOSING_METRICS if key in result.metrics}
     print_metrics("last step", chosen)
-    print(f"model    {result.final_dir}\nmetrics  {result.output_dir / 'metrics.jsonl'}")
+    print(f"model    {result.final_dir}")
+    for expression in filter(None, map(loading_by_peft, sorted(result.output_dir.glob("final*")))):
+        print(f"by peft  {expression}")
+    print(f"metrics  {result.output_dir / 'metrics.jsonl'}")
     try:
         print(f"report   {write_report([result.output_dir], result.output_dir / REPORT)}")
     except MeshiftError as error:  # the run itself is done and saved
@@ -177,7 +181,7 @@ def _kept(observer: RichObserver, output_dir: str) -> str:
 
     latest = latest_name(Path(output_dir))
     if observer.num_done == 0 and latest is None:
-        return f"interrupted before the first step was done; {output_dir} has no checkpoint of it"
+        return "interrupted before the first step was done: there is nothing to go on from"
     if observer.num_done == 0:
         return f"interrupted; --resume goes on from {output_dir}/{latest}"
     steps = "step 1" if observer.num_done == 1 else f"steps 1 to {observer.num_done}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -207,15 +207,28 @@ class RLOOConfig(PolicyConfig):
 
 
 class ReinforcePPConfig(PolicyConfig):
-    """Hu et al. 2025 (REINFORCE++, arXiv 2501.03262); with `baseline: group`, its REINFORCE++-baseline."""
+    """Hu et al. 2025 (REINFORCE++, arXiv 2501.03262); with `baseline: group`, its REINFORCE++-baseline.
+
+    That form pays KL in the loss, by k2, where these two keys are not set otherwise.
+    """
 
     kl_coef: KLCoef = 0.01
     kl_in: KLPlace = "reward"
     kl_estimator: KLEstimator = "k1"
     baseline: Literal["none", "group"] = Field(
-        "none", description="what is taken off a completion's score: nothing, or the mean of its prompt's"
+        "none",
+        description="what is taken off a completion's score: nothing, or the mean of its prompt's (then kl_in is "
+        "loss and kl_estimator k2 by default)",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="discount of rewards per token")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _baseline_form_pays_kl_in_the_loss(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("baseline") != "group":
+            return values
+        values = {"kl_in": "loss", **values}
+        return {"kl_estimator": "k2", **values} if values["kl_in"] == "loss" else values
 
 
 class ReMaxConfig(PolicyConfig):

@@ -9,7 +9,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, stdev
 
 CONFIDENCE = 0.95
@@ -57,6 +57,12 @@ def mean(values: Sequence[float]) -> Estimate:
         return Estimate(value=middle, low=None, high=None, num=1)
     half = student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Estimate(value=middle, low=middle - half, high=middle + half, num=len(values))
+
+
+def mean_count(counts: Sequence[float]) -> Estimate:
+    """The same of what is never below 0, and so neither is the interval."""
+    found = mean(counts)
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
 
 
 def student_quantile(degrees: int) -> float:
@@ -135,8 +141,8 @@ def clustered_n_at_k(samples: Sequence[Sample], *, n: int, k: int, num_draws: in
     """As `filtered_n_at_k`, where those that pass are clustered by behaviour, and submissions taken one from each
     cluster, from the largest on, around again where n are not yet reached (Li et al. 2022, section 4.6).
 
-    The mean over `num_draws` random choices of k samples (one, where k is all of them and no two clusters tie);
-    within a choice the chance is exact.
+    The mean over `num_draws` random choices of k samples, each with a random order of clusters of one size;
+    within a choice the chance is exact. Where k is all samples and no two clusters tie, all draws are the same.
     """
     if not 1 <= k <= len(samples):
         raise ValueError(f"{n}@{k} of {len(samples)} samples")

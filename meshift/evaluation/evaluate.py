@@ -26,7 +26,7 @@ from meshift.evaluation.dialogues import (
     scores_of_all,
 )
 from meshift.evaluation.drawn_folder import DrawnFolder, check_drawn, drawing_beside
-from meshift.evaluation.estimators import Estimate, mean, share
+from meshift.evaluation.estimators import Estimate, mean, mean_count, share
 from meshift.evaluation.generating import Drawer, Drawing, weights_of
 from meshift.evaluation.marking import Marks, Wanted, estimates, mark_answers, mark_programs, maths_function
 from meshift.evaluation.programs import ProgramTests, SandboxedTests
@@ -274,7 +274,7 @@ def _texts(saved: Sequence[Sequence[Saved]]) -> dict[str, Estimate]:
     """What the texts themselves show, whatever they are worth."""
     found = {"truncated": share([fmean(one.truncated for one in of_one) for of_one in saved])}
     if all(one.completion_ids for of_one in saved for one in of_one):
-        found["tokens"] = mean([fmean(len(one.completion_ids) for one in of_one) for of_one in saved])
+        found["tokens"] = mean_count([fmean(len(one.completion_ids) for one in of_one) for of_one in saved])
     texts = [one.completion for of_one in saved for one in of_one]
     distinct = distinct_n(texts, 2)
     return found | {"distinct 2-grams": Estimate(value=distinct, low=None, high=None, num=len(saved))}

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from meshift.config.sections import RewardFunctionConfig
-from meshift.errors import DataError, InputError
+from meshift.errors import DataError, InputError, RewardError
 from meshift.evaluation.answers import final_number, first_number, is_right
 from meshift.evaluation.estimators import (
     Estimate,
@@ -30,8 +30,6 @@ from meshift.rewards.code.unit_tests import program_of
 from meshift.rewards.configured import load_functions
 from meshift.rewards.functions import WeightedFunction, scores_of
 from meshift.rewards.samples import Samples
-from meshift.rewards.scores import Fault
-from meshift.rewards.worker import NOT_TRIED
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +38,14 @@ logger = logging.getLogger(__name__)
 class Marks:
     """Of one question: which samples are right; of programs, which pass the public tests and how they behave.
 
-    `tests_passed` is the part of the tests that each passes, and empty where not all of them were run.
+    Where the question has no public tests (`filters` is false) all are `kept`. `tests_passed` is the part of the
+    tests that each passes, and empty where not all of them were run.
     """
 
     right: list[bool]
     of_programs: bool = False
     kept: list[bool] = field(default_factory=list)
+    filters: bool = False
     behaviours: list[Any] | None = None
     tests_passed: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -106,36 +106,18 @@ def _mark_maths(questions: Sequence[Question], saved: Sequence[Sequence[Saved]])
         columns={"ground_truth": [q.truth for q, _ in flat]},
         where=[q.where for q, _ in flat],
     )
-    values, faults = _all_tried(function, samples)
-    for index, fault in faults.items():
-        if fault.kind == "ValueError":  # the right answer cannot be read; all else is the completion's own fault
-            raise DataError(f"{flat[index][0].where}: math-verify {fault.what}; correct the row.")
-    found = iter([(value == 1.0, faults[i].what if i in faults else "") for i, value in enumerate(values)])
+    scores = scores_of(function, samples)
+    if scores.of_batch:
+        raise RewardError(f"math-verify {scores.faults[0].what}; mend its installation")
+    for index, fault in scores.faults.items():  # of right answers: what completions do is excused, and wrong
+        raise DataError(f"{flat[index][0].where}: math-verify {fault.what}; correct the row.")
+    reasons = [scores.excused[i].what if i in scores.excused else "" for i in range(len(flat))]
+    found = iter([(value == 1.0, reason) for value, reason in zip(scores.values, reasons, strict=True)])
     marks = []
     for of_one in saved:
         each = [next(found) for _ in of_one]
         marks.append(Marks(right=[right for right, _ in each], wrong=[wrong for _, wrong in each]))
     return marks
-
-
-def _all_tried(function: WeightedFunction, samples: Samples) -> tuple[list[float | None], dict[int, Fault]]:
-    """Each sample's value and fault. A step gives up on its other samples after a few timeouts: here they are
-    tried again, until every one has a value or a fault of its own."""
-    values: list[float | None] = [None] * len(samples)
-    faults: dict[int, Fault] = {}
-    left = list(range(len(samples)))
-    while left:
-        scores = scores_of(function, samples.pick(left))
-        untried = [i for i, fault in scores.faults.items() if fault == NOT_TRIED]
-        for i, index in enumerate(left):
-            values[index] = scores.values[i]
-            if i in scores.faults:
-                faults[index] = scores.faults[i]
-        if len(untried) == len(left):
-            break
-        left = [left[i] for i in untried]
-        faults = {index: fault for index, fault in faults.items() if index not in left}
-    return values, faults
 
 
 def mark_programs(
@@ -184,6 +166,8 @@ def _add_public(
     verdicts = tests.verdicts([(problems[i].public, programs[i][j]) for i, j in flat])
     for (i, _), verdict in zip(flat, verdicts, strict=True):  # where no test is public, all are kept
         marks[i].kept.append(verdict.passed or not len(problems[i].public))
+    for mark, problem in zip(marks, problems, strict=True):
+        mark.filters = len(problem.public) > 0
     kept = [(i, j) for i, j in flat if marks[i].kept[j] and problems[i].inputs]
     work = [(problems[i].whole, programs[i][j]) for i, j in kept]
     printed = tests.outputs(work, [problems[i].inputs for i, _ in kept])
@@ -196,8 +180,8 @@ def _add_public(
 
 
 def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wanted) -> dict[str, Estimate]:
-    """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` and `n@k clustered`;
-    the part of tests that pass, where that is known.
+    """`accuracy` (`pass@1` of programs) and `pass@k`, both of each group too; `n@k filtered` (`unfiltered`
+    where no question has public tests) and `n@k clustered`; the part of tests that pass, where that is known.
 
     Raises `InputError` where more samples are wanted than there are.
     """
@@ -209,6 +193,7 @@ def estimates(questions: Sequence[Question], marks: Sequence[Marks], wanted: Wan
             rates[f"pass@{k}"] = [pass_at_k(len(mark.right), sum(mark.right), k) for mark in marks]
     found = {name: _share(values) for name, values in rates.items()}
     if wanted.n_at_ks:
+        _tell_filtered(marks)
         _tell_clustered(marks)
     for n, k in wanted.n_at_ks:
         found |= _n_at_k(marks, n, k, wanted.seed)
@@ -231,15 +216,30 @@ def _n_at_k(marks: Sequence[Marks], n: int, k: int, seed: int) -> dict[str, Esti
         )
         for mark in marks
     ]
-    found = {f"{n}@{k} filtered": _share(filtered)}
+    how = "filtered" if any(mark.filters for mark in marks) else "unfiltered"
+    found = {f"{n}@{k} {how}": _share(filtered)}
     clustered = [
         clustered_n_at_k(_samples(mark), n=n, k=k, seed=seed + i)
         for i, mark in enumerate(marks)
         if mark.behaviours is not None
     ]
     if clustered:
-        found[f"{n}@{k} clustered"] = _share(clustered)
+        found[f"{n}@{k} clustered" + (" unfiltered" if how == "unfiltered" else "")] = _share(clustered)
     return found
+
+
+def _tell_filtered(marks: Sequence[Marks]) -> None:
+    num_filtered = sum(mark.filters for mark in marks)
+    if not num_filtered:
+        logger.warning(
+            "n@k is of samples that nothing filters: no question has public tests; say how many of the first are "
+            "public by --public-tests"
+        )
+    elif num_filtered < len(marks):
+        logger.warning(
+            f"n@k filtered: only {num_filtered} of {len(marks)} questions have public tests; of the others every "
+            "sample may be submitted"
+        )
 
 
 def _tell_clustered(marks: Sequence[Marks]) -> None:
@@ -247,7 +247,7 @@ def _tell_clustered(marks: Sequence[Marks]) -> None:
     if 0 < num_grouped < len(marks):
         logger.warning(
             f"n@k clustered is that of {num_grouped} of {len(marks)} questions: the others have no inputs that "
-            "tell programs apart; n@k filtered is of all of them"
+            "tell programs apart; n@k without it is of all of them"
         )
 
 

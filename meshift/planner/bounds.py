@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from meshift.planner.candidates import Candidate, Op, Problem, Use
+from meshift.planner.candidates import Problem
+from meshift.planner.uses import Candidate, Op, Use
 
 Candidates = Mapping[Use, Sequence[Candidate]]
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from itertools import product
 
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.timeline import Spot, excess_bytes, step_seconds
+from meshift.planner.uses import Use
 
 
 def all_spots(problem: Problem, use: Use) -> list[Spot]:

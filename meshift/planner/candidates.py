@@ -8,16 +8,16 @@ no more memory. It knows nothing of where meshes lie.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import ceil
 
-from meshift.graph.calls import Kind
 from meshift.layout.layout import Coordinates, Layout
-from meshift.planner.cost import Cost, Costs
+from meshift.planner.cost import Costs
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import SLOT_STEP, Memory
 from meshift.planner.moving import Moving
+from meshift.planner.uses import Candidate, Op, Use
 from meshift.planner.workload import Mixing, PlannedCall, Step
 
 GRAIN = 0.01
@@ -30,66 +30,6 @@ FEW_HOSTS, FREE_HOSTS = 8, 16
 """Up to which any number of hosts is a mesh, and up to which one begins at any host."""
 MAX_STAGES = 32
 """More stages than this do not pay for themselves, and make for many layouts."""
-
-
-@dataclass(frozen=True, order=True)
-class Use:
-    """A role and a kind of call."""
-
-    role: str
-    kind: Kind
-
-    def __str__(self) -> str:
-        return f"{self.role}.{self.kind}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A layout for a use: what its calls cost, and bytes of the rank that needs the most of each.
-
-    `kept` is what a rank keeps where the role lives in this layout, `copy` where it lives in another; `working`
-    what each call needs on top. All are rounded up, to hundredths of what a device has (`GRAIN`). `slots` are the
-    sequences that a generation decodes at a time, where they are fewer than the config's.
-    """
-
-    layout: Layout
-    costs: Mapping[str, Cost]
-    kept: int
-    copy: int
-    working: Mapping[str, int]
-    slots: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Devices."""
-        return self.layout.num_ranks
-
-    @cached_property
-    def seconds(self) -> Mapping[str, float]:
-        """Of each call."""
-        return {name: cost.seconds for name, cost in self.costs.items()}
-
-    def least(self, name: str) -> float:
-        """Seconds of a call without packing weights, which is counted with their move where there is one."""
-        return self.seconds[name] - self.costs[name].parts.get("pack", 0.0)
-
-    def work(self, name: str) -> float:
-        """Processor-seconds of a call."""
-        return self.costs[name].seconds * self.costs[name].busy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Op:
-    """Something that takes devices for a time: a call, a move of new weights to another use, or a mixing.
-
-    `uses` are one use for a call, else where weights come from and where they go. `waits` are earlier ops.
-    """
-
-    name: str
-    kind: str
-    uses: tuple[Use, ...]
-    waits: tuple[int, ...]
-    streams: tuple[int, ...] = ()
 
 
 class Problem:
@@ -184,13 +124,15 @@ class Problem:
         return self.step.roles[role].offloaded and self.step.roles[role].trained
 
     def layouts(self, use: Use) -> Iterator[Layout]:
-        """Every layout that could carry the use's calls."""
+        """Every layout that could carry the use's calls; tensor ranks stand on one host."""
         config = self.step.roles[use.role].config
         rows = min(call.texts.num_sequences // call.num_updates for call in self.calls(use))
         for size in self.sizes():
             for tensor in _divisors(size):
                 if tensor > min(self.hardware.per_host, config.num_heads):
                     continue
+                if size > self.hardware.per_host and self.hardware.per_host % tensor:
+                    continue  # some groups would cross hosts
                 for pipeline in _divisors(size // tensor):
                     data = size // tensor // pipeline
                     if pipeline > min(config.num_layers, MAX_STAGES) or data > rows:
@@ -279,6 +221,7 @@ class Problem:
                 call.name: _round_up((memory.working(call, layout, rank).total for rank in ranks), grain)
                 for call in calls
             },
+            leaving=memory.kept(layout, layout.coordinates(0)).leaving,
             slots=slots,
         )
 
@@ -351,6 +294,10 @@ class Problem:
         if op.kind == "move":
             return moving.seconds(source, target, shift, far=far, generates=op.uses[1].kind == "generate")
         return moving.mixing_seconds(source, target, shift, far=far) / self._every(op)
+
+    def buffers(self, op: Op, source: Layout, target: Layout) -> int:
+        """Bytes that wait to be sent or stored on a device during a move or a mixing."""
+        return self.memories[op.uses[0].role].buffers(source, target, mixing=op.kind == "mixing")
 
     def _every(self, op: Op) -> int:
         return next(m.every for m in self.step.mixings if m.target == op.uses[1].role)

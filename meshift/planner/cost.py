@@ -16,7 +16,7 @@ from meshift.planner.decoding import course
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, PREFILL_TOKENS, Memory
 from meshift.planner.rates import rates_of
-from meshift.planner.workload import PlannedCall, Role
+from meshift.planner.workload import PlannedCall, Role, Windows
 
 BATCH_BYTES = 16
 """Of a token in a batch: its id and two or three floats."""
@@ -86,7 +86,6 @@ class Costs:
         """
         config = self.role.config
         attention = 4.0 * config.num_heads / layout.tensor * config.head_dim * rows * seen
-        attention *= 2 if kind == "backward" else 1
         passing = rows * self.role.width * (8 * config.hidden_size + 4 * config.intermediate_size / layout.tensor)
         numbers = float(self.memory.sizes.layer(layout, _first(layout)))
         if plain or config.adapter is None or kind not in ("forward", "backward"):  # generation: by sums
@@ -111,8 +110,14 @@ class Costs:
 
     def _tensor_sum(self, layout: Layout, rows: float) -> float:
         """One all-reduce of rows over tensor ranks."""
-        num_bytes, members = self._row_bytes(rows), layout.tensor
-        return self.hardware.sum_seconds(num_bytes, members, members, layout.num_ranks, late=True)
+        num_bytes, span = self._row_bytes(rows), self._tensor_span(layout)
+        return self.hardware.sum_seconds(num_bytes, layout.tensor, span, layout.num_ranks, late=True)
+
+    def _tensor_span(self, layout: Layout) -> int:
+        """Neighbouring devices that tensor ranks are spread over: two hosts' where some groups cross hosts."""
+        per_host = self.hardware.per_host
+        crosses = layout.num_ranks > per_host and per_host % layout.tensor > 0
+        return max(layout.tensor, per_host + 1) if crosses else layout.tensor
 
     def _row_bytes(self, rows: float) -> float:
         return rows * self.role.config.hidden_size * self.role.width
@@ -165,7 +170,7 @@ class Costs:
 
     def _reading(self, call: PlannedCall, layout: Layout) -> Cost:
         rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
-        read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
+        read, seen = self._read(call, rows), self._seen(call)
         layer, head = self._forward(layout, rows, seen), self._head("read", layout, read)
         each = [stage.forward(*layer) + stage.is_last * head for stage in self._stages(layout)]
         passes, busy = self._passes(each, num, layout, "forward")
@@ -182,7 +187,7 @@ class Costs:
 
     def _learning(self, call: PlannedCall, layout: Layout) -> Cost:
         rows, num = self._rows(call, layout), self.memory.num_passes(call, layout)
-        read, seen = self._read(call, rows), call.texts.prompt + call.texts.completion / 2
+        read, seen = self._read(call, rows), self._seen(call)
         again, stages = self.role.passes.gradient_checkpointing, self._stages(layout)
         forward, back = self._forward(layout, rows, seen), self._layer("backward", layout, rows, seen)
         head = self._head("pass" if self._has_frozen_head else "learn", layout, read)
@@ -232,6 +237,17 @@ class Costs:
         each = rows / (call.num_updates * layout.data)
         return max(1.0, each / self.memory.num_passes(call, layout))
 
+    def _seen(self, call: PlannedCall) -> float:
+        """Tokens that a row of the layers sees, itself included, in the mean."""
+        shared = self.role.passes.share_prefixes
+        return call.texts.num_pairs(self._windows, share_prefixes=shared) / call.texts.num_rows(
+            share_prefixes=shared
+        )
+
+    @property
+    def _windows(self) -> Windows:
+        return self.role.config.windows or (None,)
+
     def _read(self, call: PlannedCall, rows: float) -> float:
         all_rows = call.texts.num_rows(share_prefixes=self.role.passes.share_prefixes)
         return rows * call.num_read * call.texts.num_sequences / max(1.0, all_rows)
@@ -268,7 +284,7 @@ class Costs:
         own = max(1, ceil(call.texts.num_sequences / layout.data))
         sessions = min(layout.pipeline, own)
         slots = max(1, min(call.num_slots // sessions, ceil(own / sessions)))
-        going = course(call.texts, ceil(own / sessions), slots)
+        going = course(call.texts, ceil(own / sessions), slots, layout.data * sessions, self._windows)
         parts = {"decode": 0.0, "tensor": 0.0, "pipeline": 0.0}
         work = busy = 0.0
         for span in going.spans:
@@ -337,7 +353,8 @@ class Costs:
             return 0.0
         logits = FP32 * live * self.role.config.vocab_size
         sums = (2 * self._most_layers(layout) + 1) * self._tensor_sum(layout, live)
-        return sums + self.hardware.gather_seconds(logits, layout.tensor, layout.tensor, among=layout.num_ranks)
+        span = self._tensor_span(layout)
+        return sums + self.hardware.gather_seconds(logits, layout.tensor, span, among=layout.num_ranks)
 
     def _prefill(self, call: PlannedCall, layout: Layout, own: int) -> tuple[float, float]:
         """Prompts of this data rank, in passes of as many as fit: seconds of computing, and of tensor sums."""
@@ -345,7 +362,8 @@ class Costs:
         passes = max(layout.pipeline, ceil(tokens / PREFILL_TOKENS))
         rows, turns = tokens / passes, passes + layout.pipeline - 1
         layers = self._most_layers(layout)
-        layer = self._layer("prompt", layout, rows, call.texts.prompt / 2)
+        seen = call.texts.prompt_pairs(self._windows) / call.texts.prompt
+        layer = self._layer("prompt", layout, rows, seen)
         slow = self.rates.slow("forward", layout.num_ranks * passes / turns)
         each = layers * slow * layer + self._pass_on(layout, rows)
         return turns * each, turns * (2 * layers + 1) * self._tensor_sum(layout, rows)

@@ -1,27 +1,34 @@
 """The course of a generation: how many sequences are live at each step, and how long they have become.
 
-Continuous batching as `generation/scheduler.py` does it: sequences enter slots in order of arrival as soon as
-slots are free. It knows nothing of models or of seconds.
+Continuous batching as `generation/scheduler.py` does it: sequences enter slots in order of arrival, several at a
+time. It knows nothing of models or of seconds.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from random import Random
+from math import ceil
+from operator import add
 
 import numpy as np
 
-from meshift.planner.workload import Texts
+from meshift.planner.workload import Texts, Windows
 
 NUM_SPANS = 48
 """A course is told in so many spans of steps at most."""
+ADMISSION_PART = 8
+"""While sequences live, others wait until one in so many slots is free (`generation.scheduler.ADMISSION_PART`)."""
+DEALS, FEW = 7, 8192
+"""Random deals to ranks that are tried for so few sequences; with more, one is as another."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Steps in a row: how many, and means over them of live sequences and of cached tokens of all of these."""
+    """Steps in a row: how many, and means over them of live sequences and of cached tokens that these all see."""
 
     steps: int
     live: float
@@ -42,29 +49,67 @@ class Course:
 
 
 @lru_cache(maxsize=4096)
-def course(texts: Texts, count: int, slots: int, seed: int = 0) -> Course:
-    """Of `count` sequences of these texts in `slots`; lengths are quantiles of their distribution, shuffled."""
-    lengths = texts.lengths(count)
-    Random(seed).shuffle(lengths)
-    free = [0] * min(slots, count)  # when each slot is free
-    starts = []
-    for length in lengths:
-        start = heapq.heappop(free)
-        starts.append(start)
-        heapq.heappush(free, start + length)
-    begun, counts = np.array(starts), np.array(lengths)
-    ends = begun + counts
+def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Windows = (None,)) -> Course:
+    """Of the slowest of `ranks` engines, each with `count` of the sequences, in `slots` of its own.
+
+    Where some wait, they are dealt at random, several times: that deal counts which takes neither the longest nor
+    the least. Of cached tokens the layers' `windows` are seen, on average.
+    """
+    slots = min(slots, count)
+    begun, ends = _entered(texts, count, slots, ranks)
     total = int(ends.max())
-    live = _over_steps(begun, ends, np.ones(count), total)
-    since = _over_steps(begun, ends, begun, total)
-    cached = live * (texts.prompt + np.arange(total)) - since
+    live = _over_steps(begun, ends, np.ones(len(begun)), total)
+    cached = np.zeros(total)
+    for window, num_layers in Counter(windows).items():
+        cached += num_layers / len(windows) * _cached(texts, begun, ends, total, window)
     width = -(-total // NUM_SPANS)
     spans = tuple(
         Span(min(width, total - at), float(live[at : at + width].mean()), float(cached[at : at + width].mean()))
         for at in range(0, total, width)
     )
-    ended = tuple(float((ends <= at).mean()) for at in range(0, total + width, width))
-    return Course(spans=spans, ended=ended)
+    # Where none waits, those of all engines have begun at once.
+    ended = [float((ends <= at).mean()) if slots < count else 1 - texts.alive(at) for at in range(0, total, width)]
+    return Course(spans=spans, ended=(*ended, 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _entered(texts: Texts, count: int, slots: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The step at which each sequence enters, and that at which it has ended."""
+    if slots >= count:
+        return np.zeros(count, dtype=int), np.array(texts.of_longest(count, ranks))
+    found = []
+    for seed in range(DEALS if count * ranks <= FEW else 1):
+        dealt = texts.deal(count, ranks, seed)
+        found.append(max((max(map(add, starts, n)), starts, n) for n in dealt for starts in [_starts(n, slots)]))
+    _, begun, lengths = sorted(found)[len(found) // 2]
+    return np.array(begun), np.array(begun) + np.array(lengths)
+
+
+def _cached(texts: Texts, begun: np.ndarray, ends: np.ndarray, total: int, window: int | None) -> np.ndarray:
+    """At each step the tokens that live sequences see: all they have, or so many."""
+    least = None if window is None else max(0, ceil(window - texts.prompt))
+    full = ends if least is None else np.minimum(ends, begun + least)
+    growing = _over_steps(begun, full, np.ones(len(begun)), total)
+    cached = growing * (texts.prompt + np.arange(total)) - _over_steps(begun, full, begun, total)
+    if window is not None:
+        cached += _over_steps(full, ends, np.full(len(begun), float(window)), total)
+    return cached
+
+
+def _starts(lengths: Sequence[int], slots: int) -> list[int]:
+    """The step at which each sequence enters, in order of arrival."""
+    free, now, live, starts = slots, 0, list[int](), list[int]()
+    least = slots // ADMISSION_PART
+    for length in lengths:
+        waiting = len(lengths) - len(starts)
+        if not free:
+            while live and (live[0] <= now or free < min(waiting, max(1, least))):
+                now = max(now, heapq.heappop(live))
+                free += 1
+        starts.append(now)
+        heapq.heappush(live, now + length)
+        free -= 1
+    return starts
 
 
 def _over_steps(starts: np.ndarray, ends: np.ndarray, values: np.ndarray, total: int) -> np.ndarray:

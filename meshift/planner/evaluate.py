@@ -130,7 +130,7 @@ def _tasks(step: Step, hardware: Hardware, placements: Placements, streaming: bo
         home = placements[call.role].get("train") or next(iter(placements[call.role].values()))
         memory = Memory(role, hardware.machine)
         packed = cost.parts.get("pack", 0.0) if placement != home and "train" in placements[call.role] else 0.0
-        away = 2 * memory.kept(home.layout, home.layout.coordinates(0)).total / hardware.host_rate
+        away = 2 * memory.kept(home.layout, home.layout.coordinates(0)).leaving / hardware.host_rate
         tasks.append(
             _Task(
                 name=call.name,
@@ -337,7 +337,7 @@ def _lead(task: _Task, earlier: _Task) -> float:
 
 
 def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[str, float]:
-    """For each call, bytes on the device of its mesh that needs the most, counted device by device."""
+    """For each call and move, bytes on the device that needs the most, counted device by device."""
     step = offloading_there(step, hardware)
     memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}
     kept: dict[Device, dict[str, int]] = {}
@@ -359,4 +359,22 @@ def peak_bytes(step: Step, hardware: Hardware, placements: Placements) -> dict[s
             )
             most = max(most, resident + working[key])
         peaks[call.name] = float(most)
+    for name, role, (source, target), mixing in _moved(step, placements):
+        resident = max(
+            sum(size for other, size in kept[device].items() if other == role or not step.roles[other].offloaded)
+            for device in {*source.mesh.devices, *target.mesh.devices}
+        )
+        peaks[name] = float(resident + memories[role].buffers(source.layout, target.layout, mixing=mixing))
     return peaks
+
+
+def _moved(step: Step, placements: Placements) -> Iterator[tuple[str, str, tuple[Placement, Placement], bool]]:
+    """Moves and mixings in which something may be sent: name, whose weights, from where to where, if it mixes."""
+    for role in dict.fromkeys(call.role for call in step.calls if call.kind == "train"):
+        home = placements[role]["train"]
+        for kind, target in placements[role].items():
+            if target != home:
+                yield f"{role} to {kind}", role, (home, target), False
+    for mixing in step.mixings:
+        source, into = placements[mixing.source]["train"], next(iter(placements[mixing.target].values()))
+        yield f"{mixing.source} into {mixing.target}", mixing.source, (source, into), True

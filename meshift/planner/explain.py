@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshift.planner.candidates import Candidate, Op, Use
 from meshift.planner.evaluate import Event
 from meshift.planner.footprint import Footprint, footprints, tightest
 from meshift.planner.planning import Planned
+from meshift.planner.uses import Candidate, Op, Use
 from meshift.planner.written import placements_of
 
 NOTABLE = 0.01

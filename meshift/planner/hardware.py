@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, isfinite
+from math import ceil, isfinite, log2
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,10 +26,11 @@ class Hardware:
     `flops` by compute type and `memory_rate` (bytes) are peaks; `compute_share` and `memory_share` say what part
     of them large matrix products and long reads reach. `near_rate` is the link within a host, `far_rate` its
     part of the network between hosts, `host_rate` the way to the host's memory; `link_share` of them is reached.
-    `near_delay` and `far_delay` are seconds for a message, `layer_delay` for starting one layer's operations.
-    `reserve`: bytes that the runtime, libraries, buffers of NCCL's groups and fragments take. What a `profile`
-    measured stands for all of these but memory and the network between hosts; `processes` are those of a plan on
-    a host, which share its processors where it has no devices (`Profile.cores`).
+    `near_delay` and `far_delay` are seconds for a message, and `near_hop`, `far_hop` for each doubling of a group
+    that sends one together; `layer_delay` is for starting one layer's operations. `reserve`: bytes that the
+    runtime, libraries, buffers of NCCL's groups and fragments take. What a `profile` measured stands for all of
+    these but memory and the network between hosts; `processes` are those of a plan on a host, which share its
+    processors where it has no devices (`Profile.cores`).
     """
 
     name: str
@@ -44,7 +45,9 @@ class Hardware:
     memory_share: float = 0.75
     link_share: float = 0.75
     near_delay: float = 1e-5
+    near_hop: float = 2e-6
     far_delay: float = 2.5e-5
+    far_hop: float = 1e-5
     layer_delay: float = 1e-4
     reserve: float = 4e9
     machine: Machine = field(default_factory=Machine)
@@ -90,7 +93,8 @@ class Hardware:
     ) -> float:
         """All-reduce of so many bytes over `members` devices, evenly spread over `span` neighbouring ones.
 
-        A ring sends 2 (n - 1) / n of the bytes. Between hosts, each host's members share out what crosses.
+        A ring's 2 (n - 1) / n of the bytes are sent, and messages wait for each other as in a tree: NCCL takes
+        either by the size. Between hosts, each host's members share out what crosses.
         `among` processes are at it, in groups of `members` (default: `span`); links of a host are not shared.
         `late`: it comes after products, which not all end at once.
         """
@@ -107,12 +111,13 @@ class Hardware:
         hosts = max(1, ceil(span / self.per_host))
         if hosts == 1:
             rate, delay = self.rate_between(span)
-            return (members - 1) * (num_bytes / members / rate + delay)
+            return (members - 1) * num_bytes / members / rate + delay + self.near_hop * log2(members)
         within = max(1, members // hosts)
         across = min(hosts, members)
         far, delay = self.far_rate * self.link_share, self.far_delay
         inside = self.gather_seconds(num_bytes, within, min(span, self.per_host))
-        return inside + (across - 1) * (num_bytes / across / within / far + delay)
+        delay += self.far_hop * log2(across)
+        return inside + (across - 1) * num_bytes / across / within / far + delay
 
     def send_seconds(self, num_bytes: float, *, far: bool) -> float:
         """From one device to another."""
@@ -152,7 +157,12 @@ KNOWN: Mapping[str, Hardware] = MappingProxyType(
     }
 )
 """By the names that `--hardware` takes. Memory is about what CUDA says that such a device has (the names'
-GB are nearer to GiB). Shares and delays are estimates, to be replaced by a profile."""
+GB are nearer to GiB). Shares and delays are estimates, to be replaced by a profile.
+
+Delays: NCCL's own cost model (`src/graph/tuning.cc`, 2.18 and later) takes 6.6 to 14 us for the base of an
+operation, and for each hop 0.6 us (LL) to 3.4 or 4 us (Simple) over NVLink, 2.7 to 14 us over a network; 23 us
+in all where the switch adds up (NVLS). Ours, with the launch from Python, makes 32 us of a small sum over 8 GPUs.
+"""
 SAME_MEMORY = 0.05
 """A device whose memory differs by more from a known one's of its name is another edition."""
 
@@ -196,7 +206,7 @@ def from_values(values: Mapping[str, Any]) -> Hardware:
     return Hardware(**{**given, "machine": Machine(**given.get("machine", {}))})
 
 
-NO_RATES = ("reserve", "near_delay", "far_delay", "layer_delay")
+NO_RATES = ("reserve", "near_delay", "near_hop", "far_delay", "far_hop", "layer_delay")
 """Numbers that may be 0."""
 COUNTS = ("per_host", "processes")
 
@@ -208,10 +218,7 @@ def _check(key: str, value: object) -> None:
     if key in ("name", "machine", "profile"):
         return
     if key == "flops":
-        if not isinstance(value, Mapping) or not set(COMPUTED_IN) <= value.keys():
-            raise ValueError(f"`flops` must hold the peaks of {' and '.join(COMPUTED_IN)}, not {value!r}")
-        for name, peak in value.items():
-            _check(f"flops.{name}", peak)
+        _check_peaks(value)
         return
     wanted = "a number of at least 0" if key in NO_RATES else "a number above 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
@@ -222,6 +229,15 @@ def _check(key: str, value: object) -> None:
         raise ValueError(f"`{key}` is {value:g}; write a whole number")
     if key.endswith("_share") and value > 1:
         raise ValueError(f"`{key}` is {value:g}; it is a part of 1")
+
+
+def _check_peaks(value: object) -> None:
+    """As `_check`, of `flops`; a type that was not measured has 0 in a profile."""
+    if not isinstance(value, Mapping) or not set(COMPUTED_IN) <= value.keys():
+        raise ValueError(f"`flops` must hold the peaks of {' and '.join(COMPUTED_IN)}, not {value!r}")
+    for name, peak in value.items():
+        if peak != 0 or not any(value.values()):
+            _check(f"flops.{name}", peak)
 
 
 def as_values(hardware: Hardware) -> dict[str, Any]:

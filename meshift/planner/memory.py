@@ -30,6 +30,8 @@ CACHE_STEP = 32
 """Cache lengths are multiples of this (`generation.cache.LENGTH_STEP`)."""
 SLOT_STEP = 8
 """Slots are rounded up to this (`generation.session.ROW_STEP`)."""
+MOVING_BYTES = 512 * 2**20
+"""What waits to be sent or stored on a device while parameters move (`realloc.execute.MAX_BYTES`)."""
 PER_STAGE = 4
 """Micro-batches for each pipeline stage (`training.pipelined.PER_STAGE`)."""
 CPU_BLOCK_BYTES = {"float32": 50_000_000, "bfloat16": 100_000_000}
@@ -67,6 +69,11 @@ class Kept:
     def total(self) -> int:
         """All of them."""
         return sum(getattr(self, one.name) for one in fields(self))
+
+    @property
+    def leaving(self) -> int:
+        """What is copied where the role leaves the device: gradients, all zeros then, are freed."""
+        return self.total - self.gradients
 
     def __add__(self, other: Kept) -> Kept:
         return Kept(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
@@ -148,7 +155,9 @@ class Memory:
         rows = max(
             slots // sessions, min(PREFILL_TOKENS, own * call.texts.longest_prompt), call.texts.longest_prompt
         )
-        logits = slots // sessions * _part(config.vocab_size, layout.tensor) * (width + 2 * FP32)
+        # Every tensor rank draws: from whole rows, a copy of them in fp32, and their exponentials.
+        part = _part(config.vocab_size, layout.tensor) * (layout.tensor > 1)
+        logits = slots // sessions * (config.vocab_size * (width + 2 * FP32) + part * width)
         held = self.sizes.held(layout, where)
         return Working(
             cache=2 * num_layers * slots * heads * length * config.head_dim * width,
@@ -212,6 +221,18 @@ class Memory:
         norm = 16 * largest * (layout.num_ranks > 1)  # `Ranks.norm`: a gradient and its squares, in fp64
         stepping = Working(reduction=max(bucket, norm))
         return max(passes, stepping, key=lambda one: one.total)
+
+    def buffers(self, home: Layout, target: Layout, *, mixing: bool = False) -> int:
+        """Bytes on a device that wait to be sent or stored while weights move (in fp32, where they are mixed).
+
+        None on a CPU: there a receiver reads what others hold.
+        """
+        if self.machine.packs:
+            return 0
+        ends = ((layout, layout.coordinates(layout.num_ranks - 1)) for layout in (home, target))
+        held = [self.sizes.held(*end) for end in ends]
+        numbers = sum(one.total if mixing else one.trained for one in held)
+        return min(MOVING_BYTES, numbers * (FP32 if mixing else self.role.width))
 
     def micro_batch_rows(self, call: PlannedCall, layout: Layout) -> int:
         """Rows of the largest micro-batch: the budget, or what there is of the call, or one long sequence."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from meshift.planner.bounds import least_seconds
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware
 from meshift.planner.prove import Proof, prove
@@ -28,6 +28,7 @@ from meshift.planner.tuning import (
     smaller_passes,
     with_settings,
 )
+from meshift.planner.uses import Use
 from meshift.planner.workload import Step
 from meshift.planner.written import placements_of, plan_values, step_of_choice
 

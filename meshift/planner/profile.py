@@ -27,7 +27,10 @@ weights, fingerprints, the cache of a decode step, and copies (bytes a second)."
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """Rows through matrices of so many numbers: operations a second that one process reached with its threads."""
+    """Rows through matrices of so many numbers: operations a second that one process reached with its threads.
+
+    Operations are those of the forward pass, backward too.
+    """
 
     kind: str
     dtype: str

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from meshift.layout.layout import Layout
 from meshift.planner.bounds import Candidates, least_seconds, reduced
-from meshift.planner.candidates import GRAIN, Op, Problem, Use
+from meshift.planner.candidates import GRAIN, Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import FIRST_PART, Choice, Spot
+from meshift.planner.uses import Op, Use
 
 TICKS = 10_000
 """Of the best step known; with some ten ops rounding costs a bound a tenth of a percent."""
@@ -187,7 +188,10 @@ class _Model:
         if op.kind == "call":
             use = op.uses[0]
             role, rate = self.problem.step.roles[use.role], self.problem.hardware.host_rate
-            away = [2 * one.kept / rate if role.offloaded else 0.0 for one in self.candidates[use]]
+            home = self.problem.home(use.role)
+            least = min(one.leaving for one in self.candidates[home])  # what leaves is the home's
+            leaving = [one.leaving if use == home else least for one in self.candidates[use]]
+            away = [2 * size / rate if role.offloaded else 0.0 for size in leaving]
             return self._sum(
                 use,
                 [

@@ -13,8 +13,9 @@ from itertools import chain
 from random import Random
 
 from meshift.planner.bounds import Candidates, reduced
-from meshift.planner.candidates import Candidate, Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.timeline import Choice, Spot, excess_bytes, step_seconds, timeline
+from meshift.planner.uses import Candidate, Use
 
 NUM_SIZES = 5
 """Sizes of meshes that a first plan may have, from all devices downwards, each half of the one before."""

@@ -28,9 +28,24 @@ class DrawnTexts(Texts):
 
     given: tuple[int, ...]
 
-    def lengths(self, count: int) -> list[int]:
-        """The first `count`; a session of several takes every so many."""
-        return list(self.given[:: max(1, len(self.given) // count)][:count])
+    def alive(self, position: float) -> float:
+        """The share of these that have more than so many tokens."""
+        return sum(length > position for length in self.given) / len(self.given)
+
+    def of_longest(self, count: int, ranks: int) -> list[int]:
+        """All; of several sessions the one that has the longest, with an even share of the others."""
+        del ranks  # which of them it is has been decided
+        if count >= len(self.given):
+            return list(self.given)
+        longest_first = sorted(self.given, reverse=True)
+        return [
+            longest_first[0],
+            *(longest_first[int((i + 0.5) * len(longest_first) / count)] for i in range(1, count)),
+        ]
+
+    def deal(self, count: int, ranks: int, seed: int) -> list[list[int]]:
+        """The same, in an order of arrival."""
+        return [np.random.default_rng(seed).permutation(self.of_longest(count, ranks)).tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +129,8 @@ class _Drawing:
 
     def half(self, call: PlannedCall) -> float:
         """Of a generation's decode steps, the share after which half of a rank's completions have ended."""
-        own = self._own(call)
-        ended = course(call.texts, own, min(call.num_slots, own)).ended
+        own, ranks = self._own(call), self.placements[call.role][call.kind].layout.data
+        ended = course(call.texts, own, min(call.num_slots, own), ranks).ended
         first = next(i for i, share in enumerate(ended) if share >= 0.5)
         return first / (len(ended) - 1)
 

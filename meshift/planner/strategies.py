@@ -13,9 +13,10 @@ from random import Random
 from types import MappingProxyType
 
 from meshift.layout.layout import Layout
-from meshift.planner.candidates import Candidate, Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import Choice, Spot
+from meshift.planner.uses import Candidate, Use
 
 ROUNDS = 4
 """Times that each use is given its best layout, given the others'."""
@@ -42,7 +43,7 @@ def megatron(problem: Problem) -> dict[Use, Spot] | None:
     tensor = max(
         n
         for n in range(1, min(problem.hardware.per_host, num_heads) + 1)
-        if problem.num_devices % n == 0 and num_heads % n == 0
+        if problem.num_devices % n == 0 and num_heads % n == 0 and _on_one_host(problem, n)
     )
     most = min(role.config.num_layers for role in problem.step.roles.values())
     rest = problem.num_devices // tensor
@@ -79,6 +80,10 @@ STRATEGIES: Mapping[str, Callable[[Problem], dict[Use, Spot] | None]] = MappingP
         "colocated": colocated,
     }
 )
+
+
+def _on_one_host(problem: Problem, tensor: int) -> bool:
+    return problem.num_devices <= problem.hardware.per_host or problem.hardware.per_host % tensor == 0
 
 
 def _for_all(problem: Problem) -> set[Layout]:

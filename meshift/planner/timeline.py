@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from meshift.planner.candidates import Candidate, Op, Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import WORK
+from meshift.planner.uses import Candidate, Op, Use
 
 FIRST_PART = 0.1
 """Of a generation passes before others may begin to read."""
@@ -166,8 +167,8 @@ def op_seconds(problem: Problem, op: Op, choice: Choice) -> float:
     """How long an op takes, by the candidates and by whether one mesh of a move is within the other."""
     if op.kind == "call":
         spot, role = choice[op.uses[0]], problem.step.roles[op.uses[0].role]
-        away = 2 * spot.candidate.kept / problem.hardware.host_rate if role.offloaded else 0.0
         home = choice[problem.home(op.uses[0].role)]
+        away = 2 * home.candidate.leaving / problem.hardware.host_rate if role.offloaded else 0.0
         packed = 0.0 if spot.is_same(home) else spot.candidate.costs[op.name].parts.get("pack", 0.0)
         return spot.candidate.seconds[op.name] - packed * role.trained + away
     source, target = (choice[use] for use in op.uses)
@@ -193,20 +194,29 @@ def kept_by(problem: Problem, use: Use, choice: Choice) -> int:
 
 
 def peak_bytes(problem: Problem, choice: Choice) -> dict[str, float]:
-    """For each call, what the device of its mesh that needs the most must hold while it runs."""
+    """For each call and move, what the device of its mesh that needs the most must hold while it runs."""
     kept = {use: kept_by(problem, use, choice) for use in problem.uses}
     found: dict[str, float] = {}
     for op in problem.ops:
-        if op.kind != "call":
-            continue
         own = choice[op.uses[0]]
-        places = {own.first, *(spot.first for spot in choice.values() if own.first <= spot.first < own.stop)}
-        resident = max(
-            sum(kept[use] for use, spot in choice.items() if spot.first <= place < spot.stop) for place in places
-        )
+        if op.kind != "call":
+            other = choice[op.uses[1]]
+            if op.kind == "mixing" or not own.is_same(other):
+                both = max(_resident(choice, kept, own), _resident(choice, kept, other))
+                found[op.name] = both + problem.buffers(op, own.candidate.layout, other.candidate.layout)
+            continue
+        resident = _resident(choice, kept, own)
         back = own.candidate.kept if problem.step.roles[op.uses[0].role].offloaded else 0
         found[op.name] = resident + back + own.candidate.working[op.name]
     return found
+
+
+def _resident(choice: Choice, kept: Mapping[Use, int], own: Spot) -> int:
+    """What uses keep on that device of a mesh where they keep the most."""
+    places = {own.first, *(spot.first for spot in choice.values() if own.first <= spot.first < own.stop)}
+    return max(
+        sum(kept[use] for use, spot in choice.items() if spot.first <= place < spot.stop) for place in places
+    )
 
 
 def excess_bytes(problem: Problem, choice: Choice) -> float:

@@ -5,11 +5,14 @@ It knows nothing of devices, of layouts or of how long anything takes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil, exp, log
 from typing import Literal
+
+import numpy as np
 
 from meshift.config.sections import TrainableConfig
 from meshift.graph.calls import Kind
@@ -17,6 +20,12 @@ from meshift.models.config import DecoderConfig, HeadKind
 
 ComputeType = Literal["float32", "bfloat16"]
 WIDTHS = {"float32": 4, "bfloat16": 2}
+Windows = tuple[int | None, ...]
+"""For each layer how many positions a token sees, as `DecoderConfig.windows` has them; at least one."""
+MAX_STEPS = 8192
+"""In which a completion is gone through."""
+NUM_LAST = 3
+"""Ranks with the most tokens, and with the longest sequences, among which the last one is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,19 @@ class Texts:
         prompts = self.num_prompts if share_prefixes else self.num_sequences
         return prompts * self.prompt + self.num_sequences * self.completion
 
+    def num_pairs(self, windows: Windows, *, share_prefixes: bool) -> float:
+        """Pairs of a row and one that it sees, itself included, in a pass over all sequences; mean of the layers.
+
+        By the distribution of lengths, not by their mean: long completions see more in each of their rows.
+        """
+        prompts = self.num_prompts if share_prefixes else self.num_sequences
+        return prompts * self.prompt_pairs(windows) + self.num_sequences * _own_pairs(self, windows)
+
+    def prompt_pairs(self, windows: Windows) -> float:
+        """Such pairs within one prompt."""
+        seen = [self.prompt if window is None else min(self.prompt, window) for window in windows]
+        return sum(some * (some + 1) / 2 + (self.prompt - some) * some for some in seen) / len(seen)
+
     @cached_property
     def rate(self) -> float:
         """Of the exponential distribution, cut off at `longest_completion`, with this mean; 0: all are longest."""
@@ -101,6 +123,44 @@ class Texts:
         if self.rate == 0.0:
             return [self.longest_completion] * count
         return [min(self.longest_completion, max(1, ceil(-log(share) / self.rate))) for share in shares]
+
+    def longest_of(self, count: int) -> int:
+        """The mean of the longest completion of so many."""
+        if self.rate == 0.0:
+            return self.longest_completion
+        ended = 1 - np.exp(-self.rate * np.arange(self.longest_completion))
+        return max(1, round(float((1 - ended**count).sum())))
+
+    def of_longest(self, count: int, ranks: int) -> list[int]:
+        """Lengths of that one of `ranks` that has the longest sequence, and of the others an even share."""
+        most = self.longest_of(count * ranks)
+        return [most, *(min(most, length) for length in self.lengths(count)[1:])]
+
+    def deal(self, count: int, ranks: int, seed: int) -> list[list[int]]:
+        """All sequences dealt at random: lengths, in order of arrival, of ranks that may be the last to end.
+
+        Those are the ones with the most tokens, and with the longest sequences.
+        """
+        every = np.array([self.longest_of(count * ranks), *self.lengths(count * ranks)[1:]])
+        dealt = np.random.default_rng(seed).permutation(every).reshape(ranks, count)
+        last = {*np.argsort(dealt.sum(1))[-NUM_LAST:].tolist(), *np.argsort(dealt.max(1))[-NUM_LAST:].tolist()}
+        return [dealt[rank].tolist() for rank in sorted(last)]
+
+
+@lru_cache(maxsize=4096)
+def _own_pairs(texts: Texts, windows: Windows) -> float:
+    """Pairs of a completion's rows and those that they see, on average over its length and the layers.
+
+    Each row by the share of completions that are so long, in steps of a token, or of a few in long texts.
+    """
+    edges = np.linspace(0, texts.longest_completion, min(texts.longest_completion, MAX_STEPS) + 1)
+    there = edges if texts.rate == 0.0 else -np.exp(-texts.rate * edges) / texts.rate
+    rows = np.diff(there)
+    rows *= texts.completion / rows.sum()
+    sees = texts.prompt + (edges[1:] + edges[:-1] + 1) / 2
+    counts = Counter(windows)
+    pairs = (n * (rows * (sees if w is None else np.minimum(sees, w))).sum() for w, n in counts.items())
+    return float(sum(pairs)) / len(windows)
 
 
 @dataclass(frozen=True, kw_only=True)

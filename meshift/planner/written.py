@@ -9,8 +9,9 @@ from typing import Any
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device, Mesh
-from meshift.planner.candidates import Problem, Use, with_slots
+from meshift.planner.candidates import Problem, with_slots
 from meshift.planner.timeline import Choice, Spot
+from meshift.planner.uses import Use
 from meshift.planner.workload import Step
 
 
@@ -26,6 +27,19 @@ def placements_of(problem: Problem, choice: Choice) -> dict[str, dict[Kind, Plac
         placement = Placement(mesh=_mesh(problem, spot, numbers), layout=spot.candidate.layout)
         found.setdefault(use.role, {})[use.kind] = placement
     return found
+
+
+def devices_of(problem: Problem, choice: Choice) -> dict[Use, str]:
+    """The devices of every use as its mesh is written; of several hosts, numbers through all of them."""
+    if problem.num_devices > problem.hardware.per_host:
+        return {use: spot.devices for use, spot in choice.items()}
+    placed = placements_of(problem, choice)
+    return {use: str(placed[use.role][use.kind].mesh) for use in choice}
+
+
+def num_idle(problem: Problem, choice: Choice) -> int:
+    """Devices that no call of the plan runs on."""
+    return problem.num_devices - len({i for spot in choice.values() for i in range(spot.first, spot.stop)})
 
 
 def step_of_choice(problem: Problem, choice: Choice) -> Step:

@@ -12,6 +12,7 @@ from meshift.planner.explain import explanation, of_calls, of_proof, of_rivals
 from meshift.planner.footprint import PARTS, WORDS, alike, worst
 from meshift.planner.planning import Planned
 from meshift.planner.variants import Variant, head, table_rows
+from meshift.planner.written import devices_of
 from meshift.report.device_chart import Bar, device_chart
 from meshift.report.document import document, number_table, section
 from meshift.report.markup import Markup, element
@@ -69,14 +70,14 @@ def _host(name: str) -> int:
 
 
 def _calls(planned: Planned) -> Markup:
-    rows = []
+    rows, devices = [], devices_of(planned.problem, planned.choice)
     for op in planned.problem.ops:
         event = next(event for event in planned.events if event.name == op.name)
         if op.kind != "call":
             continue
         spot = planned.choice[op.uses[0]]
         seconds, memory = f"{event.end - event.start:.3g}", f"{event.peak / 1e9:.1f}"
-        rows.append([op.name, str(spot.candidate.layout), spot.devices, seconds, memory])
+        rows.append([op.name, str(spot.candidate.layout), devices[op.uses[0]], seconds, memory])
     return number_table(["call", "layout", "devices", "seconds", "memory, GB"], rows)
 
 

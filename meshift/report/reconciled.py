@@ -125,7 +125,7 @@ def _of_seconds(run: RunData, calls: Sequence[Compared], step: Compared) -> list
     if abs(worst.error) <= GOOD:
         return [f"Every call took what was predicted within {percent(abs(worst.error))}."]
     return [
-        f"The largest error is in {worst.name}: predicted {duration(worst.predicted)}, measured "
+        f"The largest error, in seconds, is in {worst.name}: predicted {duration(worst.predicted)}, measured "
         f"{duration(worst.measured)} ({_times(worst.predicted, worst.measured)}). {_cause(run, worst, notable)}"
     ]
 

@@ -50,6 +50,7 @@ def load_functions(configs: Sequence[RewardFunctionConfig]) -> list[WeightedFunc
                 timeout_s=found.timeout_s,
                 on_error=config.on_error,
                 kwargs=found.kwargs,
+                plain=found.plain,
             )
         )
     return loaded

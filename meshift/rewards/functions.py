@@ -20,6 +20,7 @@ import torch
 from meshift.batch import WHERE, Batch, Outcome, Ragged, column_key
 from meshift.errors import ConfigError, RewardError
 from meshift.rewards import hanging
+from meshift.rewards.answers import STOPPED, AnswerInvoker
 from meshift.rewards.calling import EventLoopThread, Invoker
 from meshift.rewards.locating import score_samples
 from meshift.rewards.remote import RemoteReward
@@ -36,7 +37,10 @@ BLOCKED = 1.1  # of the time that any call may take
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedFunction:
-    """A function, its name in the metrics, its share, and what its config says; `spec` says where to load it."""
+    """A function, its name in the metrics, its share, and what its config says; `spec` says where to load it.
+
+    `plain` is a completion that does no harm, of a function whose time a completion may waste.
+    """
 
     name: str
     function: RewardFunction
@@ -45,6 +49,7 @@ class WeightedFunction:
     timeout_s: float | None = None
     on_error: Literal["stop", "skip"] = "stop"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    plain: str | None = None
 
 
 class RewardFunctions:
@@ -111,11 +116,11 @@ class RewardFunctions:
         return [waiting[c].scores() if c in waiting else c.score(samples) for c in self._callers]
 
     def _report(self, weighted: WeightedFunction, scores: Scores, samples: Samples) -> None:
-        """Stop at a fault, or say the first one of a function once."""
-        if not scores.faults:
+        """Stop at a fault, or say the first one of a function once; so too where a sample was excused."""
+        if not scores.faults and not scores.excused:
             return
         sentence = _sentence(weighted, scores, samples)
-        if weighted.on_error == "stop":
+        if scores.faults and weighted.on_error == "stop":
             raise RewardError(sentence)
         if weighted.name not in self._warned:
             self._warned.add(weighted.name)
@@ -180,6 +185,8 @@ class _Caller:
             raise ConfigError(
                 f"reward function {weighted.name} has a timeout_s; name it by file or module for that"
             )
+        elif weighted.plain is not None:
+            self.invoke = AnswerInvoker(weighted.spec, signature, weighted.timeout_s, weighted.plain)
         else:
             self.invoke = ProcessInvoker(weighted.spec, signature, weighted.timeout_s)
         self.waits = signature.is_async or isinstance(weighted.function, RemoteReward)
@@ -268,6 +275,10 @@ def _mean(numbers: Sequence[float]) -> float:
 
 def _sentence(weighted: WeightedFunction, scores: Scores, samples: Samples) -> str:
     """What went wrong first, on which sample, and what to do."""
+    if not scores.faults:
+        index, fault = min(scores.excused.items())
+        advice = f"answers like that are wrong ones, and reward/{weighted.name}/{STOPPED} is their part"
+        return f"reward function {weighted.name} {fault.what} on {samples.name(index)}; {advice}"
     index, fault = min(scores.faults.items())
     place = f"a batch of {len(samples)} samples" if scores.of_batch else samples.name(index)
     if weighted.on_error == "skip":

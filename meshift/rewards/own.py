@@ -27,6 +27,7 @@ class OwnFunction:
     """Either made in the run's process (`make`), keeping its own time; or found by `spec` in a process of its own,
     which is killed after `timeout_s` unless the config says another time.
 
+    One with a `plain` completion compares completions with right answers: see `AnswerInvoker`.
     `module` of the extra `extra` must be there.
     """
 
@@ -34,6 +35,7 @@ class OwnFunction:
     make: Callable[[Any], RewardFunction] | None = None
     spec: str = ""
     timeout_s: float | None = None
+    plain: str | None = None
     module: str | None = None
     extra: str = ""
 
@@ -46,12 +48,18 @@ class Loaded:
     spec: str | None
     timeout_s: float | None
     kwargs: Mapping[str, Any]
+    plain: str | None = None
 
 
 OWN: Mapping[str, OwnFunction] = {
     "unit_tests": OwnFunction(schema=UnitTestsConfig, make=UnitTests),
     "maths": OwnFunction(
-        schema=MathsConfig, spec="meshift.rewards.maths:maths", timeout_s=10.0, module="math_verify", extra="math"
+        schema=MathsConfig,
+        spec="meshift.rewards.maths:maths",
+        timeout_s=3.0,
+        plain="\\boxed{0}",
+        module="math_verify",
+        extra="math",
     ),
     "format": OwnFunction(schema=FormatConfig, spec="meshift.rewards.shapes:matches", timeout_s=5.0),
     "length": OwnFunction(schema=LengthConfig, make=Length),
@@ -78,7 +86,8 @@ def load_own(name: str, kwargs: Mapping[str, Any], timeout_s: float | None) -> L
     if own.make is None:
         limit = own.timeout_s if timeout_s is None else timeout_s
         function = load_function(own.spec)
-        return Loaded(function=function, spec=own.spec, timeout_s=limit, kwargs=config.model_dump())
+        keys = config.model_dump()
+        return Loaded(function=function, spec=own.spec, timeout_s=limit, kwargs=keys, plain=own.plain)
     if timeout_s is not None:
         raise ConfigError(f"reward function {name} has its own time limits; put them in its kwargs")
     return Loaded(function=own.make(config), spec=None, timeout_s=None, kwargs={})

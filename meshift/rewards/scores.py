@@ -38,13 +38,15 @@ class CallError(Exception):
 class Scores:
     """One value per sample, None where there is none; `faults` by sample; `extras` are numbers to be averaged.
 
-    `of_batch` says that the faults are those of a call on all samples together, and no sample's own.
+    `of_batch` says that the faults are those of a call on all samples together, and no sample's own. `excused` is
+    what went wrong with samples that have a value all the same.
     """
 
     values: list[float | None]
     faults: dict[int, Fault] = field(default_factory=dict)
     extras: dict[str, list[float]] = field(default_factory=dict)
     of_batch: bool = False
+    excused: dict[int, Fault] = field(default_factory=dict)
 
     @staticmethod
     def all_failed(num_samples: int, fault: Fault, *, of_batch: bool) -> Scores:

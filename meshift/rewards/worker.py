@@ -59,6 +59,11 @@ class WorkerProcess:
             raise CallError(Fault(f"ended its process with exit code {answer['code']}", "exit"))
         return answer
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the next question needs no new process."""
+        return self._process is not None
+
     def close(self) -> None:
         """End the process and what it has started; another `ask` starts a new one."""
         if self._finalizer is not None:

@@ -5,6 +5,7 @@ It knows nothing of the loss, nor of how many processes run it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +78,7 @@ def check_kto(config: KTORunConfig) -> list[tuple[str, str]]:
         ("held-out completions", _counted(data.heldout) if data.heldout else "none"),
         ("weights", _balance(config, rows)),
         ("batch", f"{config.data.batch_size} completions per update"),
+        *(("KL term", note) for note in one_prompt_notes(config, rows)),
         *closing_rows(config, KTO_METHOD, sizes, "completions", names=names, trained=trained, memory=memory),
     ]
 
@@ -108,7 +110,23 @@ def build_kto_job(config: KTORunConfig, opener: Opener | None = None) -> Job:
         evaluate=evaluate,
         num_tokens=lambda batch: int(batch["tokens"].lengths.sum()),
         rows=rows,
-        messages=data.messages(),
+        messages=(*data.messages(), *one_prompt_notes(config, rows)),
+    )
+
+
+def one_prompt_notes(config: KTORunConfig, rows: Sequence[Judged]) -> tuple[str, ...]:
+    """A sentence where steps have completions of one prompt only, and so no other to hold them against."""
+    prompts = [tuple(one.tokens[: one.num_prompt_tokens]) for one in rows]
+    size, num_steps = config.data.batch_size, steps_of(config, len(rows))
+    if 2 * max(Counter(prompts).values()) < min(size, len(rows)):  # a batch has a row twice at most
+        return ()
+    loader = Loader(len(rows), size, config.seed, config.data.shuffle)
+    alone = sum(len({prompts[i] for i in loader.batch(step)}) == 1 for step in range(num_steps))
+    if alone == 0:
+        return ()
+    return (
+        f"in {alone} of {num_steps} steps all completions are of one prompt, so z is of texts that belong "
+        "together, and too large: shuffle the data, raise data.batch_size, or add prompts",
     )
 
 
@@ -125,7 +143,7 @@ KTO_METHOD = Method(build=build_kto_job, uses=kto_uses, models=actor_and_referen
 
 
 def judged_batch(rows: Sequence[Judged], max_length: int) -> Batch:
-    """Completions as the keys of KTO's graph, with each prompt's completion of another row."""
+    """Completions as the keys of KTO's graph, and each prompt with the completion of another."""
     tokens = Ragged.from_rows([one.tokens for one in rows], torch.int64)
     num_prompt_tokens = torch.tensor([one.num_prompt_tokens for one in rows])
     return Batch(

@@ -190,7 +190,8 @@ class LocalRole:
     def train(self, task: TrainTask, batch: Batch, *, step: int) -> Outcome:
         """Update. Raises `StaleWeightsError` if other weights drew the batch than the task allows.
 
-        Of a step that was stopped before its first update there is no `grad_norm`.
+        Of a step without any update there is no `grad_norm`. `skipped_updates` counts those that would have taught
+        nothing, where there were any.
         """
         ages: dict[str, float] = {}
         if "versions" in batch:
@@ -205,6 +206,9 @@ class LocalRole:
         # The rate stands beside the gradient's norm: `actor/lr` in PPO, `lr` where one model is trained.
         prefix = f"{self.name}/" if f"{self.name}/grad_norm" in metrics else ""
         metrics[f"{prefix}lr"] = rate
+        skipped = sum(stats.get("skipped", 0.0) for stats in updates)
+        if skipped:
+            metrics[f"{prefix}skipped_updates"] = skipped
         if not any("grad_norm" in stats for stats in updates):
             metrics.pop(f"{prefix}grad_norm", None)  # nothing was measured, which is no NaN
         if self.generator is not None:

@@ -50,7 +50,7 @@ class PromptSource:
             "index": Ragged.scalars(list(range(first, first + len(picked))), torch.int64),
         }
         columns = {column_key(name): [_value(p, name) for p in picked] for name in self.columns}
-        return Batch(fields, columns | ({WHERE: [p.where for p in picked]} if columns else {}))
+        return Batch(fields, columns | {WHERE: [p.where for p in picked]})
 
 
 class FurtherPrompts:

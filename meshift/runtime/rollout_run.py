@@ -74,8 +74,8 @@ class Checked:
 
     @property
     def reward_keys(self) -> tuple[str, ...]:
-        """What reward functions read of a step's batch, besides tokens: nothing where there are none."""
-        return (*(column_key(name) for name in self.columns), "index", WHERE) if self.columns else ()
+        """What reward functions read of a step's batch besides tokens, and errors of where a sample comes from."""
+        return (*(column_key(name) for name in self.columns), "index", WHERE)
 
     def reward_functions(self) -> Callable[[Batch], Outcome] | None:
         """The host call that scores texts, if any function does."""

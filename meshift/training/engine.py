@@ -56,6 +56,9 @@ class Loss(Protocol):
     def count(self, batch: Batch) -> int:
         """Units (tokens, pairs) of a mini-batch: what the loss is a mean over."""
 
+    def teaches(self, batch: Batch) -> bool:
+        """Whether anything in a mini-batch has a weight in the loss; if nothing has, no update is made of it."""
+
     def __call__(self, outputs: Mapping[str, Ragged], batch: Batch) -> LossSums:
         """The loss of a micro-batch from the reading's outputs."""
 
@@ -139,7 +142,9 @@ class TrainingEngine:
     def train(self, task: TrainTask, batch: Batch, *, rate: float, seed: int) -> list[dict[str, float]]:
         """Update the weights; one dictionary of statistics per update, the last with `early_stop` if stopped.
 
-        Mini-batches are drawn anew each epoch from `seed`. Raises `NonFiniteError` before a NaN or infinite
+        A mini-batch that teaches nothing is read for its statistics, which then hold `skipped` and no `grad_norm`:
+        momentum and weight decay would move the weights without it, and no version would say why. Mini-batches are
+        drawn anew each epoch from `seed`. Raises `NonFiniteError` before a NaN or infinite
         loss or gradient can touch the weights.
         """
         assert self.optimizer is not None, "this engine was built without an optimizer"
@@ -148,8 +153,9 @@ class TrainingEngine:
         advice = f"the update was not made: lower learning_rate ({rate:g} here), or {task.loss.reading.suspects}"
         for rows in mini_batch_rows(len(batch), task.num_epochs, task.num_mini_batches, seed):
             update = f"update {len(updates) + 1} of the {self.name}"
+            mini_batch = batch.index(rows)
             try:
-                stats = self.accumulate(task.loss, batch.index(rows))
+                stats = self.accumulate(task.loss, mini_batch)
             except NonFiniteError as error:
                 raise NonFiniteError(f"in {update} {error}; {advice}") from None
             updates.append(stats)
@@ -158,6 +164,10 @@ class TrainingEngine:
                 stats["early_stop"] = 1.0
                 self.optimizer.discard()
                 break
+            if not task.loss.teaches(mini_batch):
+                stats["skipped"] = 1.0
+                self.optimizer.discard()
+                continue
             stats["grad_norm"] = self.optimizer.step(rate)
             if not math.isfinite(stats["grad_norm"]):
                 raise NonFiniteError(f"in {update} the gradient's norm is {stats['grad_norm']}; {advice}")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_choice import next_probabilities, total_variation
 from tiny_rl import tiny_model
 from tiny_texts import random_pairs
 from twins import accumulated, padded, relative_difference, twin_of
@@ -173,3 +174,42 @@ def test_with_log_probs_known_in_advance_no_call_needs_a_reference():
     assert graph.roles() == ("actor",)
     assert {"ref_chosen_logps", "ref_rejected_logps"} <= graph.inputs
     assert dpo_graph(config_for()).roles() == ("reference", "actor")
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+def test_ipo_does_not_become_the_reference_tilted_by_the_share_of_others_that_a_completion_beats(beta):
+    """Azar et al. 2023, with Psi the identity: pi* = ref exp(p(y beats one drawn uniformly) / tau) / Z.
+
+    Given are all ordered pairs of K tokens, weighted by how often the first wins. With h the log-ratio, the sum of
+    p_ij (h_i - h_j - 1 / (2 beta))^2 is least where K h_i is the sum of (2 p_ij - 1) / (2 beta), up to a constant.
+    """
+    num_tokens, num_steps = 8, 80
+    strength = torch.tensor([0.0, 1.0, 0.5, -0.5, 0.8, 0.2, -1.0, 0.4])
+    wins = torch.sigmoid(2 * (strength[:, None] - strength[None, :]))
+    pairs = [(i, j) for i in range(num_tokens) for j in range(num_tokens) if i != j]
+    batch = Batch(
+        {
+            "chosen": Ragged.from_rows([[1, i] for i, _ in pairs], torch.int64),
+            "rejected": Ragged.from_rows([[1, j] for _, j in pairs], torch.int64),
+            "num_prompt_tokens": Ragged.scalars([1] * len(pairs), torch.int64),
+            "pair_weight": Ragged.scalars(torch.stack([wins[i, j] for i, j in pairs])),
+        },
+        {"where": ["here"] * len(pairs)},
+    )
+    config = config_for(dpo={"loss_type": "ipo", "beta": beta})
+    model = {"vocab_size": num_tokens, "scale": 0.2}
+    how = TrainableConfig(learning_rate=5e-3, lr_scheduler_type="linear")
+    roles = {
+        "actor": LocalRole("actor", tiny_model(**model), how, trainable=True, max_steps=num_steps),
+        "reference": LocalRole("reference", tiny_model(**model), TrainableConfig()),
+    }
+    for step in range(num_steps):
+        run_step(dpo_graph(config), roles, batch, step)
+    reference = next_probabilities(tiny_model(**model), [1])
+    beaten = (wins.sum(1) - 0.5) / num_tokens  # with itself it ties
+    optimum = torch.softmax(reference.log() + beaten / beta, -1)
+    h = (2 * wins - 1).sum(1) / (2 * beta * num_tokens)
+    assert torch.allclose(torch.softmax(reference.log() + h, -1), optimum), "the two forms are one"
+    actor = next_probabilities(roles["actor"].model, [1])
+    assert total_variation(reference, optimum) > 0.15, "the optimum must not be where training starts"
+    assert total_variation(actor, optimum) < 0.01

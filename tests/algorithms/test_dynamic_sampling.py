@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_policy import graph_of, make_policy_world, policy_config
+from tiny_policy import first_of_rows, graph_of, host_call, make_policy_world, policy_config, scored_batch
 
 from meshift.algorithms.dynamic_sampling import DynamicSampling, merged_metrics
 from meshift.batch import Batch, Outcome, Ragged
@@ -145,3 +145,24 @@ def test_without_dynamic_sampling_the_step_is_a_plain_one():
     names = [call.name for call in graph_of(policy_config("dapo", dapo={"dynamic_sampling": False})).calls]
     assert names == ["rollout", "reward_functions", "advantages", "train_actor"]
     assert graph_of(policy_config("dapo")).calls[0].name == "sampling"
+
+
+@pytest.mark.parametrize(
+    ("keys", "scores", "lengths", "signal"),
+    [
+        ({"reward_clip": 1.0}, (2, 3, 5, 4), [2] * 4, False),
+        ({}, (2, 3, 5, 4), [2] * 4, True),
+        ({"overlong_buffer_length": 3}, (1, 1, 1, 1), [2, 3, 4, 6], True),
+        ({"overlong_buffer_length": 3}, (1, 1, 1, 1), [1, 2, 3, 2], False),
+        ({"overlong_buffer_length": 0}, (1, 1, 1, 1), [2, 3, 4, 6], False),
+    ],
+)
+def test_a_group_would_count_as_without_signal_whose_advantages_are_not_zero(keys, scores, lengths, signal):
+    """Signal is what advantages are made of: clipped scores, less what long completions pay."""
+    config = policy_config("dapo", data={"dataset_name": "unused", "batch_size": 1}, dapo=keys)
+    call = next(call for call in graph_of(config).calls if call.name == "sampling")
+    drawn = scored_batch([float(score) for score in scores], lengths=lengths)
+    outcome = call.collect(drawn, [Outcome(batch=drawn)])
+    assert outcome.metrics["sampling/num_filled"] == (0 if signal else 1)
+    advantages = host_call(config)(outcome.batch).batch["advantages"]
+    assert any(first_of_rows(advantages)) == signal

@@ -1,5 +1,7 @@
 """KTO's loss and gradient are those of a naive padded computation, with one KL term for the whole step."""
 
+import random
+
 import pytest
 import torch
 from tiny_choice import VOCAB, next_probabilities
@@ -7,7 +9,7 @@ from tiny_rl import tiny_model
 from tiny_texts import random_pairs
 from twins import budget_for, padded, relative_difference, twin_of
 
-from meshift.algorithms.kto import kl_term, kto_graph, kto_loss, mismatched
+from meshift.algorithms.kto import kl_term, kto_graph, kto_loss, mismatched, partners
 from meshift.batch import WHERE, Batch, Ragged
 from meshift.config.loading import make_config
 from meshift.config.runs import KTORunConfig
@@ -56,10 +58,29 @@ def naive_logps(model, rows, num_prompt_tokens):
     return (per_token * inside).sum(-1)
 
 
-def test_each_prompt_gets_the_next_rows_completion():
+def test_each_prompt_gets_the_next_rows_completion_where_all_prompts_differ():
     tokens = Ragged.from_rows([[1, 2, 3], [4, 5], [6, 7, 8, 9]])
     found = mismatched(tokens, torch.tensor([2, 1, 1]), 3)
     assert [row.tolist() for row in found.rows()] == [[1, 2, 5], [4, 7, 8], [6, 3]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_completion_would_be_held_against_its_own_prompt(seed):
+    """Rows of one prompt are neighbours in files of pairs; no text of z may belong together."""
+    draw = random.Random(seed)
+    prompts = [draw.randrange(draw.choice((2, 3, 12))) for _ in range(draw.randrange(2, 20))]
+    prompts = sorted(prompts) if seed % 2 else prompts
+    if len(set(prompts)) == 1:
+        prompts.append(max(prompts) + 1)
+    found = partners(prompts)
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(found))
+    if max(map(prompts.count, prompts)) <= len(prompts) / 2:
+        assert sorted(found) == list(range(len(prompts))), "every completion counts once"
+
+
+def test_completions_of_one_prompt_are_held_against_each_other():
+    assert partners(["a"] * 3) == [1, 2, 0]
+    assert partners(["a", "a", "a", "b", "a"]) == [3, 3, 3, 0, 3]
 
 
 def test_the_kl_term_is_the_mean_log_ratio_and_never_negative():

@@ -300,4 +300,4 @@ def test_a_ratio_beyond_all_numbers_makes_a_large_weight_and_no_nan():
     assert torch.isfinite(weights).all()
     assert (weights * 0.0).sum() == 0.0
     assert weights[0] == 1.0
-    assert weights[1] > 1e30
+    assert weights[1] > 1e8

@@ -55,13 +55,25 @@ def test_a_pair_holds_texts_of_one_prompt_with_their_own_scores():
         assert float(one["flip_probability"].values) == pytest.approx(lost, rel=1e-5)
 
 
-def test_completions_that_all_score_the_same_would_move_the_policy():
-    world = choice_world("online_dpo", equal, 2, num_steps=1)
-    before = {name: p.detach().clone() for name, p in world.roles["actor"].model.named_parameters()}
-    metrics = world.step([[1], [2]]).metrics
-    assert metrics["sampling/num_pairs"] == 0
-    assert metrics["reward/frac_reward_zero_std"] == 1
-    assert all(torch.equal(before[name], p) for name, p in world.roles["actor"].model.named_parameters())
+def test_completions_that_all_score_the_same_would_move_the_policy_by_the_momentum_of_steps_before():
+    rewards = iter([priced, equal, equal, priced])
+
+    def reward(completion_ids):
+        return next(rewards)(completion_ids)
+
+    world = choice_world("online_dpo", reward, 1, num_steps=9)
+    actor, moved, versions = world.roles["actor"], [], []
+    for step in range(4):
+        before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
+        metrics = world.step([[1], [2], [3]], step).metrics
+        moved.append(any(not torch.equal(before[name], p) for name, p in actor.model.named_parameters()))
+        versions.append(actor.version)
+        assert (metrics["sampling/num_pairs"] == 0) == (not moved[-1])
+        assert (metrics["reward/frac_reward_zero_std"] == 1) == (not moved[-1])
+        assert metrics.get("skipped_updates", 0) == (0 if moved[-1] else 1)
+        assert ("grad_norm" in metrics) == moved[-1]
+    assert moved == [True, False, False, True]
+    assert versions == [1, 1, 1, 2]
 
 
 def test_both_sides_would_be_read_at_another_temperature_than_they_were_drawn_with():

@@ -18,7 +18,7 @@ from tiny_policy import (
 
 from meshift.algorithms.dapo import overlong_price
 from meshift.algorithms.policy_losses import ClippedLoss, ClippedWeightLoss
-from meshift.batch import Ragged
+from meshift.batch import Outcome, Ragged
 from meshift.runtime.rollout_run import sampling_task
 
 NAN = math.nan
@@ -176,6 +176,24 @@ def test_remax_takes_the_greedy_score_off_the_returns():
     assert outcome.metrics["reward/over_greedy"] == pytest.approx(statistics.mean(SCORES[:4]) - 0.5)
 
 
+@pytest.mark.parametrize("keys", [{"reward_clip": 1.0}, {"missing_eos_penalty": 3.0}])
+def test_remax_would_hold_shaped_scores_against_a_greedy_score_as_it_was_given(keys):
+    """Where every completion earns 5 and runs into the limit, none is better than the greedy one."""
+    config = policy_config("remax", remax={"kl_coef": 0.0, **keys})
+    outcome = make_policy_world(lambda completion_ids: [5.0 for _ in completion_ids], config).step([[1], [2, 3]])
+    assert outcome.batch["truncated"].values.all()
+    assert outcome.batch["advantages"].values.abs().max() == 0
+    assert outcome.metrics["greedy/reward/mean"] == 5, "as it was given"
+
+
+def test_the_greedy_completion_pays_for_its_own_end():
+    config = policy_config("remax", remax={"kl_coef": 0.0, "missing_eos_penalty": 3.0, "reward_clip": 4.0})
+    call = next(call for call in graph_of(config).calls if call.name == "greedy_baseline")
+    drawn = Outcome(batch=scored_batch((5.0, 2.0), truncated=[True, False]))
+    baseline = call.collect(scored_batch(SCORES), [drawn]).batch["baseline"].values
+    assert baseline.tolist() == [1.0] * 4 + [2.0] * 4
+
+
 def test_each_prompt_is_compared_with_its_own_greedy_completion():
     """What a prompt says first is what any completion of it earns, so the right greedy one leaves no advantage."""
     config = policy_config(
@@ -210,6 +228,46 @@ def test_the_overlong_price_comes_off_before_completions_are_compared():
     spread = statistics.stdev(shaped) + 1e-4
     assert found[:4] == pytest.approx([(s - statistics.mean(shaped)) / spread for s in shaped], rel=1e-4)
     assert outcome.metrics["reward/overlong_penalty"] == pytest.approx(0.5 * (1 / 3 + 2 / 3 + 1) / 8)
+
+
+NOTHING_SCORED, ALL_EQUAL = [None], [0.1]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "second", "moves"),
+    [
+        ("grpo", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("grpo", {"kl_coef": 0.04}, ALL_EQUAL, True),
+        ("grpo", {"kl_coef": 0.0, "entropy_coef": 0.01}, ALL_EQUAL, True),
+        ("grpo", {"kl_coef": 0.04, "entropy_coef": 0.01}, NOTHING_SCORED, False),
+        ("gspo", {"num_mini_batches": 2}, ALL_EQUAL, False),
+        ("cispo", {"num_mini_batches": 2}, ALL_EQUAL, False),
+        ("dr_grpo", {}, ALL_EQUAL, False),
+        ("rloo", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("rloo", {"kl_coef": 0.1}, ALL_EQUAL, True),
+        ("reinforce_pp", {"kl_coef": 0.0}, ALL_EQUAL, False),
+        ("remax", {"kl_coef": 0.0}, ALL_EQUAL, False),
+    ],
+)
+def test_a_step_that_teaches_nothing_would_move_the_policy_by_momentum(method, keys, second, moves):
+    """The second step has no advantages; KL to the reference (in loss or reward) and entropy teach something."""
+    actor = {"model_name_or_path": "unused", "learning_rate": 1e-2, "weight_decay": 0.1}
+    config = policy_config(method, actor=actor, **{method: keys})
+    is_first = True
+
+    def reward(completion_ids):
+        return [float(ids[0] % 3) for ids in completion_ids] if is_first else second * len(completion_ids)
+
+    world, prompts = make_policy_world(reward, config, max_steps=9), [[1], [2, 3], [4], [5]]
+    world.step(prompts, 0)
+    role = world.roles["actor"]
+    version, before = role.version, {name: p.detach().clone() for name, p in role.model.named_parameters()}
+    assert version > 0
+    is_first = False
+    metrics = world.step(prompts, 1).metrics
+    assert any(not torch.equal(before[name], p) for name, p in role.model.named_parameters()) == moves
+    assert (role.version > version) == moves
+    assert metrics.get("actor/skipped_updates", 0) == (0 if moves else config.num_mini_batches)
 
 
 def test_a_reward_model_and_functions_add_up_by_weight():

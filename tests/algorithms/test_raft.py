@@ -51,13 +51,24 @@ def test_a_step_would_learn_from_something_else_than_the_best_completions():
         assert torch.allclose(gradients[1][name], expected, rtol=1e-4, atol=1e-7), name
 
 
+def good(completion_ids):
+    return [3.0 for _ in completion_ids]
+
+
 def test_what_scores_too_little_would_be_imitated():
-    world = choice_world("raft", places, 2, num_steps=1, num_generations=4, min_score=2.5)
+    rewards = iter([good, places])
+
+    def reward(completion_ids):
+        return next(rewards)(completion_ids)
+
+    world = choice_world("raft", reward, 2, num_steps=9, min_score=2.5)
+    assert world.step([[1], [2]]).metrics["sampling/num_kept"] == 2
     before = {name: p.detach().clone() for name, p in world.roles["actor"].model.named_parameters()}
-    outcome = world.step([[1], [2]])
+    outcome = world.step([[1], [2]], 1)  # when the optimizer has momentum
     assert outcome.metrics["sampling/num_kept"] == 0
     assert outcome.batch["trained"].values.tolist() == [False]
     assert all(torch.equal(before[name], p) for name, p in world.roles["actor"].model.named_parameters())
+    assert (world.roles["actor"].version, outcome.metrics["actor/skipped_updates"]) == (1, 1)
     world = choice_world("raft", places, 2, num_steps=1, num_generations=64, num_kept=64, min_score=1)
     kept = world.step([[1]]).batch
     assert 0 < len(kept) < 64

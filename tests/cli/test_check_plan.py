@@ -94,7 +94,13 @@ ALONE = {role: {kind: {"mesh": "0-1", "layout": "d2t1p1"} for kind in kinds} for
 
 
 def test_memory_that_is_short_is_told_with_what_would_fit(check, tmp_path):
-    words = ("--hardware", "a100", "dtype=float32", "actor.max_tokens_per_micro_batch=32768")
+    words = (
+        "--hardware",
+        "a100",
+        "dtype=float32",
+        "actor.max_tokens_per_micro_batch=65536",
+        "ppo.num_mini_batches=1",
+    )
     code, out, err = check(ALONE, *words)
     assert code == 2
     assert "`train_actor` (actor.train) needs " in out

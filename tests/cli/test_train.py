@@ -1,5 +1,6 @@
 """`meshift sft`, `reward`, `dpo` and `ppo`: what is shown of a run, and what an interrupted one says it kept."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,23 @@ def test_a_finished_run_says_what_it_reached_and_where_it_lies(invoke, capsys, t
     assert str(tmp_path / "run" / "final") in out
     assert "note: 2 pairs were left out" in err
     assert "step 3/3" in err
+
+
+def test_a_finished_run_says_how_peft_loads_its_adapters(invoke, capsys, tmp_path):
+    def run(config, observer):
+        for name, task in (("final", "CAUSAL_LM"), ("final_critic", "SEQ_CLS")):
+            folder = tmp_path / "run" / name
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+        return run_steps(config, observer, 1)
+
+    assert invoke(run) == 0
+    out = "".join(capsys.readouterr().out.split())
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{tmp_path}/run/final")' in out
+    assert (
+        f'AutoPeftModelForSequenceClassification.from_pretrained("{tmp_path}/run/final_critic",num_labels=1)'
+        in out
+    )
 
 
 def test_a_dry_run_prints_the_arithmetic_and_runs_nothing(invoke, capsys, monkeypatch):

@@ -61,6 +61,25 @@ def test_only_the_baseline_form_of_reinforce_pp_needs_a_group():
     make(ReinforcePPRunConfig, reinforce_pp={"baseline": "group"}, generation={"num_generations": 2})
 
 
+@pytest.mark.parametrize(
+    ("keys", "place", "estimator"),
+    [
+        ({}, "reward", "k1"),
+        ({"baseline": "none", "kl_in": "loss"}, "loss", "k1"),
+        ({"baseline": "group"}, "loss", "k2"),
+        ({"baseline": "group", "kl_in": "loss"}, "loss", "k2"),
+        ({"baseline": "group", "kl_in": "reward"}, "reward", "k1"),
+        ({"baseline": "group", "kl_estimator": "k3"}, "loss", "k3"),
+        ({"baseline": "group", "kl_in": "reward", "kl_estimator": "k3"}, "reward", "k3"),
+    ],
+)
+def test_the_baseline_form_of_reinforce_pp_is_the_papers_where_nothing_else_is_said(keys, place, estimator):
+    config = make(ReinforcePPRunConfig, reinforce_pp=keys, generation={"num_generations": 2})
+    assert (config.reinforce_pp.kl_in, config.reinforce_pp.kl_estimator) == (place, estimator)
+    again = ReinforcePPRunConfig.model_validate_json(config.model_dump_json())
+    assert again.reinforce_pp == config.reinforce_pp
+
+
 @EACH
 @pytest.mark.parametrize("reference", [{"sync_ref_model": True}, {"model_name_or_path": "some/model"}])
 def test_a_reference_that_nothing_would_read_is_refused(schema, reference):

@@ -156,13 +156,13 @@ def test_functions_have_no_clusters_and_all_are_kept_where_no_test_is_public(tmp
     [marks] = mark_programs(questions, saved, sandboxed, with_public=True)
     assert (marks.kept, marks.behaviours) == ([True, True], None)
     found = estimates(questions, [marks], Wanted(n_at_ks=((1, 2),)))
-    assert found["1@2 filtered"].value == 0.5
-    assert "1@2 clustered" not in found
+    assert found["1@2 unfiltered"].value == 0.5
+    assert not {"1@2 filtered", "1@2 clustered", "1@2 clustered unfiltered"} & found.keys()
 
 
 def test_one_problem_without_inputs_leaves_the_clusters_of_the_others(caplog):
     questions = [type("Q", (), {"group": ""})()] * 3
-    grouped = {"kept": [True] * 3, "of_programs": True}
+    grouped = {"kept": [True] * 3, "of_programs": True, "filters": True}
     marks = [
         Marks(right=[True, True, False], behaviours=["a", "a", "b"], **grouped),
         Marks(right=[False] * 3, **grouped),
@@ -176,6 +176,21 @@ def test_one_problem_without_inputs_leaves_the_clusters_of_the_others(caplog):
     caplog.clear()
     assert "1@3 clustered" not in estimates(questions[:1], marks[1:2], Wanted(n_at_ks=((1, 3),)))
     assert not caplog.text
+
+
+def test_what_nothing_filters_is_not_called_filtered_and_what_some_tests_filter_is_told(caplog):
+    questions = [type("Q", (), {"group": ""})()] * 2
+    one = {"right": [True, False], "kept": [True, True], "behaviours": ["a", "b"], "of_programs": True}
+    wanted = Wanted(n_at_ks=((1, 2),))
+    found = estimates(questions, [Marks(**one), Marks(**one)], wanted)
+    assert {name for name in found if "@2" in name} == {"1@2 unfiltered", "1@2 clustered unfiltered"}
+    assert found["1@2 unfiltered"].value == 0.5, "pass@1"
+    assert "n@k is of samples that nothing filters" in caplog.text
+    assert "--public-tests" in caplog.text
+    caplog.clear()
+    found = estimates(questions, [Marks(**one), Marks(**one | {"kept": [True, False]}, filters=True)], wanted)
+    assert found["1@2 filtered"].value == (0.5 + 1) / 2
+    assert "only 1 of 2 questions have public tests" in caplog.text
 
 
 def test_groups_have_estimates_of_their_own():

@@ -1,5 +1,7 @@
 """Answers that take a checker of mathematics too long cost themselves alone."""
 
+from dataclasses import replace
+
 from benchmark_rows import MATH, questions_of
 
 from meshift.config.sections import RewardFunctionConfig
@@ -23,7 +25,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def test_more_hanging_answers_than_a_step_waits_for_would_make_all_later_ones_wrong(tmp_path, monkeypatch):
     (tmp_path / "checker.py").write_text(FILE)
     config = RewardFunctionConfig(function=f"{tmp_path}/checker.py:compute_score", on_error="skip", timeout_s=0.2)
-    monkeypatch.setattr(marking, "maths_function", lambda: load_functions([config])[0])
+    [function] = load_functions([config])
+    monkeypatch.setattr(marking, "maths_function", lambda: replace(function, plain="plain"))
     texts = ["right", *["hang"] * 6, "wrong", "odd", "right", "hang", "right"]
     questions = questions_of(tmp_path, "math", MATH)
     saved = [[Saved(id="0", sample=j, completion=text) for j, text in enumerate(texts)]]

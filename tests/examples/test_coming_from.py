@@ -9,10 +9,10 @@ from pydantic import TypeAdapter
 
 from meshift.cli.main import main
 from meshift.config.loading import describe_keys
-from meshift.config.policy_runs import GRPORunConfig
+from meshift.config.policy_runs import DAPORunConfig, GRPORunConfig
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, SFTRunConfig
 
-SCHEMAS = (SFTRunConfig, RewardRunConfig, DPORunConfig, PPORunConfig, GRPORunConfig)
+SCHEMAS = (SFTRunConfig, RewardRunConfig, DPORunConfig, PPORunConfig, GRPORunConfig, DAPORunConfig)
 PAGES = ("trl", "verl", "openrlhf")
 ARITHMETIC = {"steps_per_generation", "per_device_train_batch_size", "reward_weights", "num_mini_batches"}
 ARITHMETIC |= {"actor_rollout_ref.actor.ppo_mini_batch_size", "--train.batch_size", "--data.max_len"}

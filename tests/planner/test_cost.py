@@ -13,12 +13,13 @@ from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
 from meshift.models.shards import shard_table
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import Costs
-from meshift.planner.decoding import course
 from meshift.planner.hardware import KNOWN, as_values, from_values
 from meshift.planner.memory import Memory
 from meshift.planner.moving import Moving
-from meshift.planner.workload import PlannedCall, Role, Texts
+from meshift.planner.uses import Use
+from meshift.planner.workload import PlannedCall, Role, Step, Texts
 from meshift.realloc.plan import plan, unchanged
 from meshift.training.flops import training_flops
 from meshift.training.optimizer import freeze, is_trained
@@ -137,6 +138,51 @@ def test_training_is_planned_to_take_the_operations_that_the_engine_counts(how):
     assert cost.parts["compute"] * H100.flops["bfloat16"] * H100.compute_share == pytest.approx(counted, rel=0.06)
 
 
+WINDOWS = {"all": (), "windows": (256,) * 8, "every other": (200, None) * 4}
+
+
+@pytest.mark.parametrize("windows", list(WINDOWS.values()), ids=list(WINDOWS))
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "mean", "most", "each"), [(1024, 256, 2048, 2), (64, 2000, 16000, 1), (3000, 8, 8, 4)]
+)
+def test_long_texts_are_planned_to_take_the_operations_that_the_engine_counts(
+    prompt, mean, most, each, share, windows
+):
+    """In a narrow model, of which attention is the most: texts of lengths from their distribution."""
+    passes = TrainableConfig(max_tokens_per_micro_batch=1 << 20, share_prefixes=share)
+    config = replace(llama(layers=8, hidden=128, vocab_size=500, intermediate_size=256), windows=windows)
+    role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
+    texts = Texts(
+        num_prompts=16,
+        per_prompt=each,
+        prompt=prompt,
+        longest_prompt=prompt,
+        completion=mean,
+        longest_completion=most,
+    )
+    endless = replace(H100, memory_rate=1e30, layer_delay=0.0)
+    with torch.device("meta"):
+        model = Decoder(config)
+    given = Texts(**{**vars(texts), "num_prompts": 4000}).lengths(4000)
+    scale = 16 * each / len(given)
+    spans = [(prompt, n) for n in given]
+    begun = [(0, prompt)] * round(16 * (1 if share else each) / scale)
+    num_rows = sum(given) + prompt * len(begun)
+    trained = scale * training_flops(model, [*begun, *spans], sum(given), num_rows)
+    done = {kind: seconds(kind, "d1t1p1", texts=texts, hardware=endless, role=role) for kind in ("train", "infer")}
+    rate = H100.flops["bfloat16"] * H100.compute_share
+    assert done["train"].parts["compute"] * rate == pytest.approx(trained, rel=0.03)
+    assert 2.5 < done["train"].parts["compute"] / done["infer"].parts["compute"] < 3.1
+
+
+def test_going_back_takes_twice_the_operations_of_attention_that_a_pass_forward_takes():
+    endless = replace(H100, memory_rate=1e30, layer_delay=0.0)
+    costs = Costs(actor(llama(hidden=128)), endless)
+    there, back = (costs._layer(kind, Layout(), 1e4, 1e5) for kind in ("forward", "backward"))
+    assert back / there == pytest.approx(2)
+
+
 @pytest.mark.parametrize("first", [0, 2, 7])
 def test_adapters_in_the_upper_layers_make_those_layers_dearer_and_no_others(first):
     """Of eight layers; generation multiplies by sums, which are as large as the matrices without adapters."""
@@ -172,7 +218,7 @@ def test_sharded_state_is_brought_together_where_passes_go_and_gradients_added_u
     config = adapted(llama(layers=8, hidden=512, vocab_size=2000, tie_word_embeddings=tied), passes)
     role = Role(name="actor", config=config, head="lm", trained=True, passes=passes)
     texts = Texts(num_prompts=16, prompt=1, longest_prompt=1, completion=255, longest_completion=255)
-    plain = replace(H100, near_rate=1e9, link_share=1.0, near_delay=0.0)
+    plain = replace(H100, near_rate=1e9, link_share=1.0, near_delay=0.0, near_hop=0.0)
     cost = seconds("train", "d2t1p1s", texts=texts, hardware=plain, role=role)
     table = shard_table(config, "lm")
     learns = {name for name in table if is_trained(name, passes, "lm")}
@@ -221,14 +267,35 @@ def test_a_growing_cache_makes_later_tokens_dearer():
 
 
 @pytest.mark.parametrize("layout", ["d1t2p1", "d1t8p1"])
-def test_tensor_ranks_send_a_ring_of_rows_at_each_of_their_sums(layout):
+def test_tensor_ranks_send_a_rings_bytes_of_rows_at_each_of_their_sums(layout):
     role, layout = actor(), Layout.parse(layout)
     costs = Costs(role, H100)
     given, t = call("infer"), layout.tensor
     num = costs.memory.num_micro_batches(given, layout)
     rows = TEXTS.num_rows(share_prefixes=True) / num
-    ring = 2 * (t - 1) * (rows * 4096 * 2 / t / (H100.near_rate * H100.link_share) + H100.near_delay)
+    sent = (t - 1) * rows * 4096 * 2 / t / (H100.near_rate * H100.link_share)
+    ring = 2 * (sent + H100.near_delay + {2: 1, 8: 3}[t] * H100.near_hop)
     assert costs.of(given, layout).parts["tensor"] == pytest.approx(num * 65 * ring)
+
+
+def test_small_messages_take_what_nccl_is_known_to_take():
+    """Tens of microseconds within a host, a little more for twice the devices; across hosts by their doublings."""
+    eight, two = (H100.sum_seconds(1e3, n, n) for n in (8, 2))
+    assert 2e-5 < two < eight < 4e-5
+    many, few = (H100.sum_seconds(1e3, 8 * n, 8 * n) for n in (128, 2))
+    assert many - few == pytest.approx(2 * 6 * H100.far_hop, rel=0.1)
+
+
+def test_tensor_groups_that_cross_hosts_are_costed_as_such_and_not_offered():
+    role = actor(llama(num_attention_heads=24, num_key_value_heads=24, head_dim=128))
+    within, across = (seconds("infer", name, role=role).parts["tensor"] for name in ("d2t3p1", "d8t3p1"))
+    assert across > 2 * within / 4  # with a fourth of the rows each
+    whole, crossing = (seconds("infer", name, role=role).parts["tensor"] for name in ("d6t4p1", "d8t3p1"))
+    assert crossing > whole
+    step = Step(roles={"actor": role}, calls=(call("infer"),))
+    found = {layout.tensor for layout in Problem(step, H100, 24).layouts(Use("actor", "infer"))}
+    assert found == {1, 2, 4, 8}
+    assert 3 in {layout.tensor for layout in Problem(step, H100, 6).layouts(Use("actor", "infer"))}
 
 
 def test_a_pipeline_idles_for_its_other_stages():
@@ -249,23 +316,6 @@ def test_a_faster_network_makes_only_what_crosses_hosts_faster():
     faster = H100.changed(far_rate=2)
     assert seconds("train", "d1t8p1", hardware=faster).seconds == near.seconds
     assert 0.5 <= seconds("train", "d16t1p1", hardware=faster).parts["data"] / far.parts["data"] < 0.9
-
-
-def test_lengths_have_the_mean_and_the_limit_that_were_asked_for():
-    lengths = TEXTS.lengths(20000)
-    assert sum(lengths) / len(lengths) == pytest.approx(300, rel=0.01)
-    assert max(lengths) == 1024
-    assert TEXTS.alive(400) == pytest.approx(sum(n > 400 for n in lengths) / 20000, abs=0.01)
-
-
-def test_the_course_of_a_generation_is_that_of_slots_filled_one_by_one():
-    found = course(TEXTS, 100, 16)
-    assert sum(span.steps * span.live for span in found.spans) == pytest.approx(sum(TEXTS.lengths(100)))
-    assert max(span.live for span in found.spans) <= 16
-    assert course(TEXTS, 100, 100).num_steps == max(TEXTS.lengths(100))
-    assert found.num_steps > course(TEXTS, 100, 32).num_steps
-    assert found.ended[0] == 0
-    assert found.ended[-1] == 1
 
 
 def test_a_description_of_hardware_survives_json():

@@ -8,13 +8,14 @@ from tiny_steps import device, llama, step, texts
 
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.brute_force import brute_force
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.checking import shortages, would_fit
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.memory import Machine, Memory
 from meshift.planner.prove import has_solver, prove
 from meshift.planner.search import score, search
 from meshift.planner.timeline import Spot, step_seconds, timeline
+from meshift.planner.uses import Use
 from meshift.planner.written import placements_of
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import MODELS, family_model
+from tiny_steps import device, llama, step
 from tiny_tables import SIZES
 
 from meshift.config.sections import LoraConfig, TrainableConfig
 from meshift.generation.cache import KVCache
+from meshift.generation.sampler import draw_by_block
 from meshift.layout.boxes import boxes_of, num_elements
 from meshift.layout.layout import Coordinates, Layout, Placement
 from meshift.layout.mesh import Device
@@ -23,9 +25,11 @@ from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
 from meshift.models.shards import is_adapters, shard_table
-from meshift.planner.memory import Machine, Memory
+from meshift.planner.evaluate import evaluate, peak_bytes
+from meshift.planner.memory import MOVING_BYTES, Machine, Memory
 from meshift.planner.sizes import Sizes
 from meshift.planner.workload import PlannedCall, Role, Texts
+from meshift.realloc.execute import MAX_BYTES
 from meshift.training.optimizer import MasterAdamW, freeze, is_frozen, is_trained
 
 LAYOUTS = ("d1t1p1", "d2t2p1", "d1t3p2", "d3t1p1s", "d2t2p3s", "d1t6p1")
@@ -338,3 +342,55 @@ def test_training_a_real_model_takes_the_memory_that_was_predicted(how):
     given = PlannedCall(name="train", role="actor", kind="train", texts=texts, num_passes=2, num_read=192)
     predicted = memory.kept(Layout(), FIRST).total + memory.working(given, Layout(), FIRST).total
     assert 0.8 < measured / predicted < 1.2
+
+
+def test_buffers_of_moves_are_those_of_the_runtime_and_in_the_peak_of_a_move():
+    assert MOVING_BYTES == MAX_BYTES
+    large, small = Memory(role(llama(layers=12, hidden=2048))), Memory(role(tiny_config("llama-tied")))
+    one, two = Layout(data=2), Layout(tensor=2)
+    assert large.buffers(one, two) == MOVING_BYTES
+    held = [small.sizes.held(layout, layout.coordinates(1)).trained for layout in (one, two)]
+    assert small.buffers(one, two) == 2 * sum(held)
+    assert small.buffers(one, two, mixing=True) == 4 * sum(held)
+    assert Memory(large.role, Machine(packs=True)).buffers(one, two) == 0
+    given, where = step("grpo"), Placement.parse("0-1", "d2t1p1")
+    placed = {
+        "actor": {"train": where, "generate": Placement.parse("0-1", "d1t2p1")},
+        "reference": {"infer": where},
+    }
+    peaks = peak_bytes(given, device(), placed)
+    actor = Memory(given.roles["actor"])
+    resident = sum(
+        Memory(given.roles[name]).on_device(placed[name], where.mesh.devices[0]).total for name in placed
+    )
+    assert peaks["actor to generate"] == resident + actor.buffers(where.layout, Layout(tensor=2))
+
+
+def test_ranks_that_draw_hold_whole_rows_of_logits_in_fp32_with_what_is_made_of_them():
+    """As `Sampler.draw` does: what the head gave, brought together, a copy, and exponentials."""
+    memory = Memory(role(wide_config(vocab_size=32000)))
+    given = call("generate", num_prompts=64, num_slots=64)
+    alone, parted = (memory.working(given, Layout(tensor=t), FIRST).logits for t in (1, 4))
+    assert alone == 64 * 32000 * (2 + 4 + 4)
+    assert parted == alone + 64 * 8000 * 2
+    head = torch.randn(64, 32000).to(torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        scores = head.to(torch.float32, copy=True)
+        draw_by_block(scores, torch.rand(64, dtype=torch.float64))
+    made = [event.cpu_memory_usage for event in found.events() if event.name.startswith("aten::empty")]
+    assert [size for size in made if size > 64 * 32000] == [64 * 32000 * 4] * 2
+
+
+def test_gradients_of_a_role_that_leaves_the_device_are_freed_not_copied():
+    kept = Memory(role(tiny_config("llama-tied"))).kept(Layout(), FIRST)
+    assert kept.leaving == kept.weights + kept.masters + kept.moments
+    away, here = (step("grpo", gradient_checkpointing=True) for _ in range(2))
+    away = replace(away, roles={name: replace(one, offloaded=True) for name, one in away.roles.items()})
+    placed = {"actor": dict.fromkeys(("train", "generate"), Placement.parse("0", "d1t1p1"))}
+    placed["reference"] = {"infer": Placement.parse("0", "d1t1p1")}
+    ends = {
+        name: {event.name: event.end - event.start for event in evaluate(one, device(), placed)}
+        for name, one in (("away", away), ("here", here))
+    }
+    copied = 2 * Memory(here.roles["actor"]).kept(Layout(), FIRST).leaving / device().host_rate
+    assert ends["away"]["train_actor"] - ends["here"]["train_actor"] == pytest.approx(copied)

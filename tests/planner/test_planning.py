@@ -9,7 +9,6 @@ from meshift.config.plan import PolicyPlan
 from meshift.config.sections import TrainableConfig
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.bounds import least_seconds
-from meshift.planner.candidates import Use
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
 from meshift.planner.memory import Machine
@@ -17,6 +16,7 @@ from meshift.planner.planning import make_plan, shortage
 from meshift.planner.prove import has_solver
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.timeline import Spot, timeline
+from meshift.planner.uses import Use
 from meshift.planner.written import placements_of, plan_values
 
 

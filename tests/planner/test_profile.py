@@ -9,7 +9,7 @@ from tiny_steps import device, step
 
 from meshift.errors import ConfigError
 from meshift.layout.layout import Layout, Placement
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import evaluate
 from meshift.planner.hardware import as_values, find_hardware
@@ -17,6 +17,7 @@ from meshift.planner.planning import make_plan
 from meshift.planner.profile import PRODUCTS, SPEEDS, Message, Product, Profile
 from meshift.planner.search import score, search
 from meshift.planner.timeline import Spot, timeline
+from meshift.planner.uses import Use
 from meshift.planner.written import placements_of
 
 RATE = 1e10
@@ -123,8 +124,9 @@ def test_reading_takes_the_operations_of_its_layers_by_the_rate():
         for _ in range(role.config.num_layers)
     )
     rows = call.texts.num_rows(share_prefixes=False)
-    seen = call.texts.prompt + call.texts.completion / 2
-    attention = 4.0 * 1024 * rows * seen * role.config.num_layers
+    lengths = [call.texts.prompt + length for length in call.texts.lengths(20000)]
+    pairs = sum(length * (length + 1) / 2 for length in lengths) * call.texts.num_sequences / len(lengths)
+    attention = 4.0 * 1024 * pairs * role.config.num_layers
     assert cost.parts["compute"] == pytest.approx((2.0 * numbers * rows + attention) / RATE, rel=1e-3)
 
 

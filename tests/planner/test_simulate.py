@@ -54,7 +54,9 @@ def test_means_of_what_is_drawn_are_those_of_the_texts():
 
 def test_sessions_of_stages_share_out_what_is_drawn():
     fields = {name: getattr(texts(), name) for name in type(texts()).__dataclass_fields__}
-    assert DrawnTexts(**fields, given=tuple(range(10))).lengths(5) == [0, 2, 4, 6, 8]
+    drawn = DrawnTexts(**fields, given=(3, 9, 1, 7, 5, 2, 8, 4, 6, 10))
+    assert drawn.of_longest(5, 2) == [10, 7, 5, 3, 1]
+    assert sorted(drawn.deal(10, 1, 0)[0]) == list(range(1, 11))
 
 
 def test_nothing_is_random_where_nothing_is_generated():

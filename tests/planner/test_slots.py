@@ -7,7 +7,7 @@ import pytest
 from tiny_steps import device, llama, step, texts
 
 from meshift.layout.layout import Layout, Placement
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.checking import shortages, would_fit
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
@@ -15,6 +15,7 @@ from meshift.planner.memory import Machine
 from meshift.planner.planning import make_plan, shortage
 from meshift.planner.timeline import Spot, excess_bytes, step_seconds
 from meshift.planner.tuning import WORTHWHILE, better_slots
+from meshift.planner.uses import Use
 from meshift.planner.written import placements_of
 
 DRAWN = Use("actor", "generate")

@@ -6,9 +6,10 @@ from itertools import product
 import pytest
 from tiny_steps import device, llama, problem, step, texts
 
-from meshift.planner.candidates import Problem, Use
+from meshift.planner.candidates import Problem
 from meshift.planner.search import score
 from meshift.planner.strategies import _best, _groups, split_by_role
+from meshift.planner.uses import Use
 
 
 def with_cost():

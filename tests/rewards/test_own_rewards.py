@@ -4,12 +4,17 @@ import importlib.util
 import time
 
 import pytest
-from reward_batches import rollout, score_spec
+import reward_batches
+from reward_batches import LETTERS, rollout, score_spec
 
 from meshift.config.reward_kwargs import LengthConfig
+from meshift.config.sections import RewardFunctionConfig
 from meshift.errors import ConfigError, RewardError
+from meshift.rewards import answers as rewards_of_answers
 from meshift.rewards.configured import check_columns, load_functions
+from meshift.rewards.loading import load_function
 from meshift.rewards.shapes import Length, matches
+from meshift.rewards.signatures import read_signature
 
 GOOD = "<think>two and two</think>\n<answer>4</answer>"
 
@@ -97,16 +102,12 @@ def test_a_regular_expression_that_takes_for_ever_is_stopped_and_its_sample_name
     ],
 )
 def test_wrong_keys_are_named_before_a_run(name, kwargs, keys, sentence):
-    from meshift.config.sections import RewardFunctionConfig
-
     with pytest.raises(ConfigError, match=sentence):
         load_functions([RewardFunctionConfig(function=name, kwargs=kwargs, **keys)])
 
 
 @pytest.mark.parametrize(("name", "extra"), [("maths", "math"), ("reasoning_gym", "reasoning")])
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch, name, extra):
-    from meshift.config.sections import RewardFunctionConfig
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=rf"pip install 'meshift\[{extra}\]'"):
         load_functions([RewardFunctionConfig(function=name)])
@@ -161,20 +162,60 @@ def test_a_truth_that_is_none_names_its_sample():
 
 def test_maths_without_a_column_of_answers_is_refused_before_a_run():
     pytest.importorskip("math_verify")
-    from meshift.config.sections import RewardFunctionConfig
-
     with pytest.raises(ConfigError, match="maths needs 'ground_truth', but the data has none of the columns"):
         check_columns(load_functions([RewardFunctionConfig(function="maths")]), ["prompt"])
 
 
-def test_symbolic_algebra_that_takes_too_long_is_stopped():
-    pytest.importorskip("math_verify")
-    from meshift.rewards.worker import WorkerProcess
+HANGING = ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{10000000000!}", "\\boxed{\\sum_{n=1}^{10^9}\\sin n}")
 
-    worker = WorkerProcess("meshift.rewards.maths:maths", 60.0)
-    call = {"solution_str": "\\boxed{3}", "ground_truth": "3"}
-    assert worker.ask({"calls": [call], "num_samples": 1, "seed": 0}, 60.0)["scores"]["values"] == [1.0]
-    worker.close()
+
+def answered(monkeypatch, answers, truths, **keys):
+    """`maths` on these completions: their scores, and the metrics."""
+    monkeypatch.setattr(reward_batches, "decode", lambda ids: answers[ids[-1]])
+    letters = LETTERS[: len(answers)]
+    batch = rollout(prompts=["a"] * len(answers), completions=list(letters), answer=truths)
+    return score_spec("maths", batch, **keys)
+
+
+def test_an_answer_that_hangs_symbolic_algebra_is_wrong_and_stops_neither_the_run_nor_later_answers(monkeypatch):
+    """More of them than the timeouts that other functions may have in a step; on_error is its default, stop."""
+    pytest.importorskip("math_verify")
+    answers = ["\\boxed{3}", *HANGING * 2, "\\boxed{3}"]
+    started = time.monotonic()
+    scores, metrics = answered(monkeypatch, answers, ["3"] * 8, timeout_s=0.5)
+    assert scores == [1.0, *[0.0] * 6, 1.0]
+    assert metrics == {"reward/maths": 2 / 8, "reward/maths/stopped": 6 / 8}
+    assert time.monotonic() - started < 60
+
+
+def test_the_default_limit_of_an_answer_is_short():
+    pytest.importorskip("math_verify")
+    [function] = load_functions([RewardFunctionConfig(function="maths")])
+    assert (function.timeout_s, function.on_error) == (3.0, "stop")
+
+
+@pytest.mark.parametrize("truth", [HANGING[0], ""])
+def test_only_a_right_answer_that_cannot_be_compared_stops_a_run(monkeypatch, truth):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(rewards_of_answers, "TRUTH_S", 1.0)
+    with pytest.raises(RewardError, match=r"^reward function maths (gave no|raised V).* sample 1 \(data.jsonl:2"):
+        answered(monkeypatch, ["\\boxed{3}", "\\boxed{4}"], ["3", truth], timeout_s=1.0)
+
+
+def test_a_completion_that_ends_the_process_or_raises_is_wrong(tmp_path):
+    (tmp_path / "checker.py").write_text(
+        "import os\n\ndef check(solution_str, ground_truth):\n    if solution_str == 'end': os._exit(3)\n"
+        "    return float(solution_str) == float(ground_truth)\n"
+    )
+    spec = f"{tmp_path}/checker.py:check"
+    function = load_function(spec)
+    invoke = rewards_of_answers.AnswerInvoker(spec, read_signature(function), 30.0, "1")
+    calls = [{"solution_str": text, "ground_truth": "2"} for text in ("2", "end", "two", "1", "2")]
+    scores = invoke(calls, 5)
+    assert (scores.values, scores.faults) == ([1.0, 0.0, 0.0, 0.0, 1.0], {})
+    assert {i: fault.kind for i, fault in scores.excused.items()} == {1: "exit", 2: "ValueError"}
+    scores = invoke([{"solution_str": "2", "ground_truth": "?"}, *calls], 6)
+    assert (scores.values[0], list(scores.faults), list(scores.excused)) == (None, [0], [2, 3])
 
 
 def test_tasks_of_reasoning_gym_are_rows_that_their_own_scorers_score():

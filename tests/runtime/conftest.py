@@ -17,6 +17,7 @@ from meshift.config.runs import (
     PPORunConfig,
     RewardRunConfig,
     SFTRunConfig,
+    SimPORunConfig,
 )
 from meshift.models.hf.load import load_tokenizer
 from meshift.models.hf.save import save_model
@@ -269,6 +270,7 @@ def make_case(tmp_path_factory, spread_files):
         DPORunConfig: {"actor": model, "data": pairs, "reference": other},
         KTORunConfig: {"actor": model, "data": data_of(spread_files["judged"]) | held_out, "reference": other},
         ORPORunConfig: {"actor": model, "data": pairs},
+        SimPORunConfig: {"actor": model, "data": pairs},
         RewardRunConfig: {"model": scoring, "data": pairs},
         SFTRunConfig: {"model": model, "data": texts | held_out},
     }

@@ -14,6 +14,7 @@ from meshift.config.runs import (
     PPORunConfig,
     RewardRunConfig,
     SFTRunConfig,
+    SimPORunConfig,
 )
 from meshift.runtime.dpo_run import run_dpo
 from meshift.runtime.kto_run import run_kto
@@ -27,7 +28,8 @@ from meshift.runtime.sft_run import run_sft
 SMOOTH = {"learning_rate": 0.01, "adam_epsilon": 1e-3}  # Adam magnifies the rounding of a tiny gradient
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
 DECOUPLED = {"recompute_logprobs": True, "importance_correction": "token"}
-ADAPTED = {"lora": {"rank": 3, "alpha": 6, "save_merged": True}}
+ADAPTED = {"lora": {"rank": 3, "alpha": 6}}
+MERGED = {"lora": {**ADAPTED["lora"], "save_merged": True}}
 REWARDS = """
 def odd(completion_ids, **columns):
     return [float(ids[0] % 2) for ids in completion_ids]
@@ -163,7 +165,7 @@ CASES = {
         {"actor": ADAPTED, "grpo": {"num_mini_batches": 2, "kl_coef": 0.1}, "reference": MOVING},
     ),
     "dpo-lora": Case(
-        DPORunConfig, {"actor": placed(train="p2@1-2"), "reference": placed(infer="d1@0")}, {"actor": ADAPTED}
+        DPORunConfig, {"actor": placed(train="p2@1-2"), "reference": placed(infer="d1@0")}, {"actor": MERGED}
     ),
     "reward-lora": Case(RewardRunConfig, {"reward": placed(infer="d1@0", train="d2s@1-2")}, {"model": ADAPTED}),
     "reward": Case(RewardRunConfig, {"reward": placed(train="p2@1-2")}, {"eval_steps": 2}),
@@ -173,6 +175,7 @@ RUNS = {
     DPORunConfig: run_dpo,
     KTORunConfig: run_kto,
     ORPORunConfig: run_pairs,
+    SimPORunConfig: run_pairs,
     SFTRunConfig: run_sft,
     RewardRunConfig: run_reward,
 }
@@ -183,8 +186,8 @@ def run(config, observer=None):
 
 
 def check_weights(one, other):
-    """Every tensor of two runs' models, within 1e-5 of its norm."""
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
+    """Every tensor of two runs' models, or of their adapters, within 1e-5 of its norm."""
+    ours, theirs = (load_file(next((folder / "final").glob("*model.safetensors"))) for folder in (one, other))
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert float((ours[name] - expected).norm() / expected.norm()) < 1e-5, name

@@ -67,7 +67,7 @@ def test_methods_without_a_ratio_and_adapters_are_drawn_ahead_too(make_case, tmp
         case = Case(POLICY["grpo"], {}, LORA)
     still = {"reference": {}} if method == "raft" else {}
     rows = read_lines(
-        run(make_case(case, tmp_path / "run", max_staleness=1, **still)).output_dir / "metrics.jsonl"
+        run(make_case(case, tmp_path / "run", max_staleness=1, max_steps=3, **still)).output_dir / "metrics.jsonl"
     )
     assert [row["off_policy/staleness_mean"] for row in rows] == [0.0, 1.0, 1.0]
 

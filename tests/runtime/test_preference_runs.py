@@ -1,5 +1,7 @@
 """`meshift kto`, `orpo` and `simpo` on a tiny model: what they learn, say and refuse."""
 
+import json
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +61,38 @@ def test_a_pair_is_taken_apart_into_one_that_was_liked_and_one_that_was_not(conf
     texts = [row.tolist() for row in batch["tokens"].rows()]
     assert all(texts[i][: sizes[i]] == texts[i + 1][: sizes[i]] for i in range(0, 90, 2))
     assert all(texts[i] != texts[i + 1] for i in range(0, 90, 2))
+
+
+def test_the_rows_of_a_pair_would_be_each_others_mismatched_texts(config_on_disk, tmp_path, write_jsonl):
+    """No two rows say the same, so whose completion stands after a prompt can be told."""
+    nouns = ("film", "story", "the", "it", "and", "not")
+    rows = [{"prompt": f"a {noun}", "chosen": f" good {noun}", "rejected": f" bad {noun}"} for noun in nouns]
+    data = {"dataset_name": write_jsonl(tmp_path / "pairs.jsonl", rows), "batch_size": 12, "shuffle": False}
+    batch = build_kto_job(config_on_disk(KTORunConfig, data=data)).next_batch(0)
+    sizes = batch["num_prompt_tokens"].values.tolist()
+    texts = [row.tolist() for row in batch["tokens"].rows()]
+    parts = [(text[:n], text[n:]) for text, n in zip(texts, sizes, strict=True)]
+    others = [row.tolist() for row in batch["mismatched"].rows()]
+    assert len({tuple(said) for _, said in parts}) == 12
+    for (prompt, _), other in zip(parts, others, strict=True):
+        assert other[: len(prompt)] == prompt
+        (owner,) = [one for one, said in parts if said == other[len(prompt) :]]
+        assert owner != prompt
+    taken = [other[n:] for other, n in zip(others, sizes, strict=True)]
+    assert sorted(taken) == sorted(said for _, said in parts), "every completion counts once"
+
+
+def test_steps_with_one_prompt_only_are_told(config_on_disk, tmp_path):
+    rows = [
+        {"prompt": "the film", "completion": f" was {what}", "label": True} for what in ("good", "bad", "a story")
+    ]
+    file = tmp_path / "one.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = config_on_disk(KTORunConfig, data={"dataset_name": str(file), "batch_size": 2}, max_steps=3)
+    told = dict(check_kto(config))["KL term"]
+    assert told.startswith("in 3 of 3 steps all completions are of one prompt")
+    assert told in build_kto_job(config).messages
+    assert "KL term" not in dict(check_kto(config_on_disk(KTORunConfig)))
 
 
 def test_a_dry_run_says_how_likes_and_dislikes_are_balanced(config_on_disk, actor_folder):

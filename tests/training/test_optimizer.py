@@ -122,11 +122,12 @@ def test_freezing_more_layers_than_there_are_is_refused():
 
 
 def test_schedules_warm_up_and_end_where_they_should():
-    keys = {"learning_rate": 1.0, "warmup_steps": 4, "min_lr_ratio": 0.1}
-    rates = {
-        kind: [learning_rate(TrainableConfig(lr_scheduler_type=kind, **keys), step, 14) for step in range(14)]
-        for kind in ("constant", "linear", "cosine")
+    keys, least = {"learning_rate": 1.0, "warmup_steps": 4}, {"min_lr_ratio": 0.1}
+    configs = {
+        "constant": TrainableConfig(lr_scheduler_type="constant", **keys),
+        **{kind: TrainableConfig(lr_scheduler_type=kind, **keys, **least) for kind in ("linear", "cosine")},
     }
+    rates = {kind: [learning_rate(config, step, 14) for step in range(14)] for kind, config in configs.items()}
     for kind, values in rates.items():
         assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]), kind
         assert values[4] == 1.0
@@ -134,7 +135,7 @@ def test_schedules_warm_up_and_end_where_they_should():
     assert rates["linear"][4:] == pytest.approx([0.1 + 0.9 * (1 - i / 10) for i in range(10)])
     half = [0.1 + 0.45 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
     assert rates["cosine"][4:] == pytest.approx(half)
-    config = TrainableConfig(lr_scheduler_type="linear", **keys)
+    config = configs["linear"]
     assert learning_rate(config, 14, 14) == learning_rate(config, 99, 14) == pytest.approx(0.1)
 
 

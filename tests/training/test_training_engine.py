@@ -240,6 +240,24 @@ def test_a_stopped_update_and_all_after_it_leave_the_weights_alone():
     torch.testing.assert_close(weights_of(engine.model), weights_of(other.model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_momentum_or_decay_would_move_weights_that_nothing_teaches(decay):
+    """After an update that taught something, one without advantages leaves weights, moments and version alone."""
+    engine = TrainingEngine(tiny_model(), TrainableConfig(weight_decay=decay), trainable=True)
+    loss, batch = PolicyLoss(reading=TokenLogprobs(with_entropy=True)), random_rollout()
+    none = Ragged(torch.zeros_like(batch["advantages"].values), batch["advantages"].lengths)
+    idle = batch.union(Batch({"advantages": none}))
+    engine.train(TrainTask(loss=loss), batch, rate=1e-2, seed=0)
+    state = {key: value.clone() for key, value in engine.state().tensors.items()}
+    (stats,) = engine.train(TrainTask(loss=loss), idle, rate=1e-2, seed=1)
+    assert (engine.version, stats["skipped"]) == (1, 1.0)
+    assert "grad_norm" not in stats
+    assert stats["entropy"] > 0, "it is read all the same"
+    torch.testing.assert_close(engine.state().tensors, state, rtol=0, atol=0)
+    engine.train(TrainTask(loss=replace(loss, entropy_coef=0.1)), idle, rate=1e-2, seed=1)
+    assert engine.version == 2
+
+
 def test_the_gradient_of_a_stopped_update_is_not_in_the_next_one():
     @dataclass(frozen=True)
     class Stops(PolicyLoss):

@@ -64,6 +64,19 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
 
 
+def loading_by_peft(directory: Path) -> str | None:
+    """The expression by which `peft` loads an adapter's folder; None where it is no adapter's.
+
+    `AutoPeftModel...` makes the base as `transformers` does, which gives a language model's folder a score head of
+    two labels unless it is told of one.
+    """
+    if not is_adapter(directory):
+        return None
+    scores = read_json(directory / CONFIG).get("task_type") == "SEQ_CLS"
+    kind, more = ("SequenceClassification", ", num_labels=1") if scores else ("CausalLM", "")
+    return f'AutoPeftModelFor{kind}.from_pretrained("{directory}"{more})'
+
+
 def find_adapter(directory: Path) -> AdapterFolder | None:
     """The adapter that a folder holds, its base found; None where it is no adapter's. Raises `ModelError`."""
     if not is_adapter(directory):

@@ -36,7 +36,8 @@ class ProblemError(Exception):
 class Problem:
     """Tests of one problem: either `inputs` (stdin, expected stdout) or `tests` of functions.
 
-    A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`. `setup`
+    A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
+    `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
     goes on with, `entry_point` the function that it is to define. Limits are None where the data has none.
     """
@@ -106,19 +107,20 @@ def _seconds(limit: Any) -> float | None:
 
 
 def _apps(row: Mapping[str, Any], prompt: Any) -> Problem:
-    return _input_output(row["input_output"], row.get("starter_code") or "")
+    return _input_output(row["input_output"])
 
 
 def _verl(row: Mapping[str, Any], prompt: Any) -> Problem:
-    return _input_output(row["ground_truth"], "")
+    return _input_output(row["ground_truth"])
 
 
 def _verl_rows(row: Mapping[str, Any], prompt: Any) -> Problem:
-    return _input_output(row["reward_model"]["ground_truth"], "")
+    return _input_output(row["reward_model"]["ground_truth"])
 
 
-def _input_output(text: Any, starter_code: str) -> Problem:
-    """`{"inputs": [...], "outputs": [...]}`, with `fn_name` where a function is called."""
+def _input_output(text: Any) -> Problem:
+    """`{"inputs": [...], "outputs": [...]}`, with `fn_name` where a function is called: a method of the class
+    `Solution` in programs that have it, whatever the problem's own `starter_code` begins with."""
     tests = json.loads(text) if isinstance(text, str) and text.strip() else text or {}
     inputs, outputs, name = tests.get("inputs", ()), tests.get("outputs", ()), tests.get("fn_name")
     if len(inputs) != len(outputs):
@@ -126,9 +128,13 @@ def _input_output(text: Any, starter_code: str) -> Problem:
     if not name:
         pairs = [(_as_text(given), _as_text(output)) for given, output in zip(inputs, outputs, strict=True)]
         return Problem(inputs=pairs)
-    call = f"Solution.{name}" if "class Solution" in starter_code else str(name)
     calls = [
-        {"call": call, "given": _with_number_keys(list(given)), "expected": _with_number_keys(output)}
+        {
+            "call": str(name),
+            "method_of": "Solution",
+            "given": _with_number_keys(list(given)),
+            "expected": _with_number_keys(output),
+        }
         for given, output in zip(inputs, outputs, strict=True)
     ]
     return Problem(tests=calls, entry_point=str(name))

@@ -91,7 +91,8 @@ class _Child:
         _, status, used = os.wait4(self.pid, 0)
         os.close(self.handle)
         cpu_s = used.ru_utime + used.ru_stime
-        return {"status": status, "cpu_s": cpu_s, "stopped": self.stopped}
+        peak_bytes = 1024 * used.ru_maxrss
+        return {"status": status, "cpu_s": cpu_s, "peak_bytes": peak_bytes, "stopped": self.stopped}
 
 
 def _run(

@@ -50,11 +50,12 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a process ended. `stopped` is "cpu" or "wall" where it was over that limit, "server" where it took that
-    with it."""
+    """How a process ended, and the processor time and memory that it took. `stopped` is "cpu" or "wall" where it
+    was over that limit, "server" where it took that with it."""
 
     status: int
     cpu_s: float
+    peak_bytes: int
     stopped: str | None
 
 
@@ -81,7 +82,7 @@ class Slot:
         if reply is None:
             self.close()
             self.start()
-            return [Ended(status=-1, cpu_s=0.0, stopped="server") for _ in processes]
+            return [Ended(status=-1, cpu_s=0.0, peak_bytes=0, stopped="server") for _ in processes]
         if "error" in reply:
             self.close()
             raise SandboxError(f"the sandbox could not run a program: {reply['error']}")

@@ -34,8 +34,8 @@ def run_tests(work: Mapping[str, Any], verdicts: int, channel: Channel) -> None:
     """Write `{"loaded": true}` and one JSON line per test: `{"test": index, "passed": ..., "detail": ...}`.
 
     `work` has `setup` (code), `remote` (names that are always the program's), `limit_s`, and `tests`: of each
-    `code`, or `call` (a dotted name) with `given` and `expected`. It ends early where the program has to be
-    started anew; a program that does not load gives one line, with `fatal`.
+    `code`, or `call` (a name) with `given` and `expected`, and `method_of` where that may be of a class. It ends
+    early where the program has to be started anew; a program that does not load gives one line, with `fatal`.
     """
     signal.signal(signal.SIGALRM, _too_late)
     limit_s = float(work["limit_s"])
@@ -123,7 +123,7 @@ def _failure(test: Mapping[str, Any], namespace: Namespace, channel: Channel) ->
     with Caught() as run:
         if "call" in test:
             given, expected = (decode(test[name], dict) for name in ("given", "expected"))
-            value = _called(test["call"], channel)(*given)
+            value = _called(test["call"], test.get("method_of"), channel)(*given)
             return None if same_value(value, expected) else f"gave {value!r:.80}"
         exec(compile(test["code"], "test", "exec"), namespace)
     if isinstance(run.error, TestTimeError):
@@ -134,13 +134,17 @@ def _failure(test: Mapping[str, Any], namespace: Namespace, channel: Channel) ->
     return None if channel.is_open else "the program ended"
 
 
-def _called(name: str, channel: Channel) -> Any:
-    """The function of a dotted name: of a class, a method of a new object."""
-    first, *rest = name.split(".")
-    found: Any = Remote(channel, {"g": first})
-    for method in rest:
-        found = getattr(found(), method)
-    return found
+def _called(name: str, method_of: str | None, channel: Channel) -> Any:
+    """The method `name` of a new object where the program has such a class with it, else the function."""
+    if method_of is not None:
+        owner = Remote(channel, {"g": method_of})
+        try:
+            getattr(owner, name)
+        except (NameError, AttributeError):
+            pass
+        else:
+            return getattr(owner(), name)
+    return Remote(channel, {"g": name})
 
 
 def _write(verdicts: int, line: Mapping[str, Any]) -> None:

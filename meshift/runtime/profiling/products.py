@@ -123,7 +123,7 @@ def _passes(work: Work, rows: int) -> Iterator[Product]:
         parameter.grad = None
     yield work.product("forward", numbers, rows, once / num_layers, attention)
     back = max(both - once, 0.1 * both)
-    yield work.product("backward", numbers, rows, back / num_layers, 2 * attention)
+    yield work.product("backward", numbers, rows, back / num_layers, attention)
 
 
 def _head(work: Work, rows: int) -> Iterator[Product]:

@@ -46,6 +46,33 @@ def test_right_programs_pass_and_wrong_ones_do_not(judge, row, right, wrong):
     assert not judge(problem, wrong).passed
 
 
+TRUTH = APPS_CALL["input_output"]
+BODY = "return {3: [4]} if table == {1: 2} and letter == 'a' else 0"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        APPS_CALL,
+        APPS_CALL | {"starter_code": "def count(table, letter):"},
+        APPS_CALL | {"starter_code": ""},
+        {"ground_truth": TRUTH},
+        {"reward_model": {"ground_truth": TRUTH, "style": "rule"}},
+    ],
+    ids=["a class in the starter code", "a function there", "nothing there", "verl", "verl rows"],
+)
+def test_a_right_program_passes_by_a_function_or_by_a_method_of_solution_in_every_schema(judge, row):
+    """Who answers a problem of functions chooses the form: data does not say it for all of them."""
+    problem = read_problem(row, "")
+    function = f"def count(table, letter):\n    {BODY}\n"
+    method = f"class Solution:\n    def count(self, table, letter):\n        {BODY}\n"
+    for right in (function, method, method + "\ncount = 3", "class Solution: pass\n" + function):
+        assert judge(problem, right).passed
+        assert not judge(problem, right.replace("[4]", "[5]")).passed
+    raising = method.replace(BODY, "raise NameError(letter)")
+    assert not judge(problem, raising + function).passed, "the method is the program's answer"
+
+
 def test_a_function_completed_after_its_head(judge):
     problem = read_problem(HUMAN_EVAL, HEAD)
     for completion, passes in (("    return x + 1\n", True), ("    return x\n", False)):

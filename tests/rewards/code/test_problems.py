@@ -56,9 +56,7 @@ def test_code_contests():
 def test_apps():
     assert read_problem(APPS_STDIN, "").inputs == [("1 2\n", "3\n"), ("3\n4", "7")]
     [test] = read_problem(APPS_CALL, "").tests
-    assert test == {"call": "Solution.count", "given": [{1: 2}, "a"], "expected": [{3: [4]}]}
-    [test] = read_problem(APPS_CALL | {"starter_code": "def count(table, letter):"}, "").tests
-    assert test["call"] == "count"
+    assert test == {"call": "count", "method_of": "Solution", "given": [{1: 2}, "a"], "expected": [{3: [4]}]}
 
 
 def test_human_eval():

@@ -1,6 +1,8 @@
 """Writes docs/sandbox_attacks.md: every hostile program, and for escapes which layers stop it alone, as measured.
 
 PYTHONPATH=.:tests/rewards/sandbox python tests/rewards/sandbox/attack_table.py > docs/sandbox_attacks.md
+
+The wall stays up: with it down, root's escapes would be real ones (one of them mounts an empty disk over /tmp).
 """
 
 import os
@@ -58,16 +60,29 @@ def escapes():
             wall = stopped(slot, told, escape, ())
             marks = [wall, *(not wall and stopped(slot, told, escape, up) for up in list(ALONE.values())[1:])]
             outside = "root" if escape.needs_root else "yes" if escape.works_outside else ""
-            yield " | ".join([escape.what, outside, *("x" if mark else "" for mark in marks)])
+            yield "| " + " | ".join([escape.what, outside, *("x" if mark else "" for mark in marks)]) + " |"
     slot.close()
+
+
+def counted(rows):
+    """What the table says in all: how many escapes the wall, one inner layer, or several stop alone."""
+    marks = [["x" in mark for mark in row.split(" | ")[2:]] for row in rows]
+    inner = [sum(row[1:]) for row in marks if not row[0]]
+    one, none = inner.count(1), inner.count(0)
+    more = len(inner) - one - none
+    return (
+        f"The wall stops {len(marks) - len(inner)} of {len(marks)}. Of the {len(inner)} others, {one} are stopped "
+        f"by one layer alone, {more} by each of two or more, {none} only by layers together."
+    )
 
 
 def main():
     forgeries = [f"| {one.what} | {'fools' if one.fools_exit_codes else ''} |" for one in FUNCTIONS]
+    table = list(escapes())
     lines = [
         HEAD,
-        *(f"| {row} |" for row in escapes()),
-        "\nWhere the wall alone stops it, the layers inside were not tried.",
+        *table,
+        f"\n{counted(table)} Where the wall does, the layers inside were not tried.",
         "\n## Bombs and programs without end\n",
         *(f"* {what}" for what in BOMBS),
         "\n## Forged verdicts of functions\n",

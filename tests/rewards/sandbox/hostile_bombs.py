@@ -1,5 +1,7 @@
-"""Programs that take too much, or never end. None of them prints what is expected; all of them must be over
-soon."""
+"""Programs that take too much, or never end. All of them must be over
+soon, and have taken no more than they may.
+
+Each is run after a line that prints what is expected: it passes where it does no harm and ends by itself."""
 
 BOMBS = {
     "a loop": "while True: pass",

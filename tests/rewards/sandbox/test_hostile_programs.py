@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import attack_table
 import pytest
 from hostile_bombs import BOMBS
 from hostile_escapes import ESCAPES
@@ -17,16 +19,21 @@ from hostile_forgeries import FUNCTIONS, OUTPUTS
 
 from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem
+from meshift.rewards.sandbox.launching import best_wall
+from meshift.rewards.sandbox.layers import LAYERS, LIMITS
 
 MEMORY = 128 * 2**20
+INTERPRETER = 64 * 2**20
+OUTPUT = 2**18
 TIMEOUT_S = 0.2
 LONGEST_S = 2 * TIMEOUT_S + 1 + 5  # of one test, and what the machine's other work may add
+HARMLESS = ("a hidden thread",)  # it ends with the program, often before it has written a thing
 
 
 @pytest.fixture(scope="module")
 def judge(protection):
     return Judge(
-        layers=protection.layers, timeout_s=TIMEOUT_S, total_timeout_s=20, memory_bytes=MEMORY, output_bytes=2**18
+        layers=protection.layers, timeout_s=TIMEOUT_S, total_timeout_s=20, memory_bytes=MEMORY, output_bytes=OUTPUT
     )
 
 
@@ -98,18 +105,59 @@ def test_that_escape_works_outside_so_it_is_the_sandbox_that_stops_it(escape, su
         left.unlink()
 
 
+class Watched:
+    """A slot that remembers what its programs took."""
+
+    def __init__(self, slot):
+        self._slot = slot
+        self.cpu_s = self.peak_bytes = self.written_bytes = 0
+
+    def run(self, processes, links=()):
+        ended = self._slot.run(processes, links)
+        self.cpu_s = max(one.cpu_s for one in ended)
+        self.peak_bytes = max(one.peak_bytes for one in ended)
+        self.written_bytes = max(
+            os.fstat(p.files[name]).st_size for p in processes for name in ("stdout", "stderr")
+        )
+        return ended
+
+
+def watched(sandbox, judge, program):
+    """The verdict on a program that first prints what is expected, its seconds, and what it took."""
+
+    def one(slot, code):
+        seen, started = Watched(slot), time.monotonic()
+        verdict = judge.judge(seen, Problem(inputs=[("", "ok")]), "print('ok', flush=True)\n" + code)
+        return verdict, time.monotonic() - started, seen
+
+    return sandbox.map(one, program)
+
+
 @pytest.fixture(scope="module")
 def bombs(sandbox, judge):
-    problem = Problem(inputs=[("", str(drawn()))])
-    return dict(zip(BOMBS, judge_all(sandbox, judge, [(problem, code) for code in BOMBS.values()]), strict=True))
+    return dict(zip(BOMBS, watched(sandbox, judge, list(BOMBS.values())), strict=True))
 
 
 @pytest.mark.parametrize("what", BOMBS)
 def test_no_program_takes_too_much_or_too_long(bombs, what):
-    verdict, seconds = bombs[what]
-    assert not verdict.passed
+    verdict, seconds, took = bombs[what]
     assert verdict.num_run == 1
+    assert verdict.passed <= (what in HARMLESS)
     assert seconds < LONGEST_S
+    assert took.cpu_s < TIMEOUT_S + 0.5
+    assert 0 < took.peak_bytes < MEMORY + INTERPRETER
+    assert took.written_bytes <= OUTPUT
+
+
+def test_without_limits_a_program_is_seen_to_take_more(sandbox, judge):
+    """Else the test above could not fail."""
+    free = replace(judge, layers=[layer for layer in LAYERS if layer != LIMITS], timeout_s=5.0)
+    code = f"x = b'x' * {MEMORY + 2 * INTERPRETER}\nfor i in range(4): print('x' * 99_999)\nsum(range(10**7))"
+    [(_, _, took)] = watched(sandbox, free, [code])
+    assert took.peak_bytes > MEMORY + INTERPRETER
+    assert took.written_bytes > OUTPUT
+    [(_, _, took)] = watched(sandbox, replace(judge, timeout_s=1.0), [BOMBS["a loop"]])
+    assert took.cpu_s > TIMEOUT_S + 0.5
 
 
 def with_secret(tests):
@@ -189,3 +237,14 @@ def test_the_page_of_attacks_names_every_program():
         one.what for one in (*ESCAPES, *FUNCTIONS)
     ]
     assert items == [*BOMBS, *OUTPUTS]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(best_wall() != "bubblewrap" or os.geteuid() != 0, reason="the page is of root's bubblewrap")
+def test_the_page_of_attacks_marks_the_layers_that_stop_them():
+    page = (Path(__file__).parents[3] / "docs" / "sandbox_attacks.md").read_text(encoding="utf-8")
+    measured = list(attack_table.escapes())
+    assert [row for row in measured if row not in page.splitlines()] == []
+    assert attack_table.counted(measured) in page
+    told = (Path(__file__).parents[3] / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    assert attack_table.counted(measured).rpartition(", 0 only")[0] in " ".join(told.split())

@@ -174,7 +174,9 @@ class Comparison:
         return end_of(self.folder / name)
 
     def killed(self, moment: str) -> None:
-        """Say when the run was killed, and what it can go on from."""
+        """Say when the run was killed, and what it can go on from; one that was at its end does not count."""
+        if (self.folder / "killed" / "final").exists():
+            return
         self.num_kills += 1
         latest = self.folder / "killed" / "LATEST"
         say(f"{self.num_kills:>4}  {moment:<28}  {latest.read_text().strip() if latest.exists() else '-'}")

@@ -28,8 +28,8 @@ from meshift.planner.footprint import footprints, tightest
 from meshift.planner.hardware import KNOWN, Hardware, from_values
 from meshift.planner.workload import ComputeType, Step
 
-PROMPT, COMPLETION = "prompt_tokens", "completion_tokens"
-"""Means of lengths, as keys of what a plan's file says it assumes."""
+ASSUMED = ("prompt_tokens", "completion_tokens", "devices")
+"""Numbers that a plan's file says it assumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def check_plan(
     problems = list(_placing_problems(config))
     if problems:
         return PlanVerdict(problems=tuple(problems))
-    return _on_devices(config, plan, cluster)
+    told = _told(plan)
+    return _on_devices(config, told, cluster if cluster.devices else replace(cluster, devices=told.devices))
 
 
 def _placing_problems(config: RunConfig) -> Iterator[str]:
@@ -122,25 +123,50 @@ def _sentence(probe: Any) -> Iterator[str]:
         yield str(error)
 
 
-def _values(plan: Path) -> dict[str, Any]:
-    """All of a plan's file. JSON is read as such: to YAML 1e-05 is a word."""
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What `meshift plan --out` wrote beside a plan; None where the file does not say."""
+
+    file: Path
+    prompt: float | None = None
+    completion: float | None = None
+    devices: int | None = None
+    hardware: Hardware | None = None
+
+
+def _told(plan: Path) -> Told:
+    """Of a plan's file. Raises `ConfigError` for what cannot have been written there."""
+    # JSON is read as such: to YAML 1e-05 is a word.
     values = json.loads(plan.read_text(encoding="utf-8")) if plan.suffix == ".json" else read_yaml(plan)
-    return values if isinstance(values, dict) else {}
-
-
-def _assumed(plan: Path) -> dict[str, Any]:
-    """What `meshift plan --out` wrote beside the plan. Raises `ConfigError` for what it cannot have written."""
-    told = _values(plan).get("assumed", {})
-    if not isinstance(told, dict):
-        raise ConfigError(f"`assumed` of {plan} must hold what `meshift plan` wrote, not a {type(told).__name__}")
-    for key in (PROMPT, COMPLETION):
-        value = told.get(key)
+    assumed = values.get("assumed", {})
+    if not isinstance(assumed, dict):
+        raise ConfigError(f"`assumed` of {plan} must hold what `meshift plan` wrote: {assumed!r}")
+    for key in ASSUMED:
+        value = assumed.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
             raise ConfigError(f"`assumed.{key}` of {plan} is {value!r}; write a number above 0, or take it out")
-    return told
+    prompt, completion, devices = map(assumed.get, ASSUMED)
+    named = KNOWN.get(str(assumed.get("hardware")).lower())
+    hardware = _described(values["hardware"], plan) if isinstance(values.get("hardware"), dict) else named
+    return Told(
+        file=plan,
+        prompt=prompt,
+        completion=completion,
+        devices=None if devices is None else int(devices),
+        hardware=hardware,
+    )
 
 
-def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> tuple[Hardware, ComputeType]:
+def _described(values: Mapping[str, Any], plan: Path) -> Hardware | None:
+    """None of a run's CPU without its profile, which is its machine's."""
+    try:
+        found = from_values(values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
+    return None if found.profile is None and found.machine.packs else found
+
+
+def _hardware(config: RunConfig, told: Told, cluster: Cluster) -> tuple[Hardware, ComputeType]:
     """The named one; else the one that the plan was made for; else this machine. And what it computes in."""
     from meshift.runtime.outlook import dtype_name
     from meshift.runtime.this_hardware import hardware_of_run
@@ -148,33 +174,18 @@ def _hardware(config: RunConfig, plan: Path, cluster: Cluster) -> tuple[Hardware
     if cluster.hardware is not None:
         found, dtype = read_hardware(cluster.hardware, config), compute_type(config)
     else:
-        told = _told_hardware(plan)
-        here = dtype_name(config)
-        found, dtype = (told, compute_type(config)) if told else (hardware_of_run(None, here)[0], here)
+        here, of_plan = dtype_name(config), told.hardware
+        found, dtype = (of_plan, compute_type(config)) if of_plan else (hardware_of_run(None, here)[0], here)
     return (found if cluster.per_host is None else replace(found, per_host=cluster.per_host)), dtype
 
 
-def _told_hardware(plan: Path) -> Hardware | None:
-    """Of a JSON file all its numbers; else a name of those that are known."""
-    values = _values(plan)
-    told, name = values.get("hardware"), _assumed(plan).get("hardware")
-    if not isinstance(told, dict):
-        return KNOWN.get(str(name).lower())
-    if told.get("profile") is None and told.get("machine", {}).get("packs"):
-        return None  # a run's CPU, whose profile is its machine's
-    try:
-        return from_values(told)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"`hardware` of {plan} is no description of a device: {error}") from None
-
-
-def _on_devices(config: RunConfig, plan: Path, cluster: Cluster) -> PlanVerdict:
+def _on_devices(config: RunConfig, told: Told, cluster: Cluster) -> PlanVerdict:
     from meshift.runtime.plans import as_written
     from meshift.runtime.spread_run import METHODS
     from meshift.runtime.this_hardware import turns_taken
 
-    hardware, dtype = _hardware(config, plan, cluster)
-    lengths = _lengths(config, plan, cluster)
+    hardware, dtype = _hardware(config, told, cluster)
+    lengths = _lengths(config, told, cluster)
     step = planned_step(config, lengths.means, dtype)
     written = as_written(config.plan, METHODS[type(config)].uses(config))
     placements = on_hosts({name: written[name] for name in step.roles}, hardware.per_host)
@@ -196,16 +207,17 @@ def _on_devices(config: RunConfig, plan: Path, cluster: Cluster) -> PlanVerdict:
     return PlanVerdict(events=tuple(events), calls=calls, device=hardware.name, notes=notes)
 
 
-def _lengths(config: RunConfig, plan: Path, cluster: Cluster) -> TakenLengths:
+def _lengths(config: RunConfig, told: Told, cluster: Cluster) -> TakenLengths:
     """Those of the options, else those that the plan was made for, else the data's."""
-    told = _assumed(plan)
-    given = (cluster.prompt_tokens or told.get(PROMPT), cluster.completion_tokens or told.get(COMPLETION))
-    found = taken_lengths(config, *given)
-    of_plan = f"as {plan} says"
+    prompt, completion = cluster.prompt_tokens, cluster.completion_tokens
+    found, of_plan = (
+        taken_lengths(config, prompt or told.prompt, completion or told.completion),
+        f"as {told.file} says",
+    )
     return replace(
         found,
-        prompt=of_plan if cluster.prompt_tokens is None and told.get(PROMPT) else found.prompt,
-        completion=of_plan if cluster.completion_tokens is None and told.get(COMPLETION) else found.completion,
+        prompt=of_plan if prompt is None and told.prompt else found.prompt,
+        completion=of_plan if completion is None and told.completion else found.completion,
     )
 
 

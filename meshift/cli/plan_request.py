@@ -81,10 +81,7 @@ def read_hardware(name: str, config: RunConfig) -> Hardware:
 def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType | None = None) -> Step:
     """The step of a config, of which the models' config.json are read."""
     models = {role: read_model(name) for role, name in role_names(config).items()}
-    step = step_of(config, models, dtype or compute_type(config), lengths)
-    away = config.plan.offloaded
-    roles = {name: replace(role, offloaded=name in away) for name, role in step.roles.items()}
-    return replace(step, roles=roles)
+    return step_of(config, models, dtype or compute_type(config), lengths).with_offloaded(config.plan.offloaded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +154,6 @@ def as_assumed(asked: Asked, step: Step) -> dict[str, Any]:
         "hardware": asked.hardware.name,
         "prompt_tokens": texts.prompt,
         "completion_tokens": texts.completion,
-        "dtype": compute_type(asked.config),
     }
 
 

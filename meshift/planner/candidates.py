@@ -40,7 +40,7 @@ class Problem:
     ) -> None:
         """`streaming`: readings elsewhere may begin before generation ends. `sharding`: `s` may be chosen."""
         hardware = hardware.shared_by(num_devices)
-        step = step.never_away() if hardware.machine.packs else step
+        step = step.with_offloaded(()) if hardware.machine.packs else step
         self.step, self.hardware, self.num_devices = step, hardware, num_devices
         self.streaming, self.sharding = streaming, sharding
         self.memories = {name: Memory(role, hardware.machine) for name, role in step.roles.items()}

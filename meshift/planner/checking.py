@@ -6,15 +6,13 @@ It knows nothing of how a plan is written, or of whether its layouts can be cut.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from math import ceil
-from typing import Any
 
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Layout, Placement
 from meshift.layout.mesh import Device, Mesh
-from meshift.planner.evaluate import Placements, peak_bytes
+from meshift.planner.evaluate import Placements, hardware_there, peak_bytes
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import SLOT_STEP, Memory
 from meshift.planner.workload import PlannedCall, Step
@@ -43,15 +41,16 @@ def on_hosts(placements: Placements, per_host: int) -> dict[str, dict[Kind, Plac
 
 
 def shortages(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
-    """A sentence for each call that needs more than a device has: of what, how much, and by how much too much."""
+    """A sentence for each call and move that needs more than a device has: what, how much, how much too much."""
     found = list(_moving_away(step, hardware, placements))
-    hardware = _shared(hardware, placements)
-    for call in step.calls:
-        peak = peak_bytes(step, hardware, placements)[call.name]
+    hardware, calls = hardware_there(hardware, placements), {call.name: call for call in step.calls}
+    for name, peak in peak_bytes(step, hardware, placements).items():
         if peak > hardware.usable:
-            cache = _of_cache(step, hardware, placements, call)
+            call = calls.get(name)
+            cache = "" if call is None else _of_cache(step, hardware, placements, call)
+            what = "the move of new weights" if call is None else f"{call.role}.{call.kind}"
             found.append(
-                f"`{call.name}` ({call.role}.{call.kind}) needs {peak / GIGABYTE:.1f} GB on a device, where "
+                f"`{name}` ({what}) needs {peak / GIGABYTE:.1f} GB on a device, where "
                 f"{hardware.name} has {hardware.usable / GIGABYTE:.1f} GB for models and calls: "
                 f"{(peak - hardware.usable) / GIGABYTE:.1f} GB too much{cache}"
             )
@@ -90,13 +89,7 @@ def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[st
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
     if any(_moving_away(step, hardware, placements)):
         return False
-    return max(peak_bytes(step, hardware, placements).values()) <= _shared(hardware, placements).usable
-
-
-def _shared(hardware: Hardware, placements: Placements) -> Hardware:
-    """As it is to each process of the plan, where they share a host's processors and memory."""
-    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
-    return hardware.shared_by(len(used))
+    return max(peak_bytes(step, hardware, placements).values()) <= hardware_there(hardware, placements).usable
 
 
 def slots_in_use(call: PlannedCall, layout: Layout) -> int:
@@ -120,12 +113,12 @@ def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator
     for part in (2, 4, 8):
         first = step.roles[trained[0]].passes.max_tokens_per_micro_batch
         most = max(1, first // part)
-        smaller = _with_passes(step, trained, max_tokens_per_micro_batch=most)
+        smaller = step.with_passes(trained, max_tokens_per_micro_batch=most)
         yield f"{both}: max_tokens_per_micro_batch={most}", smaller, placements
     shared = _sharded(placements, trained)
     if shared != placements:
         yield f"{both}: data ranks that share state out (`s` after the layout)", step, shared
-    again = _with_passes(step, trained, gradient_checkpointing=True)
+    again = step.with_passes(trained, gradient_checkpointing=True)
     yield f"{both}: gradient_checkpointing=true", again, placements
     if shared != placements:
         yield f"{both}: gradient_checkpointing=true and `s` after the layout", again, shared
@@ -133,21 +126,8 @@ def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator
         return
     still = [name for name in step.roles if name not in trained]
     if still:
-        yield f"offload: true for {' and '.join(still)}", _away(step, still), placements
-    yield "offload: true for all roles", _away(step, list(step.roles)), placements
-
-
-def _with_passes(step: Step, names: list[str], **changes: Any) -> Step:
-    roles = {
-        name: replace(role, passes=role.passes.model_copy(update=changes)) if name in names else role
-        for name, role in step.roles.items()
-    }
-    return replace(step, roles=roles)
-
-
-def _away(step: Step, names: list[str]) -> Step:
-    roles = {name: replace(role, offloaded=name in names) for name, role in step.roles.items()}
-    return replace(step, roles=roles)
+        yield f"offload: true for {' and '.join(still)}", step.with_offloaded(still), placements
+    yield "offload: true for all roles", step.with_offloaded(step.roles), placements
 
 
 def _sharded(placements: Placements, names: list[str]) -> Mapping[str, Mapping[Kind, Placement]]:

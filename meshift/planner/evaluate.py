@@ -100,12 +100,17 @@ def player(step: Step, hardware: Hardware, placements: Placements, *, streaming:
 
 def _there(step: Step, hardware: Hardware, placements: Placements) -> tuple[Step, Hardware]:
     """As it is for these processes; offloading without another memory is none."""
-    return offloading_there(step, hardware), hardware.shared_by(len(_devices(placements)))
+    return offloading_there(step, hardware), hardware_there(hardware, placements)
+
+
+def hardware_there(hardware: Hardware, placements: Placements) -> Hardware:
+    """As it is to each process of a plan, where they share a host's processors and memory."""
+    return hardware.shared_by(len(_devices(placements)))
 
 
 def offloading_there(step: Step, hardware: Hardware) -> Step:
     """The step, with no role offloaded where the device's memory is the host's."""
-    return step.never_away() if hardware.machine.packs else step
+    return step.with_offloaded(()) if hardware.machine.packs else step
 
 
 def _with_cost(task: _Task, cost: Cost | None) -> _Task:

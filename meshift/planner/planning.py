@@ -284,8 +284,7 @@ def _offloaded(problem: Problem, seconds: float) -> tuple[Problem, Choice] | Non
         return None
     still = {name for name, role in problem.step.roles.items() if not role.trained}
     for names in (still, set(problem.step.roles)):
-        roles = {name: replace(role, offloaded=name in names) for name, role in problem.step.roles.items()}
-        away = _of_step(problem, replace(problem.step, roles=roles))
+        away = _of_step(problem, problem.step.with_offloaded(names))
         choice = search(away, seconds=SEARCH_SHARE * seconds)
         if score(away, choice).excess == 0:
             return away, choice

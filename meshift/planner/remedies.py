@@ -137,8 +137,8 @@ def _fits(problem: Problem, step: Step, count: int, hardware: Hardware | None = 
     """With the smallest passes; and with all roles offloaded, where they can be."""
     hardware = hardware or problem.hardware
     small = smaller_passes(step, most_halvings(step))
-    away = replace(small, roles={name: replace(role, offloaded=True) for name, role in small.roles.items()})
-    for one in (small, *([] if hardware.machine.packs else [away])):
+    away = [] if hardware.machine.packs else [small.with_offloaded(small.roles)]
+    for one in (small, *away):
         tried = Problem(one, hardware, count, streaming=problem.streaming, sharding=problem.sharding)
         if _may_fit(tried):
             found = search(tried, seconds=TRY_SECONDS, any_that_fits=True)
@@ -159,27 +159,20 @@ def _may_fit(problem: Problem) -> bool:
     return kept <= problem.num_devices * problem.capacity
 
 
-def _of_trained(step: Step, change: Callable[[Role], Role]) -> Step:
-    return replace(step, roles={n: change(role) if role.trained else role for n, role in step.roles.items()})
-
-
 def _recomputed(step: Step) -> Step:
-    def change(role: Role) -> Role:
-        return replace(role, passes=role.passes.model_copy(update={"gradient_checkpointing": True}))
-
-    return _of_trained(step, change)
+    return step.with_passes([n for n, role in step.roles.items() if role.trained], gradient_checkpointing=True)
 
 
 def _adapted(step: Step) -> Step:
     """Trained roles with adapters alone."""
 
     def change(role: Role) -> Role:
-        if role.config.adapter is not None:
+        if not role.trained or role.config.adapter is not None:
             return role
         adapter = adapter_for(role.config, LoraConfig(), role.num_frozen_layers)
         return replace(role, config=replace(role.config, adapter=adapter))
 
-    return _of_trained(step, change)
+    return replace(step, roles={name: change(role) for name, role in step.roles.items()})
 
 
 def _without_reference(step: Step) -> Step:

@@ -6,13 +6,13 @@ They change no result but its last bits. It knows nothing of how plans are found
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, log2
 from typing import Literal
 
 from meshift.layout.layout import Layout
 from meshift.planner.cost import Costs
-from meshift.planner.evaluate import Placements, Player, peak_bytes, player
+from meshift.planner.evaluate import Placements, Player, hardware_there, peak_bytes, player
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import SLOT_STEP
 from meshift.planner.workload import PlannedCall, Step
@@ -90,9 +90,8 @@ def better_slots(
     step: Step, hardware: Hardware, placements: Placements, play: Player | None = None
 ) -> list[Setting]:
     """For a role that generates, and by the step not all at once, the most useful slots that fit, if worth it."""
-    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
     play = play or player(step, hardware, placements)
-    shared, found = hardware.shared_by(len(used)), list[Setting]()
+    shared, found = hardware_there(hardware, placements), list[Setting]()
     for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
         layout = placements[name]["generate"].layout
         given = next(call.num_slots for call in step.calls if _draws(call, name))
@@ -133,8 +132,7 @@ def better_micro_batches(
 ) -> list[Setting]:
     """For each trained role in turn the fastest micro-batches that fit, if they are worth it."""
     play = play or player(step, hardware, placements)
-    used = {device for kinds in placements.values() for p in kinds.values() for device in p.mesh.devices}
-    shared = hardware.shared_by(len(used))
+    shared = hardware_there(hardware, placements)
     trained = [name for name, role in step.roles.items() if role.trained]
     found: list[Setting] = []
     best = _step_seconds(play, step, shared, placements)
@@ -155,13 +153,7 @@ def better_micro_batches(
 def _with_tokens(step: Step, name: str, tokens: int, trained: list[str]) -> Step:
     """Roles that stand still are read in the first trained role's micro-batches, as the runs do."""
     changed = {name, *(role for role in step.roles if role not in trained and name == trained[0])}
-    roles = {
-        key: replace(role, passes=role.passes.model_copy(update={"max_tokens_per_micro_batch": tokens}))
-        if key in changed
-        else role
-        for key, role in step.roles.items()
-    }
-    return replace(step, roles=roles)
+    return step.with_passes(changed, max_tokens_per_micro_batch=tokens)
 
 
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:

@@ -6,11 +6,11 @@ It knows nothing of devices, of layouts or of how long anything takes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import ceil, exp, log
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -220,10 +220,20 @@ class Step:
         )
         return replace(self, calls=tuple(calls))
 
-    def never_away(self) -> Step:
-        """With no role offloaded: where there is no other memory to go to, it frees nothing."""
-        roles = {name: replace(role, offloaded=False) for name, role in self.roles.items()}
-        return replace(self, roles=roles)
+    def with_offloaded(self, names: Collection[str]) -> Step:
+        """With these roles offloaded, and no other."""
+        return self._with_roles(lambda role: replace(role, offloaded=role.name in names))
+
+    def with_passes(self, names: Collection[str], **changes: Any) -> Step:
+        """With other keys of how these roles run their passes."""
+
+        def changed(role: Role) -> Role:
+            return replace(role, passes=role.passes.model_copy(update=changes)) if role.name in names else role
+
+        return self._with_roles(changed)
+
+    def _with_roles(self, changed: Callable[[Role], Role]) -> Step:
+        return replace(self, roles={name: changed(role) for name, role in self.roles.items()})
 
     def as_measured(self, factors: Mapping[str, float]) -> Step:
         """With each call as many times as long as a run measured it, by the name under which it times it."""

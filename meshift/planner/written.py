@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from meshift.graph.calls import Kind
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device, Mesh
-from meshift.planner.candidates import Problem, with_slots
+from meshift.planner.candidates import Problem
 from meshift.planner.timeline import Choice, Spot
 from meshift.planner.uses import Use
 from meshift.planner.workload import Step
@@ -44,10 +43,11 @@ def num_idle(problem: Problem, choice: Choice) -> int:
 
 def step_of_choice(problem: Problem, choice: Choice) -> Step:
     """The step with the slots that were chosen for generation."""
-    calls = []
-    for call in problem.step.calls:
-        calls += with_slots([call], choice[Use(call.role, call.kind)].candidate.slots)
-    return replace(problem.step, calls=tuple(calls))
+    step = problem.step
+    for use, spot in choice.items():
+        if spot.candidate.slots is not None:
+            step = step.with_slots(use.role, spot.candidate.slots)
+    return step
 
 
 def plan_values(problem: Problem, choice: Choice) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from meshift.data.unpaired import Judged
 from meshift.layout.mesh import Device
 from meshift.models.hf.load import load_config
 from meshift.planner.cost import Cost, Costs
-from meshift.planner.evaluate import Event, evaluate, replay
+from meshift.planner.evaluate import Event, evaluate, offloading_there, replay
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.memory import Memory
 from meshift.planner.rollout_steps import Lengths
@@ -112,12 +112,8 @@ def dtype_name(config: RunConfig) -> ComputeType:
 
 def planned_step(config: RunConfig, lengths: Lengths) -> Step:
     """The step of a run on this machine."""
-    dtype = dtype_name(config)
     models = {role: load_config(model_folder(name)) for role, name in role_names(config).items()}
-    step = step_of(config, models, dtype, lengths)
-    away = config.plan.offloaded
-    roles = {name: replace(role, offloaded=name in away) for name, role in step.roles.items()}
-    return replace(step, roles=roles)
+    return step_of(config, models, dtype_name(config), lengths).with_offloaded(config.plan.offloaded)
 
 
 def outlook(
@@ -131,8 +127,7 @@ def outlook(
     step, (device, measured) = planned_step(config, lengths), hardware
     if not config.plan.is_given:
         step = in_one_process(config, step)
-    if device.machine.packs:  # the host's memory is the device's: `plan.<role>.offload` does nothing
-        step = replace(step, roles={name: replace(role, offloaded=False) for name, role in step.roles.items()})
+    step = offloading_there(step, device)
     placements = {name: placements[name] for name in step.roles}  # what is read before the steps is in none
     events = evaluate(step, device, placements, streaming=config.launch.stream)
     timed_as = {call.name: call.timed_as for call in step.calls}

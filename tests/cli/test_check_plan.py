@@ -129,3 +129,23 @@ def test_devices_beyond_a_host_are_on_the_next_and_farther(check):
     apart = check(far, "--hardware", "h100", "--per-host", "1")[1]
     assert "node1:0" in apart
     assert "node" not in near
+
+
+@pytest.mark.parametrize(
+    ("assumed", "said"),
+    [
+        ([1], "must hold what `meshift plan` wrote: [1]"),
+        ({"prompt_tokens": -3}, "`assumed.prompt_tokens` of"),
+        ({"devices": "many"}, "`assumed.devices` of"),
+    ],
+)
+def test_an_assumption_that_cannot_be_would_be_taken(check, assumed, said):
+    code, _, err = check({"plan": GOOD, "assumed": assumed}, "--hardware", "h100")
+    assert code == 2
+    assert said in err
+
+
+def test_a_plan_for_more_devices_than_its_file_says_would_pass(check):
+    told = {"plan": GOOD, "assumed": {"devices": 4, "hardware": "h100"}}
+    assert "the plan uses 8 devices, and there are 4" in check(told)[1]
+    assert check(told, "--devices", "8")[0] == 0

@@ -4,6 +4,7 @@ import pytest
 import tiny_steps
 
 from meshift.layout.layout import Placement
+from meshift.planner import checking
 from meshift.planner.evaluate import peak_bytes
 from meshift.planner.footprint import PARTS, alike, footprints, in_words, tightest, worst
 
@@ -54,3 +55,10 @@ def test_a_device_would_be_left_out_or_put_among_others_that_hold_more(step):
     peaks = {call: worst(devices).total for call, devices in found.items()}
     assert sentence.startswith(f"Memory is tightest in {max(peaks, key=peaks.get)}: ")
     assert "of 16.0 GB on device" in sentence
+
+
+def test_a_move_that_does_not_fit_would_be_passed_over(step, monkeypatch):
+    every = peak_bytes(step, tiny_steps.device(), PLACED)
+    monkeypatch.setattr(checking, "peak_bytes", lambda *given: {**every, "actor to generate": 9e9})
+    (sentence,) = checking.shortages(step, tiny_steps.device(), PLACED)
+    assert sentence.startswith("`actor to generate` (the move of new weights) needs 9.0 GB on a device")

@@ -23,12 +23,14 @@ from meshift.cache_folder import cache_root
 SOURCES = Path(__file__).parent
 SWITCH = "MESHIFT_KERNELS"
 """Set to 0, this variable leaves everything to torch."""
-NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"})
+NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 """What /proc/cpuinfo must name."""
 COMPILERS = ("gcc", "cc")
+PAIRS_FLAG = "avx512_bf16"
+"""What products of bfloat16 pairs are one instruction with, and several without."""
 OPTIONS = (
     *("-std=gnu11", "-O3", "-fno-strict-aliasing", "-fPIC", "-fopenmp", "-Wall"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
 )
 TIMEOUT_S = 120
 
@@ -76,9 +78,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flags.split())
 
 
+def options() -> tuple[str, ...]:
+    """The compiler's, for the processor that is here."""
+    return (*OPTIONS, "-mavx512bf16") if PAIRS_FLAG in cpu_flags() else OPTIONS
+
+
 def _cached() -> Path:
     """Where the library is kept. Its name is a digest of sources and options, so that neither changes unseen."""
-    digest = hashlib.sha256(" ".join(OPTIONS).encode())
+    digest = hashlib.sha256(" ".join(options()).encode())
     for file in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return cache_root() / "kernels" / f"{digest.hexdigest()[:16]}.so"
@@ -125,7 +132,9 @@ def _compile(compiler: str, files: Sequence[Path], scratch: Path) -> Path:
     objects = [scratch / f"{file.stem}.o" for file in files]
     target = scratch / "kernels.so"
     running = [
-        subprocess.Popen([compiler, *OPTIONS, "-c", str(file), "-o", str(made)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [compiler, *options(), "-c", str(file), "-o", str(made)], stderr=subprocess.PIPE, text=True
+        )
         for file, made in zip(files, objects, strict=True)
     ]
     try:

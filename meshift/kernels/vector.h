@@ -1,4 +1,4 @@
-/* What the kernels share: bfloat16 rows in AVX-512 registers, and the exponential. Needs AVX512-BF16. */
+/* What the kernels share: bfloat16 rows in AVX-512 registers, and the exponential. AVX512-BF16 is used where it is. */
 #ifndef MESHIFT_VECTOR_H
 #define MESHIFT_VECTOR_H
 
@@ -19,7 +19,20 @@ INLINE __m512 load_bf16(const bf16 *from) { return widen(_mm256_loadu_si256((con
 INLINE __m512 load_bf16_part(const bf16 *from, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, from)); }
 
 /* To the nearest bfloat16, ties to even, as torch rounds; numbers below 1.2e-38 become 0. */
+#ifdef __AVX512BF16__
 INLINE __m256i narrow(__m512 wide) { return (__m256i)_mm512_cvtneps_pbh(wide); }
+#else
+INLINE __m256i narrow(__m512 wide) {
+    const __m512i bits = _mm512_castps_si512(wide), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), one);
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd));
+    const __mmask16 none = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q); /* which rounding could make infinite */
+    rounded = _mm512_mask_or_epi32(rounded, none, bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 tiny = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7F800000));
+    rounded = _mm512_mask_and_epi32(rounded, tiny, bits, _mm512_set1_epi32(INT32_MIN));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+#endif
 
 INLINE void store_bf16(bf16 *to, __m512 wide) { _mm256_storeu_si256((__m256i *)to, narrow(wide)); }
 
@@ -33,8 +46,18 @@ INLINE float from_bf16(bf16 number) {
 /* The first `count` lanes; all of them from 16 on. */
 INLINE __mmask16 first_lanes(long count) { return count >= LANES ? 0xFFFF : (__mmask16)((1u << (count > 0 ? count : 0)) - 1); }
 
-/* acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1], for 16 pairs of bfloat16. */
+/* acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1], for 16 pairs of bfloat16, the latter product first. */
+#ifdef __AVX512BF16__
 INLINE __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+#else
+INLINE __m512 upper(__m512i pairs) { return _mm512_castsi512_ps(_mm512_and_epi32(pairs, _mm512_set1_epi32(-65536))); }
+
+INLINE __m512 lower(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+
+INLINE __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(lower(a), lower(b), _mm512_fmadd_ps(upper(a), upper(b), acc));
+}
+#endif
 
 /* e^x within 2 units in the last place; 0 below -87.3: x = n ln 2 + r, e^r by its Taylor polynomial, times 2^n. */
 INLINE __m512 exponential(__m512 x) {

@@ -1,13 +1,16 @@
 """The library is built once and kept, and where it cannot be there is one sentence that says why."""
 
+import math
 import os
 import subprocess
 
 import pytest
+import torch
 
 from meshift.kernels import build as subject
-from meshift.kernels import cpu
-from meshift.kernels.build import NEEDED_FLAGS, SWITCH, build
+from meshift.kernels import cpu, library
+from meshift.kernels.build import NEEDED_FLAGS, PAIRS_FLAG, SWITCH, build, cpu_flags
+from meshift.kernels.cpu import Kernels
 
 ANSWER = "long answer(void) { return ANSWER; }\n"
 
@@ -81,8 +84,39 @@ def test_the_switch_would_not_reach_what_the_program_asks_for(monkeypatch):
 
 
 def test_a_missing_flag_would_be_met_by_an_illegal_instruction(sources, monkeypatch, tmp_path):
-    monkeypatch.setattr(subject, "cpu_flags", lambda: NEEDED_FLAGS - {"avx512_bf16", "fma"})
-    assert "avx512_bf16, fma" in fault_of(tmp_path)
+    monkeypatch.setattr(subject, "cpu_flags", lambda: NEEDED_FLAGS - {"avx512dq", "fma"})
+    assert "avx512dq, fma" in fault_of(tmp_path)
+
+
+def test_a_processor_without_products_of_pairs_would_get_an_instruction_that_it_lacks(sources, monkeypatch):
+    plain, name = subject.options(), subject._cached()
+    monkeypatch.setattr(subject, "cpu_flags", lambda: NEEDED_FLAGS | {PAIRS_FLAG})
+    assert set(subject.options()) - set(plain) == {"-mavx512bf16"}
+    assert subject._cached() != name, "what was compiled for one is not taken for the other"
+
+
+def test_products_and_roundings_without_the_instruction_are_those_of_torch(cpu, monkeypatch, tmp_path):
+    """Where the processor has it, this is what other processors run; there, the other tests are too."""
+    flags = cpu_flags() - {PAIRS_FLAG}
+    monkeypatch.setattr(subject, "cpu_flags", lambda: flags)
+    monkeypatch.setenv("MESHIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "build", build)
+    mine = Kernels(library.built.__wrapped__().library)
+    torch.manual_seed(0)
+    for num_rows, inputs, columns in ((1, 2, 48), (9, 2, 50), (5, 64, 40), (70, 130, 97)):
+        rows = torch.randn(num_rows, inputs).bfloat16()
+        weight = torch.randn(columns, inputs).bfloat16()
+        expected = rows.double() @ weight.double().T
+        packed = mine.pack(weight)
+        wide = mine.product(rows, packed, out=torch.empty(num_rows, columns))
+        torch.testing.assert_close(wide.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(mine.product(rows, packed), wide.bfloat16()), "rounded to the nearest, ties to even"
+    odd = torch.tensor([[1.0, 2.0**-8], [1.0, 3 * 2.0**-8], [-1.0, -(2.0**-8)], [3.3e38, 3.3e38], [1e-39, 0.0]])
+    odd = torch.cat([odd, torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]])]).bfloat16()
+    found = mine.product(odd, mine.pack(torch.ones(1, 2).bfloat16()))[:, 0].tolist()
+    assert found[:5] == [1.0, 1.015625, -1.0, float("inf"), 0.0]
+    assert math.isnan(found[5])
+    assert found[6] == float("inf")
 
 
 @pytest.mark.parametrize(("part", "value"), [("system", "Darwin"), ("machine", "aarch64")])

@@ -135,11 +135,13 @@ def complete(
     total = len(questions) * num_samples
     before, start = kept.num_kept, total - len(wanted)
 
-    def tell() -> None:
+    def tell(num_steps: int, steps_left: float) -> None:
         if on_progress is not None:
-            on_progress("completions", start + kept.num_kept - before, total)
+            work = (num_steps, steps_left)
+            on_progress("completions", start + kept.num_kept - before, total, work=work)
 
-    tell()
+    if on_progress is not None:
+        on_progress("completions", start, total)
     drawer.draw(questions, prompts, wanted, kept.add, tell)
     return kept.finish(questions, num_samples)
 

@@ -6,7 +6,6 @@ It knows nothing of what the methods do. torch is imported when the keys of a co
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from meshift.cli.command import Command, UsageError
 from meshift.cli.numbers import above_zero, whole
 from meshift.cli.tables import print_problems, print_rows
 from meshift.cli.train import Training
+from meshift.cli.which_command import commands_for, training_commands
 from meshift.config.loading import config_problems, make_config, read_values
 from meshift.errors import InputError, MeshiftError
 
@@ -105,13 +105,6 @@ def _run_plan(
     return 0
 
 
-def training_commands() -> dict[str, Training]:
-    """Those that train, by name."""
-    from meshift.cli.main import COMMANDS
-
-    return {name: command.run for name, command in COMMANDS.items() if isinstance(command.run, Training)}
-
-
 def _command_and_file(word: str, commands: Mapping[str, Training]) -> tuple[str | None, str]:
     """`sft:a.yaml` as its two parts; a file alone has no command."""
     name, colon, file = word.partition(":")
@@ -176,33 +169,6 @@ def _verdict(name: str, training: Training, values: Mapping[str, Any], file: str
     fits, sentence = memory_of(config)
     rows = [(what, sentence if what == "memory" else value) for what, value in rows]
     return Verdict(command=name, problems=() if fits else [sentence], rows=rows)
-
-
-def commands_for(values: Mapping[str, Any], file: str, commands: Mapping[str, Training]) -> list[str]:
-    """The commands that a config may be of: by fewest unknown keys, fewest problems, its name, its comments.
-
-    Where these leave several, the columns of its data decide.
-    """
-    text = Path(file).read_text(encoding="utf-8")
-
-    def strangeness(name: str) -> tuple[int, int, bool, bool]:
-        problems = config_problems(commands[name].schema, values)
-        unknown = sum(problem.startswith("unknown key") for problem in problems)
-        return unknown, len(problems), not _named(name, Path(file).stem), f"meshift {name} " not in text
-
-    found = {name: strangeness(name) for name in commands}
-    least = min(found.values())
-    fitting = [name for name in commands if found[name] == least]
-    if len(fitting) == 1:
-        return fitting
-    from meshift.runtime.preflight import commands_of_rows
-
-    of_rows = commands_of_rows(values)
-    return [name for name in fitting if name in of_rows] or fitting
-
-
-def _named(name: str, stem: str) -> bool:
-    return name in re.split(r"[^a-z]+", stem.lower())
 
 
 def _show(file: str, verdict: Verdict) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -17,12 +18,15 @@ from rich.progress import TaskID, TextColumn
 
 from meshift.cli.progress import SECONDS_BETWEEN_LINES, bar_on, clock_time
 
+PACE_S, SECONDS_BETWEEN_MARKS = 10.0, 0.5
+
 
 class Counting:
     """To be used in a `with`, and called in any thread with what is counted, how many are done, of how many, and
     how many of those that are done failed.
 
-    The first count of a kind is what was done before. `clock` is in seconds; tests give their own.
+    The first count of a kind is what was done before. With `work` (done and left, in a measure of its own) the
+    time that is left is told from the work of the last seconds. `clock` is in seconds; tests give their own.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,6 +38,7 @@ class Counting:
         self._task: TaskID | None = None
         self._what, self._failed = "", ""
         self._first, self._started, self._last_line = 0, 0.0, 0.0
+        self._pace = _Pace()
         self.done = 0
 
     def __enter__(self) -> Self:
@@ -45,12 +50,15 @@ class Counting:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, what: str, done: int, total: int, failed: int = 0, /) -> None:
+    def __call__(
+        self, what: str, done: int, total: int, failed: int = 0, /, *, work: tuple[float, float] | None = None
+    ) -> None:
         """Show it."""
         with self._lock:
             if what != self._what or done < self.done:
                 self._begin(what, done, total)
             self.done = done
+            self._pace.note(self._clock(), work)
             self._failed = f", {failed} failed" if failed else ""
             if self._task is not None:
                 self._bar.update(
@@ -62,12 +70,15 @@ class Counting:
     def _begin(self, what: str, done: int, total: int) -> None:
         self._what, self._first, self._started = what, done, self._clock()
         self._last_line = self._started
+        self._pace = _Pace()
         if self._console.is_terminal:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total, completed=done, eta="")
 
     def _eta(self, total: int) -> str:
+        if (seconds := self._pace.seconds_left()) is not None:
+            return clock_time(seconds)
         if self.done == self._first and self.done < total:
             return "?"
         elapsed = self._clock() - self._started
@@ -78,3 +89,30 @@ class Counting:
         elapsed = clock_time(self._last_line - self._started)
         text = f"{self._what}: {self.done}/{total}{self._failed}  elapsed {elapsed}  eta {self._eta(total)}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Pace:
+    """How fast work goes now: that of the last `PACE_S` seconds."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float]] = deque()
+        self._left: float | None = None
+
+    def note(self, now: float, work: tuple[float, float] | None) -> None:
+        """At this time there was so much done and left."""
+        if work is None:
+            self._left = None
+            return
+        done, self._left = work
+        if len(self._marks) > 1 and now - self._marks[-2][0] < SECONDS_BETWEEN_MARKS:
+            self._marks.pop()
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - PACE_S:
+            self._marks.popleft()
+
+    def seconds_left(self) -> float | None:
+        """None where no pace is known yet."""
+        if self._left is None or len(self._marks) < 2:
+            return None
+        (begun, before), (now, done) = self._marks[0], self._marks[-1]
+        return self._left * (now - begun) / (done - before) if done > before else None

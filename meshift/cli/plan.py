@@ -19,7 +19,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from meshift.cli.check import commands_for, training_commands
 from meshift.cli.command import Command, UsageError
 from meshift.cli.numbers import above_zero, whole
 from meshift.cli.plan_request import (
@@ -34,6 +33,7 @@ from meshift.cli.plan_request import (
     variants_of,
 )
 from meshift.cli.tables import make_console, print_rows
+from meshift.cli.which_command import commands_for, training_commands
 from meshift.config.loading import load_config, read_values
 from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof, of_rivals

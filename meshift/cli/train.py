@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meshift.cli.command import Command, InterruptedRunError, UsageError, add_way_on
 from meshift.cli.tables import print_keys, print_metrics, print_rows
-from meshift.config.loading import load_config
+from meshift.config.loading import load_config, read_values
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
-from meshift.errors import MeshiftError, ModelError
+from meshift.errors import ConfigError, MeshiftError, ModelError
 
 if TYPE_CHECKING:
     from meshift.cli.progress import RichObserver
@@ -81,7 +81,7 @@ class Training:
             raise UsageError(f"`{file}` is no key=value; did you mean `--config {file}`?")
         if args.config is None and not args.overrides:
             raise UsageError("a config is needed: --config run.yaml, or key=value; --help-config lists the keys")
-        config = load_config(self.schema, args.config, args.overrides)
+        config = self._config(args)
         from meshift.runtime.run_folder import check_output_dir
 
         # Before torch is imported and models are read: whoever mistyped should not have to wait.
@@ -92,6 +92,18 @@ class Training:
         else:
             _run_and_show(run, config)
         return 0
+
+    def _config(self, args: argparse.Namespace) -> RunConfig:
+        try:
+            return load_config(self.schema, args.config, args.overrides)
+        except ConfigError:
+            from meshift.cli.which_command import of_another_command
+
+            values = read_values(args.config, args.overrides)
+            elsewhere = of_another_command(values, args.config, self) if args.config is not None else None
+            if elsewhere is not None:
+                raise ConfigError(elsewhere) from None
+            raise
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -74,7 +74,7 @@ def _origin(path: str | Path | None, overrides: Sequence[str]) -> str:
 
 def make_config(schema: type[C], values: Mapping[str, Any], where: str = "the configuration") -> C:
     """Validate a nested dictionary. Raises `ConfigError` with one sentence."""
-    unknown = next(_unknown_keys(schema, values), None)
+    unknown = next(unknown_keys(schema, values), None)
     if unknown is not None:
         raise ConfigError(_unknown_key_sentence(schema, unknown))
     try:
@@ -87,7 +87,7 @@ def config_problems(
     schema: type[Section], values: Mapping[str, Any], where: str = "the configuration"
 ) -> list[str]:
     """One sentence for each thing that `make_config` would refuse; empty where it takes the values."""
-    problems = [_unknown_key_sentence(schema, key) for key in _unknown_keys(schema, values)]
+    problems = [_unknown_key_sentence(schema, key) for key in unknown_keys(schema, values)]
     try:
         schema.model_validate(dict(values))
     except ValidationError as error:
@@ -148,7 +148,8 @@ def _choices(annotation: Any) -> Iterator[str]:
             yield from _choices(argument)
 
 
-def _unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested values that a schema does not know; of an unknown section, its name alone."""
     for name, value in values.items():
         info = schema.model_fields.get(str(name))
         if info is None:
@@ -156,11 +157,11 @@ def _unknown_keys(schema: type[Section], values: Mapping[str, Any], prefix: str 
             continue
         section, item = _section_of(info), _item_section_of(info)
         if section is not None and isinstance(value, Mapping):
-            yield from _unknown_keys(section, value, f"{prefix}{name}.")
+            yield from unknown_keys(section, value, f"{prefix}{name}.")
         if item is not None and isinstance(value, list):
             for i, entry in enumerate(value):
                 if isinstance(entry, Mapping):
-                    yield from _unknown_keys(item, entry, f"{prefix}{name}[{i}].")
+                    yield from unknown_keys(item, entry, f"{prefix}{name}[{i}].")
 
 
 def _unknown_key_sentence(schema: type[Section], unknown: str) -> str:

@@ -135,11 +135,13 @@ def complete(
     total = len(questions) * num_samples
     before, start = kept.num_kept, total - len(wanted)
 
-    def tell() -> None:
+    def tell(num_steps: int, steps_left: float) -> None:
         if on_progress is not None:
-            on_progress("completions", start + kept.num_kept - before, total)
+            work = (num_steps, steps_left)
+            on_progress("completions", start + kept.num_kept - before, total, work=work)
 
-    tell()
+    if on_progress is not None:
+        on_progress("completions", start, total)
     drawer.draw(questions, prompts, wanted, kept.add, tell)
     return kept.finish(questions, num_samples)
 
@@ -163,7 +165,7 @@ def evaluate(
         notes = zero_remarks(request.task, saved, marks, chat=request.drawing.chat)
     metrics |= _dialogue_metrics(request, questions, saved, rows, on_progress)
     if request.reference is not None:
-        metrics |= _kl(request, saved, rows)
+        metrics |= _kl(request, saved, rows, on_progress)
     metrics |= _texts(saved)
     flat = [row for of_one in rows for row in of_one]
     return Results(
@@ -258,13 +260,24 @@ def _tell(rows: Sequence[Sequence[dict[str, Any]]], name: str, values: Sequence[
 
 
 def _kl(
-    request: Request, saved: Sequence[Sequence[Saved]], rows: Sequence[Sequence[dict[str, Any]]]
+    request: Request,
+    saved: Sequence[Sequence[Saved]],
+    rows: Sequence[Sequence[dict[str, Any]]],
+    on_progress: Progress | None,
 ) -> dict[str, Estimate]:
     if request.model is None or request.reference is None:
         raise InputError("KL is that of a model to a reference; give --model with --reference")
     flat = [one for of_one in saved for one in of_one]
-    temperature = request.drawing.params.temperature
-    values = iter(kl_to_reference(request.model, request.reference, flat, temperature, request.drawing.dtype))
+    values = iter(
+        kl_to_reference(
+            request.model,
+            request.reference,
+            flat,
+            temperature=request.drawing.params.temperature,
+            dtype=request.drawing.dtype,
+            on_progress=on_progress,
+        )
+    )
     kl = [[next(values) for _ in of_one] for of_one in saved]
     _tell(rows, "kl", kl)
     return {"KL to reference": mean([fmean(of_one) for of_one in kl])}

@@ -7,6 +7,7 @@ compared on the same random numbers, and more questions or samples may be drawn 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from meshift.data.chat import check_asks, encode
 from meshift.data.exchanges import Encoder
 from meshift.data.rows import Row
 from meshift.evaluation.saved import Saved
+from meshift.evaluation.steps_left import StepsLeft
 from meshift.evaluation.tasks import Question, Task, asked_messages, cut_at
 from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import Completion, Request, SamplingParams
@@ -74,9 +76,11 @@ class Drawer:
         prompts: Sequence[Sequence[int]],
         wanted: Sequence[tuple[int, int]],
         on_finished: Callable[[list[Saved]], None],
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[int, float], None] = lambda done, left: None,
     ) -> None:
-        """The samples (question, sample) that are wanted, given as they are finished; `on_step` hears every token.
+        """The samples (question, sample) that are wanted, given as they are finished.
+
+        After every step of decoding `on_step` hears how many are done, and how many are expected to be left.
 
         Raises `DataError` for a prompt that is too long for the model.
         """
@@ -89,7 +93,15 @@ class Drawer:
         engine = GenerationEngine(open_model(self._model, "lm", self._drawing.dtype), decode=decode)
         requests = [Request(tokens=prompts[i], index=i * INDICES_PER_QUESTION + j) for i, j in wanted]
 
+        left = StepsLeft(
+            num_requests=len(requests),
+            num_slots=min(engine.num_slots, len(requests)),
+            max_new_tokens=self._params.max_new_tokens,
+        )
+        steps = itertools.count(1)
+
         def finished(completions: list[Completion]) -> None:
+            left.add([len(one.tokens) for one in completions])
             places = [divmod(one.index, INDICES_PER_QUESTION) for one in completions]
             on_finished(
                 [
@@ -103,7 +115,7 @@ class Drawer:
             self._params,
             seed=self._drawing.seed,
             on_finished=finished,
-            on_progress=lambda num_finished, num_tokens: on_step(),
+            on_progress=lambda num_finished, num_tokens, live: on_step(next(steps), left(live)),
         )
 
     def _saved(self, question: Question, sample: int, prompt: Sequence[int], one: Completion) -> Saved:

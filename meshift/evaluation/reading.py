@@ -5,6 +5,7 @@ It knows nothing of tasks' files or of estimates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,17 +17,18 @@ from meshift.data.chat import encode
 from meshift.data.exchanges import Encoder
 from meshift.data.pairs import Said
 from meshift.data.rows import Row
-from meshift.errors import DataError, ModelError
+from meshift.errors import DataError, ModelError, NonFiniteError
 from meshift.evaluation.progress import Progress
 from meshift.evaluation.saved import Saved
 from meshift.evaluation.tasks import Question
 from meshift.models.hf.load import load_config
 from meshift.models.rotary import longest_sequence
 from meshift.runtime.models import check_reward_model, model_folder, open_tokenizer, stop_token_ids
-from meshift.runtime.role import open_role
+from meshift.runtime.role import LocalRole, open_role
 from meshift.training.readings import SequenceScores, TokenLogprobs
 
 ROWS_AT_A_TIME = 64
+MOST_NAMED, LONGEST_SHOWN = 3, 40
 
 
 class ScoreReader:
@@ -108,7 +110,8 @@ class ScoreModel:
     def scores(
         self, questions: Sequence[Question], said: Sequence[Said], truncated: Sequence[bool]
     ) -> list[float]:
-        """One per response. Raises `DataError` for one that is too long for the model."""
+        """One per response. Raises `DataError` for one that is too long for the model, and `NonFiniteError` where
+        a score is no number: no mean could hold it, and no response compares with it."""
         rows = [self._reader.tokens(*one) for one in zip(questions, said, truncated, strict=True)]
         found: list[float] = []
         for start in range(0, len(rows), ROWS_AT_A_TIME):
@@ -117,20 +120,41 @@ class ScoreModel:
             found += [float(score) for score in scores.values]
             if self._on_progress is not None:
                 self._on_progress(self._what, len(found), len(rows))
-        return found
+        places = [f"{question.where}: {_opening(text)}" for question, text in zip(questions, said, strict=True)]
+        return _numbers(found, f"the score of the {self._reader.role} model {self._reader.name}", places)
 
 
 def kl_to_reference(
-    model: str, reference: str, saved: Sequence[Saved], temperature: float, dtype: torch.dtype
+    model: str,
+    reference: str,
+    saved: Sequence[Saved],
+    *,
+    temperature: float,
+    dtype: torch.dtype,
+    on_progress: Progress | None = None,
 ) -> list[float]:
     """Of each completion, drawn from `model`, log(p / p_reference) in nats, summed over its tokens: the mean is
     KL(model || reference) per completion. Both divide their logits by the temperature, as in training.
 
-    Raises `DataError` where a completion has no token ids.
+    Raises `DataError` where a completion has no token ids, and `NonFiniteError` where a sum is no number.
     """
     bare = next((one for one in saved if not one.completion_ids or not one.prompt_ids), None)
     if bare is not None:
         raise DataError(f"the completion {bare.sample} of {bare.id!r} has no token ids, which KL is read at")
+    sums = []
+    for name, role in ((model, "actor"), (reference, "reference")):
+        opened, found = open_role(role, name, "lm", dtype), torch.empty(0, dtype=torch.float64)
+        for start in range(0, len(saved), ROWS_AT_A_TIME):
+            found = torch.cat([found, _logprobs(opened, saved[start : start + ROWS_AT_A_TIME], temperature)])
+            if on_progress is not None:
+                on_progress(f"completions read by the {role}", len(found), len(saved))
+        sums.append(found)
+    places = [f"{one.id}, sample {one.sample}" for one in saved]
+    return _numbers((sums[0] - sums[1]).tolist(), f"KL of {model} to {reference}", places)
+
+
+def _logprobs(role: LocalRole, saved: Sequence[Saved], temperature: float) -> torch.Tensor:
+    """Of each completion's tokens the sum, float64 [completions]."""
     rows = [[*one.prompt_ids, *one.completion_ids] for one in saved]
     lengths = [len(one.completion_ids) for one in saved]
     batch = Batch(
@@ -140,7 +164,24 @@ def kl_to_reference(
         }
     )
     reading = TokenLogprobs(temperature=temperature)
-    ours = open_role("actor", model, "lm", dtype).infer(reading, batch).batch[reading.key]
-    theirs = open_role("reference", reference, "lm", dtype).infer(reading, batch).batch[reading.key]
-    sums = Ragged(ours.values.double() - theirs.values.double(), ours.lengths).sum_rows()
-    return [float(value) for value in sums]
+    found = role.infer(reading, batch).batch[reading.key]
+    return Ragged(found.values.double(), found.lengths).sum_rows()
+
+
+def _numbers(values: list[float], what: str, places: Sequence[str]) -> list[float]:
+    """The values, if all are finite. Raises `NonFiniteError` naming the first places of others."""
+    wrong = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    if not wrong:
+        return values
+    more = "; ..." if len(wrong) > MOST_NAMED else ""
+    raise NonFiniteError(
+        f"{what} is {values[wrong[0]]} for {len(wrong)} of {len(values)} responses "
+        f"({'; '.join(places[i] for i in wrong[:MOST_NAMED])}{more}); check the weights, and try "
+        "--dtype float32 where that is not what they are computed with"
+    )
+
+
+def _opening(said: Said) -> str:
+    """Of a response the first words, to find it by."""
+    text = said if isinstance(said, str) else str(said[-1].get("content", ""))
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")

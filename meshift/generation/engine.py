@@ -12,7 +12,6 @@ import torch
 from meshift.errors import ConfigError
 from meshift.generation.cache import CacheBuffer, KVCache
 from meshift.generation.fused import FusedDecoder
-from meshift.generation.live import LiveRows
 from meshift.generation.params import Completion, Decode, Request, SamplingParams
 from meshift.generation.requests import check_requests, make_requests
 from meshift.generation.session import Means, Session, bucket
@@ -22,8 +21,9 @@ from meshift.models.attention import PackedAttention, packed_positions
 from meshift.models.decoder import Decoder
 from meshift.parallel.pipeline import Stages
 
-Progress = Callable[[int, int], None]
-"""Called after each step with the number of finished sequences and the number of tokens generated so far."""
+Progress = Callable[[int, int, Sequence[int]], None]
+"""Called after each step with the number of finished sequences, the number of tokens generated so far, and the
+tokens that each sequence has which grows on (with stages: of those that are drawn beside one another)."""
 Finished = Callable[[list[Completion]], None]
 """Called after each step in which sequences ended, with their completions."""
 Growth = Iterator[Completion]
@@ -103,13 +103,13 @@ class GenerationEngine:
             return []
         finished: dict[int, Completion] = {}
         num_tokens = 0
-        for num_drawn, ended, _ in self._steps(requests, params, seed):
+        for num_drawn, ended, session in self._steps(requests, params, seed):
             finished.update((completion.index, completion) for completion in ended)
             num_tokens += num_drawn
             if on_finished and ended:
                 on_finished(ended)
             if on_progress:
-                on_progress(len(finished), num_tokens)
+                on_progress(len(finished), num_tokens, session.lengths)
         return [finished[request.index] for request in requests]
 
     @torch.inference_mode()
@@ -121,8 +121,8 @@ class GenerationEngine:
         """
         requests = [Request(tokens=prompt, index=index)]
         check_requests(self.model, requests, params, self._decode)
-        for _, ended, live in self._steps(requests, params, seed):
-            yield ended[0] if ended else live.completion(0)
+        for _, ended, session in self._steps(requests, params, seed):
+            yield ended[0] if ended else session.live.completion(0)
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -152,8 +152,8 @@ class GenerationEngine:
 
     def _steps(
         self, requests: Sequence[Request], params: SamplingParams, seed: int
-    ) -> Iterator[tuple[int, list[Completion], LiveRows]]:
-        """Run until nothing lives or waits; gives for each step the tokens drawn, who ended, and who lives."""
+    ) -> Iterator[tuple[int, list[Completion], Session]]:
+        """Run until nothing lives or waits; gives for each step the tokens drawn, who ended, and whose it was."""
         self._decoder.refresh()
         sessions = deque(self._sessions(requests, params, seed))
         for _, session in sessions:
@@ -161,7 +161,7 @@ class GenerationEngine:
         while sessions:
             buffer, session = sessions.popleft()
             num_drawn, ended = session.finish()
-            yield num_drawn, ended, session.live
+            yield num_drawn, ended, session
             if session.done:
                 buffer.put(session.cache)
             else:

@@ -74,6 +74,11 @@ class Session:
         """Whether nothing lives or waits."""
         return self._scheduler.done
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens that each living sequence has."""
+        return [int(count) for count in self.live.num_tokens[: self._scheduler.num_live]]
+
     def begin(self) -> None:
         """Run a step's rows. Raises `NonFiniteError` for logits that are NaN or infinite."""
         rows = self._run(self._scheduler.schedule())

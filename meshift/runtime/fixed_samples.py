@@ -6,6 +6,7 @@ weight, so a run is the same with and without it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from meshift.config.sections import PPORewardConfig, RewardConfig
 from meshift.generation.rollout import SamplingTask
 from meshift.training.readings import SequenceScores, TokenScores
 
+logger = logging.getLogger(__name__)
+
+LONGEST_SHOWN = 60
 NUM_TIMES = 5
 """Without a setting, the prompts are completed before the first step and about this many times after it."""
 SEED_DISTANCE = 2**40
@@ -42,7 +46,8 @@ class Infers(Protocol):
 class FixedSamples:
     """Completes `prompts` (token ids) after the steps in `steps`, where 0 is before the first.
 
-    `judge` gives each completion its reward from `tokens`; without it rows have none.
+    `judge` gives each completion its reward from `tokens`; without it rows have none. One that is no number is
+    none either, and a warning names its sample: the run goes on, since it learns nothing from these.
     """
 
     role: Generates
@@ -69,7 +74,7 @@ class FixedSamples:
         task = replace(self.task, seed=self.task.seed + SEED_DISTANCE)
         drawn = self.role.generate(task, given).batch
         lengths = drawn["completion_lengths"].values.tolist()
-        rewards = self.judge(drawn) if self.judge is not None else None
+        rewards = self._rewards(drawn, num_done) if self.judge is not None else None
         return [
             {
                 "step": num_done,
@@ -82,6 +87,18 @@ class FixedSamples:
             }
             for i, (tokens, length) in enumerate(zip(drawn["tokens"].rows(), lengths, strict=True))
         ]
+
+    def _rewards(self, drawn: Batch, num_done: int) -> list[float | None]:
+        assert self.judge is not None
+        found: list[float | None] = []
+        for i, reward in enumerate(self.judge(drawn)):
+            if not math.isfinite(reward):
+                logger.warning(
+                    f"the reward model gives {reward} to the report's sample {i} after {num_done} steps "
+                    f"({self.decode(list(self.prompts[i]))[:LONGEST_SHOWN]!r}); samples.jsonl has no reward of it"
+                )
+            found.append(reward if math.isfinite(reward) else None)
+        return found
 
 
 def reward_judge(reward: RewardConfig, model: Infers | None) -> Callable[[Batch], list[float]] | None:

@@ -22,7 +22,7 @@ from meshift.models.decoder import Decoder
 from meshift.models.shards import VALUE_HEAD
 from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
-from meshift.runtime.peak_rate import PeakRate
+from meshift.runtime.peak_rate import peak_rate
 from meshift.runtime.staleness import Ages
 from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
@@ -72,7 +72,6 @@ class LocalRole:
         self.trainer = TrainingEngine(model, config, trainable=trainable, name=name, place=place)
         self.generator: GenerationEngine | None = None
         self._lends = trainable
-        self._peak_rate = PeakRate()
         self._ages = Ages(name)
         self._mixed: dict[str, torch.Tensor] = {}
         self._moved: set[str] = set()
@@ -126,10 +125,10 @@ class LocalRole:
 
     @property
     def peak_flops(self) -> float:
-        """FLOP/s that the role's devices reach at best in the type that the model computes in."""
+        """FLOP/s that the role's devices reach at best in the type that the model computes in, always the same."""
         ranks = self.trainer.ranks
         num_devices = 1 if ranks is None else ranks.place.layout.num_ranks
-        return num_devices * self._peak_rate(self.model.device, self.model.dtype)
+        return num_devices * peak_rate(self.model.device, self.model.dtype)
 
     @property
     def num_numbers(self) -> tuple[int, int]:

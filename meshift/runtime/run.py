@@ -243,11 +243,14 @@ def _in_this_process(job: Job) -> Advance:
 
 
 def _utilisation(roles: Mapping[str, KeptRole], before: Mapping[str, Work]) -> dict[str, float]:
-    """`perf/mfu`: the part of the training's seconds that it would take at the device's peak."""
+    """`perf/mfu`: the part of the training's seconds that it would take at the device's `perf/peak_tflops`."""
     seconds = sum(role.work.seconds - before[name].seconds for name, role in roles.items())
     moved = [(role, role.work.flops - before[name].flops) for name, role in roles.items()]
     ideal = sum(flops / role.peak_flops for role, flops in moved if flops > 0)
-    return {"perf/mfu": ideal / seconds} if seconds > 0 else {}
+    if seconds <= 0:
+        return {}
+    peaks = [role.peak_flops for role, flops in moved if flops > 0]
+    return {"perf/mfu": ideal / seconds, **({"perf/peak_tflops": max(peaks) / 1e12} if peaks else {})}
 
 
 def _seed_generators(seed: int, step: int) -> None:

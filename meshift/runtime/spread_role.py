@@ -133,13 +133,17 @@ class SpreadRole:
     def train(self, task: Any, batch: Batch, *, step: int) -> Outcome:
         """See `LocalRole`. The other placements have the new weights after `publish` only.
 
-        `perf/mfu/<role>` is the part of the call's seconds that it would take at its devices' peak.
+        `perf/mfu/<role>` is the part of the call's seconds that it would take at its devices' peak, which is
+        `perf/peak_tflops/<role>` for all of them.
         """
         role = self._at(self.placements["train"])
         before = replace(role.work)
         outcome = role.train(task, batch, step=step)
         seconds, flops = role.work.seconds - before.seconds, role.work.flops - before.flops
-        used = {f"perf/mfu/{self.name}": flops / role.peak_flops / seconds} if flops and seconds else {}
+        used = {}
+        if flops and seconds:
+            used[f"perf/mfu/{self.name}"] = flops / role.peak_flops / seconds
+            used[f"perf/peak_tflops/{self.name}"] = role.peak_flops / 1e12
         return Outcome(batch=outcome.batch, metrics={**outcome.metrics, **used})
 
     def publish(self) -> dict[str, float]:

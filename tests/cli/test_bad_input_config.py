@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bad_input import Case, refused
@@ -153,3 +154,35 @@ def test_a_real_process_shows_no_traceback(room):
     )
     assert done.returncode == 2
     assert done.stderr == "meshift: unknown key `actor.lerning_rate`; did you mean `actor.learning_rate`?\n"
+
+
+RECIPES = {
+    "grpo": "grpo_sentiment",
+    "ppo": "quickstart",
+    "sft": "quickstart_sft",
+    "reward": "quickstart_reward",
+    "dpo": "hh_dpo",
+    "kto": "kto_sentiment",
+    "orpo": "orpo_sentiment",
+    "raft": "raft_sentiment",
+    "online-dpo": "online_dpo_sentiment",
+}
+ALIKE = {("sft", "reward"), ("dpo", "orpo"), ("kto", "orpo")}
+"""The first takes the second one's recipe, which has no key of its own."""
+
+
+@pytest.mark.parametrize("given", RECIPES)
+@pytest.mark.parametrize("meant", RECIPES)
+def test_a_config_of_another_command_is_told_to_be(capsys, given, meant):
+    if given == meant or (given, meant) in ALIKE:
+        return
+    file = str(Path(__file__).parents[2] / "recipes" / f"{RECIPES[meant]}.yaml")
+    assert main([given, "--config", file, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert f", not of `meshift {given}`; did you mean `meshift {meant} --config {file}`?" in said
+
+
+def test_a_misspelt_key_is_no_other_commands(room, capsys):
+    assert main(room.dry("actr.learning_rate=1")) == 2
+    said = capsys.readouterr().err
+    assert "unknown key `actr`; did you mean `actor`?" in said

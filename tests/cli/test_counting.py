@@ -1,6 +1,7 @@
 """How far a command is: lines now and then, or a bar; what is left is told from what was counted here."""
 
 import io
+import itertools
 
 from rich.console import Console
 
@@ -14,11 +15,11 @@ class Clock:
         return self.now
 
 
-def counted(counts, *, terminal=False, seconds=2.0):
+def counted(counts, *, terminal=False, seconds=2.0, work=()):
     output, clock = io.StringIO(), Clock()
     with Counting(Console(file=output, force_terminal=terminal, width=120), clock) as counting:
-        for count in counts:
-            counting(*count)
+        for count, measured in itertools.zip_longest(counts, work):
+            counting(*count, work=measured)
             clock.now += seconds
     return output.getvalue()
 
@@ -62,3 +63,19 @@ def test_a_terminal_gets_a_bar_and_a_pipe_no_control_characters():
     assert "3/3" in text
     assert "\x1b" in text
     assert "\x1b" not in counted([("programs", done, 3) for done in range(4)])
+
+
+def test_one_long_completion_that_is_left_is_told_by_its_own_steps():
+    counts = [("completions", 199, 200)] * 12
+    work = [(1000 + 10 * i, 500 - 10 * i) for i in range(12)]
+    lines = counted([("completions", 0, 200), *counts], work=[None, *work], seconds=2.0).splitlines()
+    assert [line.split("eta ")[1] for line in lines] == ["0:01:36", "0:01:30", "0:01:24", "0:01:18"]
+
+
+def test_the_pace_is_that_of_now():
+    """Ten steps take ten seconds at first, and then one second each tenth."""
+    counts = [("completions", 1, 9)] * 31
+    work = [(i, 100) for i in range(11)] + [(10 + 10 * i, 100) for i in range(1, 21)]
+    lines = counted(counts, work=work, seconds=1.0).splitlines()
+    assert lines[0].endswith("eta 0:01:40")
+    assert lines[-1].endswith("eta 0:00:10")

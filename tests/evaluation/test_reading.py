@@ -1,11 +1,13 @@
 """Reward models and KL on texts, against `transformers` reading the same tokens."""
 
+import shutil
+
 import pytest
 import torch
 from benchmark_rows import HH, questions_of
 from tiny_dialogue import save_dialogue_model
 
-from meshift.errors import DataError, ModelError
+from meshift.errors import DataError, ModelError, NonFiniteError
 from meshift.evaluation.reading import ScoreModel, ScoreReader, kl_to_reference
 from meshift.evaluation.saved import Saved
 
@@ -141,7 +143,63 @@ def test_kl_is_the_sum_over_a_completions_tokens_of_both_models_full_logits(mode
             )
             sums.append(float(chosen.sum()))
         expected.append(sums[0] - sums[1])
-    assert kl_to_reference(*names, saved, 0.7, torch.float32) == pytest.approx(expected, abs=1e-4)
-    assert kl_to_reference(names[0], names[0], saved, 0.7, torch.float32) == [0.0] * 3
+    how, told = {"temperature": 0.7, "dtype": torch.float32}, []
+    found = kl_to_reference(*names, saved, **how, on_progress=lambda *count: told.append(count))
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert told == [("completions read by the actor", 3, 3), ("completions read by the reference", 3, 3)]
+    assert kl_to_reference(names[0], names[0], saved, **how) == [0.0] * 3
     with pytest.raises(DataError, match="completion 4 of 'q' has no token ids"):
-        kl_to_reference(*names, [Saved(id="q", sample=4, completion="x")], 1.0, torch.float32)
+        kl_to_reference(*names, [Saved(id="q", sample=4, completion="x")], **how)
+
+
+@pytest.fixture
+def spoil(models, tmp_path):
+    """A copy of one of the models, to which one token is no number."""
+
+    def copy(name, token):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        folder = tmp_path / f"spoiled-{name}"
+        shutil.copytree(models / name, folder)
+        kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = torch.nan
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return copy
+
+
+def test_a_score_that_is_no_number_would_be_counted_as_unsafe_and_lost_and_hide_the_mean(models, spoil, tmp_path):
+    questions = questions_of(tmp_path, "hh-rlhf", HH) * 3
+    good = ScoreModel(ScoreReader(str(models / "reward"), "cost", chat=False), torch.float32)
+    said = [" Hello.", " Q!", " Goodbye."]
+    assert len(good.scores(questions, said, [False] * 3)) == 3
+    spoiled = spoil("reward", last_token(models, questions[1], said[1]))
+    model = ScoreModel(ScoreReader(spoiled, "cost", chat=False), torch.float32)
+    with pytest.raises(NonFiniteError) as caught:
+        model.scores(questions, said, [False] * 3)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"the score of the cost model {spoiled} is nan for ")
+    assert " of 3 responses (" in sentence
+    assert "hh-rlhf.jsonl:1: ' Q!'" in sentence
+
+
+def last_token(models, question, said):
+    return ScoreReader(str(models / "reward"), "cost", chat=False).tokens(question, said, False)[-1]
+
+
+def test_kl_of_which_one_token_is_no_number_names_the_completion(models, spoil):
+    def saved(name, tokens):
+        return Saved(id=name, sample=2, completion="", prompt_ids=[5, 6], completion_ids=tokens)
+
+    policy = str(models / "policy")
+    with pytest.raises(NonFiniteError, match=r"is nan for 1 of 2 responses \(b, sample 2\)"):
+        kl_to_reference(
+            policy,
+            spoil("policy", 9),
+            [saved("a", [7, 8]), saved("b", [9, 8])],
+            temperature=1.0,
+            dtype=torch.float32,
+        )

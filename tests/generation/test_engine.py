@@ -238,12 +238,18 @@ def test_a_stop_on_the_last_token_is_no_truncation_and_running_out_is(model):
 
 
 def test_progress_counts_finished_sequences_and_tokens(model):
-    seen = []
-    done = GenerationEngine(model, num_slots=2).generate(
-        PROMPTS, params(3), seed=0, on_progress=lambda finished, tokens: seen.append((finished, tokens))
-    )
+    seen, live = [], []
+
+    def on_progress(finished, tokens, lengths):
+        seen.append((finished, tokens))
+        live.append(lengths)
+
+    done = GenerationEngine(model, num_slots=2).generate(PROMPTS, params(3), seed=0, on_progress=on_progress)
     assert seen[-1] == (9, sum(len(completion.tokens) for completion in done))
     assert seen == sorted(seen)
+    assert live[:3] == [[1, 1], [2, 2], []]
+    assert all(len(lengths) <= 2 for lengths in live)
+    assert live[-1] == []
 
 
 def test_generation_leaves_gradients_possible(make_model):

@@ -1,6 +1,7 @@
 """The report's prompts are completed through the run, and the run does not notice."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,22 @@ def test_a_reward_model_alone_judges_them_as_transformers_does(tmp_path, ppo_con
         ]
     assert judge(Batch({"tokens": Ragged.from_rows(texts, torch.int64)})) == pytest.approx(expected, abs=1e-4)
     assert reward_judge(ppo_config_on_disk(tmp_path).reward, object()) is None
+
+
+def test_a_reward_that_is_no_number_is_none_and_its_sample_is_named(tmp_path, ppo_config_on_disk, caplog):
+    job = build_ppo_job(ppo_config_on_disk(tmp_path / "run"))
+    fixed = FixedSamples(
+        role=job.roles["actor"],
+        task=job.graph.calls[0].task,
+        prompts=[[2, 3], [4, 5], [6, 7]],
+        decode=str,
+        steps=frozenset({4}),
+        judge=lambda drawn: [1.0, math.nan, math.inf],
+    )
+    assert [row["reward"] for row in fixed.rows(4)] == [1.0, None, None]
+    [nan, infinite] = [record.getMessage() for record in caplog.records]
+    assert nan.startswith("the reward model gives nan to the report's sample 1 after 4 steps ('[4, 5]')")
+    assert "gives inf to the report's sample 2" in infinite
 
 
 @pytest.mark.parametrize(

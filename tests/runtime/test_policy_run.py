@@ -20,7 +20,7 @@ reward/mean reward/std reward/odd reward/reward_model reward/frac_reward_zero_st
 response_length/mean response_length/max response_length/min response_length/clip_ratio
 objective/no_score_fraction objective/trained_fraction
 timing_s/rollout timing_s/score timing_s/reward_functions timing_s/advantages timing_s/train_actor
-perf/tokens_per_s perf/time_per_step perf/mfu perf/generated_tokens
+perf/tokens_per_s perf/time_per_step perf/mfu perf/peak_tflops perf/generated_tokens
 sync/logprob_diff_max sync/version training/global_step
 """
 WITH_REFERENCE = ["objective/kl", "objective/kl_coef", "objective/rlhf_reward", "timing_s/reference"]

@@ -23,7 +23,7 @@ objective/kl objective/kl_coef objective/rlhf_reward
 response_length/mean response_length/max response_length/min response_length/clip_ratio
 timing_s/rollout timing_s/score timing_s/reward_functions timing_s/reference timing_s/values
 timing_s/advantages timing_s/train_actor timing_s/train_critic
-perf/tokens_per_s perf/time_per_step perf/mfu sync/logprob_diff_max training/global_step
+perf/tokens_per_s perf/time_per_step perf/mfu perf/peak_tflops sync/logprob_diff_max training/global_step
 """
 
 

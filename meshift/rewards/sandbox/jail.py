@@ -9,13 +9,22 @@ import ctypes
 import math
 import os
 import resource
-import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from meshift.rewards.sandbox import landlock, seccomp
 from meshift.rewards.sandbox.layers import LANDLOCK, LIMITS, NAMESPACES, PRIVILEGES, SECCOMP, Limits
-from meshift.rewards.sandbox.syscalls import control_process, drop_from_bounding_set, mount, system_call
+from meshift.rewards.sandbox.mounts import (
+    CAPABILITY_HEADER,
+    NODEV,
+    NOEXEC,
+    NOSUID,
+    READ_ONLY,
+    OwnMounts,
+    give_up_mounting,
+    mount_namespace,
+)
+from meshift.rewards.sandbox.syscalls import control_process, drop_from_bounding_set, system_call
 from meshift.rewards.sandbox.wall import (
     NEWCGROUP,
     NEWIPC,
@@ -25,12 +34,6 @@ from meshift.rewards.sandbox.wall import (
     NEWUSER,
     NEWUTS,
     NOBODY,
-    NODEV,
-    NOEXEC,
-    NOSUID,
-    PRIVATE,
-    READ_ONLY,
-    RECURSIVE,
     map_user,
 )
 
@@ -52,6 +55,7 @@ class Walls:
     last_capability: int
     seccomp_filter: bytes
     memory_before: int  # bytes of address space of the interpreter without a program
+    mounts: str  # the mount namespace of the server, where no child may mount
 
     @staticmethod
     def of_this_process(readable: Sequence[str]) -> Walls:
@@ -66,6 +70,7 @@ class Walls:
             last_capability=last,
             seccomp_filter=seccomp.pack(seccomp.filter_program()),
             memory_before=pages * resource.getpagesize(),
+            mounts=mount_namespace(),
         )
 
 
@@ -75,7 +80,9 @@ def enter(walls: Walls, limits: Limits, layers: Collection[str], uid: int) -> No
         file.write("1000")  # where a cgroup runs full, this process ends and not the server
     if NAMESPACES in layers:
         map_user(NOBODY, uid, uid)
-        _cover()
+        _cover(OwnMounts(walls.mounts))
+    else:
+        give_up_mounting()
     if LIMITS in layers:
         _limit(limits, walls.memory_before)
     control_process(PR_SET_NO_NEW_PRIVS, 1)
@@ -87,13 +94,14 @@ def enter(walls: Walls, limits: Limits, layers: Collection[str], uid: int) -> No
         seccomp.install(walls.seccomp_filter)
 
 
-def _cover() -> None:
+def _cover(own: OwnMounts) -> None:
     """A working folder of its own, and nothing where /proc and shared memory were."""
-    mount("none", "/", None, RECURSIVE | PRIVATE)
-    mount("tmpfs", WORK_FOLDER, "tmpfs", NOSUID | NODEV | NOEXEC, f"size={WORK_BYTES},nr_inodes=1024,mode=0700")
+    own.mount(
+        "tmpfs", WORK_FOLDER, "tmpfs", NOSUID | NODEV | NOEXEC, f"size={WORK_BYTES},nr_inodes=1024,mode=0700"
+    )
     for place in ("/proc", "/dev/shm"):
         if os.path.isdir(place):
-            mount("tmpfs", place, "tmpfs", NOSUID | NODEV | NOEXEC | READ_ONLY, "size=4k,nr_inodes=2")
+            own.mount("tmpfs", place, "tmpfs", NOSUID | NODEV | NOEXEC | READ_ONLY, "size=4k,nr_inodes=2")
     os.chdir(WORK_FOLDER)
 
 
@@ -120,6 +128,6 @@ def _drop_privileges(last_capability: int, *, has_any: bool) -> None:
     if has_any:  # as the first process of a new user namespace it has all of them
         drop_from_bounding_set(last_capability)
         control_process(PR_SET_SECUREBITS, ALL_SECURE_BITS)
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
+    header = ctypes.create_string_buffer(CAPABILITY_HEADER)
     system_call("capset", header, ctypes.create_string_buffer(24))
     control_process(PR_SET_DUMPABLE, 0)

@@ -7,16 +7,22 @@ It runs inside the process that becomes the server. It knows nothing of programs
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 
-from meshift.rewards.sandbox.syscalls import control_process, mount, system_call, unmount, unshare
+from meshift.rewards.sandbox.mounts import (
+    BIND,
+    NODEV,
+    NOEXEC,
+    NOSUID,
+    RECURSIVE,
+    OwnMounts,
+    mount_namespace,
+)
+from meshift.rewards.sandbox.syscalls import control_process, unshare
 
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
-NOSUID, NODEV, NOEXEC, READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 1, 32, 4096, 16384, 1 << 18
-DETACH = 2
 PR_SET_DUMPABLE = 4
 DEVICES = ("null", "zero", "full", "random", "urandom")
 NOBODY = 65534
@@ -30,25 +36,25 @@ def build(binds: Sequence[Bind]) -> None:
     The process that called stays outside, waits, and ends as that one does. Raises `OSError` where the kernel
     does not allow it.
     """
-    uid, gid = os.geteuid(), os.getegid()
+    uid, gid, outside = os.geteuid(), os.getegid(), mount_namespace()
     spaces = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP
     unshare(spaces if uid == 0 else spaces | NEWUSER)
     if uid != 0:
         map_user(NOBODY, uid, gid)
     _leave_in_child()
-    mount("none", "/", None, RECURSIVE | PRIVATE)
+    own = OwnMounts(outside)
     sources = [(os.open(source, os.O_PATH), target) for source, target in binds]
     devices = [(os.open(f"/dev/{name}", os.O_PATH), f"/dev/{name}") for name in DEVICES]
     root = "/tmp"
-    mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "mode=0755,size=1m")
+    own.mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "mode=0755,size=1m")
     for place, target in sources:
-        _bind(place, root + target, read_only=True)
+        _bind(own, place, root + target, read_only=True)
     for place, target in devices:
-        _bind(place, root + target, read_only=False)
+        _bind(own, place, root + target, read_only=False)
     for folder in ("/proc", "/tmp"):
         os.makedirs(root + folder, exist_ok=True)
-    mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
-    _enter(root)
+    own.mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
+    own.enter(root)
     for place, _ in (*sources, *devices):
         os.close(place)
 
@@ -70,26 +76,16 @@ def _leave_in_child() -> None:
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _bind(place: int, target: str, *, read_only: bool) -> None:
+def _bind(own: OwnMounts, place: int, target: str, *, read_only: bool) -> None:
     source = f"/proc/self/fd/{place}"
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    mount(source, target, None, BIND | RECURSIVE)
+    own.mount(source, target, None, BIND | RECURSIVE)
     if read_only:
-        attributes = struct.pack("QQQQ", READ_ONLY | NOSUID | NODEV, 0, 0, 0)  # MOUNT_ATTR_* have the same numbers
-        system_call("mount_setattr", -100, target.encode(), 0x8000, attributes, len(attributes))
-
-
-def _enter(root: str) -> None:
-    """Make it the root, read-only, and let go of everything else."""
-    os.chdir(root)
-    system_call("pivot_root", b".", b".")
-    unmount(".", DETACH)
-    os.chdir("/")
-    mount("none", "/", None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV)
+        own.protect(target)
 
 
 def become(uid: int) -> None:

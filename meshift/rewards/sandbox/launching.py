@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from meshift.rewards.sandbox.jail import WORK_FOLDER
+
 WallKind = Literal["bubblewrap", "own", "none"]
 PACKAGE_INSIDE = "/opt/meshift-sandbox"
+FOLDERS_INSIDE = "/opt/meshift-packages"
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("/dev/zero", "/dev/random", "/dev/urandom")
 START = (
@@ -50,7 +53,7 @@ class Launch:
             "build_wall": self.wall == "own",
             "binds": self._binds(),
             "drop_root": self.wall != "none" or all(map(_is_open_to_all, python_folders())),
-            "packages": list(self.folders),
+            "packages": [inside for _, inside in self._packages()],
             "readable": [*self._readable(), *DEVICES],
         }
         flags = ["-I", "-S", "-X", "utf8", "-c", START]
@@ -62,11 +65,20 @@ class Launch:
         """Python itself, not a virtual environment's link to it."""
         return _interpreter()
 
+    def _packages(self) -> list[tuple[str, str]]:
+        """Where each of `folders` is, and where programs see it: elsewhere, where their own /tmp would hide it."""
+        movable = self.wall != "none"
+        return [
+            (folder, f"{FOLDERS_INSIDE}/{i}" if movable and _is_below(folder, WORK_FOLDER) else folder)
+            for i, folder in enumerate(self.folders)
+        ]
+
     def _binds(self) -> list[tuple[str, str]]:
-        own = [*python_folders(), *SYSTEM, *self.folders]
-        there = list(dict.fromkeys(p for p in own if os.path.exists(p)))
+        same = [*python_folders(), *SYSTEM, *(folder for folder, inside in self._packages() if inside == folder)]
+        there = list(dict.fromkeys(p for p in same if os.path.exists(p)))
         tops = [p for p in there if not any(p != other and _is_below(p, other) for other in there)]
-        return [*((p, p) for p in tops), (str(package()), f"{PACKAGE_INSIDE}/{package().name}")]
+        moved = [(folder, inside) for folder, inside in self._packages() if inside != folder]
+        return [*((p, p) for p in tops), *moved, (str(package()), f"{PACKAGE_INSIDE}/{package().name}")]
 
     def _readable(self) -> list[str]:
         """What a program may read: the targets of the binds, each once where several are links to one."""
@@ -95,9 +107,11 @@ def _interpreter() -> str:
 
 
 def python_folders() -> Sequence[str]:
-    """Where the interpreter, its library and its extension modules are."""
-    paths = [os.path.dirname(_interpreter()), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    """Where the interpreter, its library and its extension modules are: those of Python itself, since a virtual
+    environment has nothing of it but packages, which programs are not to read."""
     prefix = sys.base_exec_prefix
+    library = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars={"platbase": prefix})
+    paths = [os.path.dirname(_interpreter()), *library]
     return paths if prefix in ("/", "/usr", "/usr/local") else [prefix, *paths]
 
 

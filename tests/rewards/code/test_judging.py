@@ -1,5 +1,7 @@
 """Right programs pass and wrong ones do not, in each form that problems have; limits; what the reward says."""
 
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -210,6 +212,17 @@ def test_packages_are_there_for_programs_that_are_given_them_and_for_no_others()
         function._sandbox.close()
     with pytest.raises(ConfigError, match="no folder"):
         UnitTests(UnitTestsConfig(packages=["/nowhere"]))
+
+
+def test_packages_below_tmp_are_there_too_beside_a_programs_own_tmp():
+    program = "import os, shop\ndef f(x): return [shop.double(x), os.listdir('/tmp')]"
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        (Path(folder) / "shop.py").write_text("def double(x): return 2 * x")
+        function = UnitTests(UnitTestsConfig(num_workers=1, packages=[folder]))
+        rewards = function(["p"], [program], lambda *_: None, tests=[["assert f(2) == [4, []]"]])
+        function._sandbox.close()
+    assert rewards == [1.0]
 
 
 def test_rewards_are_all_or_nothing_or_partial_and_none_without_tests():

@@ -1,11 +1,14 @@
 """Each layer is found missing when it is, and the run is told what to do."""
 
 import contextlib
+import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from meshift.errors import ConfigError
 from meshift.rewards.code.unit_tests import UnitTests
 from meshift.rewards.sandbox import probes, slot
 from meshift.rewards.sandbox.cgroup import make_group
-from meshift.rewards.sandbox.launching import Launch, best_wall
+from meshift.rewards.sandbox.launching import Launch, best_wall, package
 from meshift.rewards.sandbox.layers import FIXES, LANDLOCK, LAYERS, LIMITS, NAMESPACES, WALL, Limits
 from meshift.rewards.sandbox.slot import MemoryFile, Process, SandboxError, Slot
 
@@ -88,6 +91,32 @@ def test_a_missing_layer_stops_the_run_with_its_name_and_the_fix(monkeypatch, la
     rewards = function(["p"], ["def f(x): return x"], logged.__setitem__, tests=[["assert f(1) == 1"]])
     assert rewards == [1.0], "without that layer, when the user says so"
     function._sandbox.close()
+
+
+@pytest.mark.parametrize("wall", WALLS)
+def test_a_virtual_environment_below_tmp_hides_nothing_and_shows_nothing(wall):
+    """It has nothing of Python but packages: programs need none of it, and see none."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, with_pip=False, symlinks=True)
+        search = [str(package().parent), *filter(None, sys.path)]
+        found = subprocess.run(
+            [f"{folder}/bin/python", "-c", OF_A_VENV, wall],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(search)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert json.loads(found.stdout) == {"prefix": folder, "missing": {}, "venv": []}
+
+
+OF_A_VENV = """
+import json, sys
+from meshift.rewards.sandbox.launching import Launch
+from meshift.rewards.sandbox.probes import probe
+found = probe([sys.argv[1]])
+shown = [source for source, _ in Launch(wall=found.wall)._binds() if source.startswith(sys.prefix)]
+print(json.dumps({"prefix": sys.prefix, "missing": dict(found.missing), "venv": shown}))
+"""
 
 
 def test_a_python_under_tmp_would_be_refused_though_the_user_says_unsafe(monkeypatch, caplog):

@@ -41,8 +41,9 @@ from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.simulate import in_sentences, simulate
 from meshift.planner.written import devices_of, named_hosts, num_idle, placements_of
+from meshift.report.numbers import duration
 from meshift.report.plan_page import plan_page
-from meshift.report.reconciled import factors
+from meshift.report.reconciled import factors, host_seconds
 from meshift.report.run_data import read_run
 
 WRITTEN = (".yaml", ".yml", ".json", ".html")
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     show(planned)
     print(f"  {asked.lengths.in_words(planned.step)}")
     if any(call.kind == "generate" for call in planned.step.calls):
-        print(f"  {HOST_CALLS}")
+        print(f"  {HOST_CALLS}{_by_measurement(args)}")
     more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
@@ -126,6 +127,15 @@ def _run(args: argparse.Namespace) -> int:
         _write(Path(args.out), asked, planned, _hosts(args, planned), partial(plan_page, planned, variants, more))
         print(f"written to {args.out}")
     return 0
+
+
+def _by_measurement(args: argparse.Namespace) -> str:
+    """How long that took where a run has measured it."""
+    found = {} if args.measured is None else host_seconds(read_run(Path(args.measured)))
+    if not found:
+        return ""
+    most = max(found, key=lambda name: found[name])
+    return f" There it took {duration(sum(found.values()))} a step, most of it in {most}; add that to every plan."
 
 
 def _simulated(planned: Planned, args: argparse.Namespace) -> list[str]:

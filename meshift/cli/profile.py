@@ -102,7 +102,7 @@ PROFILE = Command(
     description=(
         "Measure what the planner predicts by, on the device that a run would use: a model's layers forward and\n"
         "backward, decoding, prompts, the head, the optimizer, memory, and on a CPU messages between processes\n"
-        "and what they cost each other on shared processors. Takes two minutes; nothing else should run meanwhile."
+        "and what they cost each other on shared processors. Three minutes; nothing else should run meanwhile."
     ),
     example="meshift profile --model pypi:smollm2-135m-instruct --out profile.json",
     configure=_configure,

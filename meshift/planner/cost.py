@@ -15,14 +15,12 @@ from meshift.layout.layout import Coordinates, Layout
 from meshift.planner.decoding import course
 from meshift.planner.hardware import Hardware
 from meshift.planner.memory import FP32, PREFILL_TOKENS, Memory
-from meshift.planner.rates import rates_of
+from meshift.planner.rates import Adapters, rates_of
 from meshift.planner.workload import PlannedCall, Role, Windows
 
 BATCH_BYTES = 16
 """Of a token in a batch: its id and two or three floats."""
 PROBE_TEXTS, PROBE_LENGTH = 2, 12
-ADAPTER_PASSES = 1.5
-"""Times that inputs and outputs of a layer with an adapter are read or written for it: x once, the sum twice."""
 WORK = {"generate": "decode", "infer": "forward", "train": "backward"}
 """By what kind of work a call is hindered, or hinders others, where processes share processors."""
 
@@ -90,12 +88,11 @@ class Costs:
         numbers = float(self.memory.sizes.layer(layout, _first(layout)))
         if plain or config.adapter is None or kind not in ("forward", "backward"):  # generation: by sums
             return self.rates.layer(kind, numbers, rows, attention, passing)
-        beside = self.memory.sizes.layer_adapters(layout, _last(layout))
-        if kind == "backward":
-            numbers /= 2  # frozen matrices have no gradients
-        passing_by = (1 + (kind == "backward")) * ADAPTER_PASSES * rows * beside / config.adapter.rank
-        seconds = self.rates.layer(kind, numbers + beside, rows, attention, passing)
-        return seconds + self.rates.over("copy", passing_by * self.role.width)
+        rank, count = config.adapter.rank, len(config.adapter.targets)
+        width = self.memory.sizes.layer_adapters(layout, _last(layout)) / rank
+        matrices, own = ("forward", "beside") if kind == "forward" else ("frozen", "beside_back")
+        seconds = self.rates.layer(matrices, numbers, rows, attention, passing)
+        return seconds + self.rates.beside(own, Adapters(count=count, rank=rank, width=width), rows, numbers)
 
     def _forward(self, layout: Layout, rows: float, seen: float) -> tuple[float, float]:
         """Of a layer without adapters, and of one with them."""
@@ -284,7 +281,8 @@ class Costs:
         own = max(1, ceil(call.texts.num_sequences / layout.data))
         sessions = min(layout.pipeline, own)
         slots = max(1, min(call.num_slots // sessions, ceil(own / sessions)))
-        going = course(call.texts, ceil(own / sessions), slots, layout.data * sessions, self._windows)
+        many, padded = layout.data * sessions, not self._reads_by_row
+        going = course(call.texts, ceil(own / sessions), slots, many, self._windows, padded)
         parts = {"decode": 0.0, "tensor": 0.0, "pipeline": 0.0}
         work = busy = 0.0
         for span in going.spans:
@@ -310,6 +308,12 @@ class Costs:
             parts["sums"] = self._sums(layout)
         late = 1 - going.ended[int(0.9 * (len(going.ended) - 1))]
         return Cost(parts, late=late, busy=busy / work if work else float(layout.num_ranks))
+
+    @property
+    def _reads_by_row(self) -> bool:
+        """Whether decoding reads what each row's cache has: Meshift's kernels for CPUs do, and nothing else."""
+        served = self.hardware.machine.kernels and self.role.dtype == "bfloat16"
+        return served and self.role.config.attention_softcap is None
 
     def packing(self, layout: Layout) -> float:
         """Of the copy that a CPU multiplies by, made where weights are new."""
@@ -342,8 +346,9 @@ class Costs:
         """One token for each live sequence, in each stage: weights and cache are read; the last one draws."""
         config = self.role.config
         heads = max(1, config.num_kv_heads / layout.tensor)
-        cache = self.rates.over("cache", 2 * cached * heads * config.head_dim * self.role.width)
-        layer = self._layer("decode", layout, live, cached / max(1.0, live)) + cache
+        within, read = self.rates.cached(cached / max(1.0, live))
+        cache = self.rates.over("cache", 2 * live * read * heads * config.head_dim * self.role.width)
+        layer = self._layer("decode", layout, live, within) + cache
         head = self._head("draw", layout, live)
         return [stage.layers * layer + stage.is_last * head for stage in self._stages(layout)]
 

@@ -16,6 +16,7 @@ from operator import add
 
 import numpy as np
 
+from meshift.planner.memory import CACHE_STEP
 from meshift.planner.workload import Texts, Windows
 
 NUM_SPANS = 48
@@ -49,11 +50,14 @@ class Course:
 
 
 @lru_cache(maxsize=4096)
-def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Windows = (None,)) -> Course:
+def course(
+    texts: Texts, count: int, slots: int, ranks: int = 1, windows: Windows = (None,), padded: bool = False
+) -> Course:
     """Of the slowest of `ranks` engines, each with `count` of the sequences, in `slots` of its own.
 
     Where some wait, they are dealt at random, several times: that deal counts which takes neither the longest nor
-    the least. Of cached tokens the layers' `windows` are seen, on average.
+    the least. Of cached tokens the layers' `windows` are seen, on average. `padded`: each live sequence reads as
+    many as there are positions between the first and the last that any of them sees.
     """
     slots = min(slots, count)
     begun, ends = _entered(texts, count, slots, ranks)
@@ -61,7 +65,8 @@ def course(texts: Texts, count: int, slots: int, ranks: int = 1, windows: Window
     live = _over_steps(begun, ends, np.ones(len(begun)), total)
     cached = np.zeros(total)
     for window, num_layers in Counter(windows).items():
-        cached += num_layers / len(windows) * _cached(texts, begun, ends, total, window)
+        seen = _padded(texts, begun, ends, live, window) if padded else _cached(texts, begun, ends, total, window)
+        cached += num_layers / len(windows) * seen
     width = -(-total // NUM_SPANS)
     spans = tuple(
         Span(min(width, total - at), float(live[at : at + width].mean()), float(cached[at : at + width].mean()))
@@ -94,6 +99,25 @@ def _cached(texts: Texts, begun: np.ndarray, ends: np.ndarray, total: int, windo
     if window is not None:
         cached += _over_steps(full, ends, np.full(len(begun), float(window)), total)
     return cached
+
+
+def _padded(texts: Texts, begun: np.ndarray, ends: np.ndarray, live: np.ndarray, window: int | None) -> np.ndarray:
+    """At each step live sequences times the positions that `generation.cache.DecodeAttention` reads of each.
+
+    Up to the longest, from where the shortest one's window begins, in whole steps of the cache; prompts are alike.
+    """
+    total = len(live)
+    first, last = np.zeros(total, dtype=int), np.zeros(total, dtype=int)
+    for i in np.argsort(-begun, kind="stable") if begun.any() else ():  # the earliest are written last
+        first[begun[i] : ends[i]] = begun[i]
+    reach = np.ceil((texts.prompt + np.arange(total) - first + 1) / CACHE_STEP) * CACHE_STEP
+    if window is None:
+        return live * reach
+    for i in np.argsort(begun, kind="stable") if begun.any() else ():
+        last[begun[i] : ends[i]] = begun[i]
+    shortest = texts.prompt + np.arange(total) - last
+    skipped = np.maximum(0, shortest + 1 - window) // CACHE_STEP * CACHE_STEP
+    return live * (reach - np.where(reach > window, skipped, 0))
 
 
 def _starts(lengths: Sequence[int], slots: int) -> list[int]:

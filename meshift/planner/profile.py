@@ -20,6 +20,11 @@ Points = Sequence[tuple[float, float]]
 PRODUCTS = ("forward", "backward", "decode", "prompt", "read", "learn", "pass", "draw")
 """Kinds of products: a layer's passes (without gradients, back, one token each, prompts in the generator), and the
 head's: log-probs, learning with and without a gradient of its own weights, logits with a draw from them."""
+BESIDE = ("frozen", "beside", "beside_back")
+"""Kinds of products where layers have adapters: back through a layer whose matrices have no gradients, and what
+its adapters take more, forward (as `forward`, without gradients) and back."""
+NEAR = 32
+"""Tokens of the cache that a measured decode step reads: what more of them take is the speed `cache`'s to say."""
 SPEEDS = ("update", "share", "pack", "check", "cache", "copy")
 """Kinds of passes over memory: an update, what it takes more where ranks share one (numbers a second), packing
 weights, fingerprints, the cache of a decode step, and copies (bytes a second)."""
@@ -29,7 +34,7 @@ weights, fingerprints, the cache of a decode step, and copies (bytes a second)."
 class Product:
     """Rows through matrices of so many numbers: operations a second that one process reached with its threads.
 
-    Operations are those of the forward pass, backward too.
+    Operations are those of the forward pass, backward too. `rank` is of adapters, whose numbers these are then.
     """
 
     kind: str
@@ -38,6 +43,7 @@ class Product:
     numbers: float
     rows: float
     rate: float
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +84,33 @@ class Profile:
         """Of each of so many processes on a host, as the launcher shares processors out."""
         return max(1, self.cores // max(1, num_processes))
 
-    def rate(self, kind: str, dtype: str, threads: int, numbers: float, rows: float) -> float:
+    def rate(self, kind: str, dtype: str, threads: int, numbers: float, rows: float, rank: int = 0) -> float:
         """Operations a second. Raises `ConfigError` for a type that was not measured."""
-        lines = self._lines.get((kind, dtype, self._nearest(kind, dtype, threads)))
+        lines = self._lines.get((kind, rank, dtype, self._nearest(kind, dtype, threads)))
         if lines is None:
             raise _lacking(kind, dtype, sorted({f"{one.kind}/{one.dtype}" for one in self.products}))
         below = [(size, _beyond(line, rows)) for size, line in lines]
         return _between(below, numbers)
+
+    def has(self, kind: str, dtype: str) -> bool:
+        """Whether such products were measured."""
+        return any(one[0] == kind and one[2] == dtype for one in self._lines)
+
+    def adapters(self, kind: str, dtype: str, threads: int, width: float, rows: float, rank: int) -> float:
+        """Seconds of a layer's adapters, which have `width` numbers in each of `rank` rows and columns.
+
+        Passes over rows cost the same at every rank, products grow with it: between two ranks that were measured,
+        and beyond them, a straight line.
+        """
+        known = sorted({one[1] for one in self._lines if one[0] == kind and one[2] == dtype})
+        points = [
+            (float(r), 2.0 * r * width * rows / self.rate(kind, dtype, threads, r * width, rows, r)) for r in known
+        ]
+        (low, least), (high, most) = points[0], points[-1]
+        if len(points) > 1 and not low <= rank <= high:
+            beyond = max(0.0, most - least) / (high - low) * (rank - (high if rank > high else low))
+            return max(least / 2, (most if rank > high else least) + beyond)
+        return _straight(points, float(rank))
 
     def message(self, kind: str, num_bytes: float, members: int, among: int) -> float:
         """Seconds. Of group sizes that were not measured, the nearest stands, by rings' steps."""
@@ -119,11 +145,11 @@ class Profile:
         return _straight(found, busy)
 
     @cached_property
-    def _lines(self) -> Mapping[tuple[str, str, int], list[tuple[float, Points]]]:
-        """By kind, type and threads, the sizes of matrices in order, each with its rates by rows."""
-        found: dict[tuple[str, str, int], dict[float, list[tuple[float, float]]]] = {}
+    def _lines(self) -> Mapping[tuple[str, int, str, int], list[tuple[float, Points]]]:
+        """By kind, rank, type and threads, the sizes of matrices in order, each with its rates by rows."""
+        found: dict[tuple[str, int, str, int], dict[float, list[tuple[float, float]]]] = {}
         for one in self.products:
-            lines = found.setdefault((one.kind, one.dtype, one.threads), {})
+            lines = found.setdefault((one.kind, one.rank, one.dtype, one.threads), {})
             lines.setdefault(one.numbers, []).append((one.rows, one.rate))
         return {key: [(size, sorted(lines[size])) for size in sorted(lines)] for key, lines in found.items()}
 
@@ -135,7 +161,7 @@ class Profile:
         return {key: sorted(points) for key, points in found.items()}
 
     def _nearest(self, kind: str, dtype: str, threads: int) -> int:
-        known = {found[2] for found in self._lines if found[:2] == (kind, dtype)}
+        known = {found[3] for found in self._lines if (found[0], found[2]) == (kind, dtype)}
         return min(known, key=lambda one: abs(one - threads), default=threads)
 
     def values(self) -> dict[str, Any]:

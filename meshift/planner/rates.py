@@ -6,16 +6,35 @@ more. Where there is a profile, what was measured stands instead. It knows nothi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from meshift.planner.hardware import Hardware
-from meshift.planner.profile import Profile
+from meshift.planner.profile import NEAR, Profile
+from meshift.planner.workload import WIDTHS
 
 UPDATE_BYTES = 46
 """Read and written for each trained number: gradient's norm and clipping, AdamW, the rounded weight, zeros."""
 LEARNING = {"read": 1, "learn": 4, "pass": 3, "draw": 1}
 """Products of the head's size: logits; in learning slopes, logits again, and its own gradient if it has one."""
+ADAPTER_PASSES = {"beside": 2.5, "beside_back": 3.5}
+"""Times that inputs and outputs of a layer with an adapter are read or written for it, on average of both. Forward
+inputs once, outputs four times (what is added, the sum); back outputs' gradients twice, and inputs five times (the
+adapter's part of the gradient, its sum with the matrix's, and for A's own)."""
+OPERATIONS = {"beside": 4, "beside_back": 6}
+"""Of an adapter, one started after the other: products, scaling, sums."""
+LAYER_OPERATIONS = 20
+"""Of a layer, about: what `Hardware.layer_delay` starts."""
 FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Of a layer: how many, their rank, and numbers for each of it (`width`: inputs and outputs of all)."""
+
+    count: int
+    rank: int
+    width: float
 
 
 class Rates(Protocol):
@@ -23,6 +42,12 @@ class Rates(Protocol):
 
     def layer(self, kind: str, numbers: float, rows: float, more: float, passing: float) -> float:
         """One pass of `rows` through a layer: `more` operations of attention, `passing` bytes of activations."""
+
+    def beside(self, kind: str, adapters: Adapters, rows: float, layer: float) -> float:
+        """What a layer's adapters take more (`ADAPTER_PASSES`); `layer` are the numbers that they are beside."""
+
+    def cached(self, seen: float) -> tuple[float, float]:
+        """Of `seen` tokens of the cache: those whose attention is in a decode step's `layer`, those to be read."""
 
     def head(self, kind: str, numbers: float, rows: float, vocabulary: float) -> float:
         """Rows through the head."""
@@ -52,9 +77,22 @@ class Roofline:
         return max((2.0 * numbers * rows + more) / self._peak, numbers * self.width / self._rate)
 
     def layer(self, kind: str, numbers: float, rows: float, more: float, passing: float) -> float:
-        """See `Rates`: a backward pass is two forward ones."""
+        """See `Rates`: a backward pass is two forward ones, with half of the products if matrices are frozen."""
+        numbers /= 2 if kind == "frozen" else 1
         once = self._products(numbers, rows, more) + passing / self._rate + self.hardware.layer_delay
-        return 2 * once if kind == "backward" else once
+        return 2 * once if kind in ("backward", "frozen") else once
+
+    def beside(self, kind: str, adapters: Adapters, rows: float, layer: float) -> float:
+        """See `Rates`: so narrow, they are as long as what they read and write."""
+        both = 1 + (kind == "beside_back")
+        operations = both * 2.0 * adapters.rank * adapters.width * rows
+        num_bytes = (ADAPTER_PASSES[kind] * rows + both * adapters.rank) * adapters.width * self.width
+        started = adapters.count * OPERATIONS[kind] / LAYER_OPERATIONS * self.hardware.layer_delay
+        return max(operations / self._peak, num_bytes / self._rate) + started
+
+    def cached(self, seen: float) -> tuple[float, float]:
+        """See `Rates`."""
+        return seen, seen
 
     def head(self, kind: str, numbers: float, rows: float, vocabulary: float) -> float:
         """See `Rates`."""
@@ -84,9 +122,27 @@ class Measured:
         return self.profile.call
 
     def layer(self, kind: str, numbers: float, rows: float, more: float, passing: float) -> float:
-        """See `Rates`: what passes is in the rate."""
+        """See `Rates`: what passes is in the rate, and half of a backward pass where frozen was not measured."""
+        if kind == "frozen" and not self.profile.has(kind, self.dtype):
+            kind, numbers = "backward", numbers / 2
         rate = self.profile.rate(kind, self.dtype, self.threads, numbers, rows)
         return (2.0 * numbers * rows + more) / rate
+
+    def beside(self, kind: str, adapters: Adapters, rows: float, layer: float) -> float:
+        """See `Rates`; where none were measured, at the rate of the layer's own products, and passes on top."""
+        width = adapters.width
+        if self.profile.has(kind, self.dtype):
+            return self.profile.adapters(kind, self.dtype, self.threads, width, rows, adapters.rank)
+        like = {"beside": "forward", "beside_back": "backward"}[kind]
+        passed = self.over("copy", ADAPTER_PASSES[kind] * rows * width * WIDTHS[self.dtype] / 2)
+        return (
+            2.0 * adapters.rank * width * rows / self.profile.rate(like, self.dtype, self.threads, layer, rows)
+            + passed
+        )
+
+    def cached(self, seen: float) -> tuple[float, float]:
+        """See `Rates`: the first ones were measured with the step, and the others by what they take more."""
+        return min(seen, NEAR), max(0.0, seen - NEAR)
 
     def head(self, kind: str, numbers: float, rows: float, vocabulary: float) -> float:
         """See `Rates`."""

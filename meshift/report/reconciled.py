@@ -76,6 +76,14 @@ def factors(run: RunData) -> dict[str, float]:
     return {} if found is None else {one.name: one.measured / one.drawn for one in found.calls if one.drawn > 0}
 
 
+def host_seconds(run: RunData) -> dict[str, float]:
+    """Of what process 0 did between model calls: calls timed and not predicted; medians of steps."""
+    known = {str(event.get("timed_as") or event.get("name")) for event in _events(run)}
+    known |= {str(event.get("name")) for event in _events(run)}
+    timed = (key.removeprefix(PREFIX) for key in run.metrics if key.startswith(PREFIX))
+    return {name: median(times) for name in timed if name not in known and (times := _settled(run, PREFIX + name))}
+
+
 def _predicted(run: RunData) -> dict[str, float]:
     """Seconds of each call as a run times it, rounds of a loop together."""
     found: dict[str, float] = {}

@@ -152,9 +152,13 @@ def test_a_run_that_took_longer_makes_the_next_plan_slower(run_file, tmp_path, c
     (run / "plan.json").write_text(json.dumps(before))
     times = {e["name"]: e["end_s"] - e["start_s"] for e in before["predicted"]["events"]}
     row = {f"timing_s/{name}": 3 * seconds for name, seconds in times.items()}
+    row |= {"timing_s/reward_functions": 90.0, "timing_s/advantages": 30.0}
     row |= {"training/global_step": 1, "perf/time_per_step": 3 * before["predicted"]["step_s"]}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert plan(run_file, "--devices", "2", "--out", str(out), "--measured", str(run)) == 0
+    assert "There it took 2 min 0 s a step, most of it in reward_functions" in " ".join(
+        capsys.readouterr().out.split()
+    )
     after = json.loads(out.read_text())["predicted"]["step_s"]
     assert after == pytest.approx(3 * before["predicted"]["step_s"], rel=0.03)
     assert plan(run_file, "--devices", "2", "--hardware", "a100", "--measured", str(run)) == 2

@@ -8,7 +8,7 @@ from tiny_families import MODELS
 from tiny_tables import SIZES
 
 from meshift.config.sections import LoraConfig, TrainableConfig
-from meshift.layout.layout import Layout, Placement
+from meshift.layout.layout import Coordinates, Layout, Placement
 from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_targets import adapter_for
 from meshift.models.hf.families import FAMILIES, read_config
@@ -181,6 +181,31 @@ def test_going_back_takes_twice_the_operations_of_attention_that_a_pass_forward_
     costs = Costs(actor(llama(hidden=128)), endless)
     there, back = (costs._layer(kind, Layout(), 1e4, 1e5) for kind in ("forward", "backward"))
     assert back / there == pytest.approx(2)
+
+
+def test_adapters_take_as_long_as_their_products_or_as_the_rows_that_pass_whichever_is_more():
+    """By a datasheet: 4 r (in + out) operations a row, or reading and writing rows beside the matrices."""
+    config, hardware = llama(hidden=512), replace(H100, layer_delay=0.0)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width = 2 * (hidden + heads) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    rate, peak = H100.memory_rate * H100.memory_share, H100.flops["bfloat16"] * H100.compute_share
+    rows, seen = 1e5, 100.0
+    plain = Costs(actor(config), hardware)
+    numbers = float(plain.memory.sizes.layer(Layout(), Coordinates(data=0, tensor=0, pipeline=0)))
+    attention, passing = 4.0 * heads * rows * seen, 2 * rows * (8 * hidden + 4 * inner)
+    without = {
+        "forward": plain._layer("forward", Layout(), rows, seen),
+        "backward": plain.rates.layer("frozen", numbers, rows, attention, passing),
+    }
+    for rank in (8, 4096):
+        costs = Costs(actor(replace(config, adapter=adapter_for(config, LoraConfig(rank=rank)))), hardware)
+        for kind, passes, times in (("forward", 2.5, 1), ("backward", 3.5, 2)):
+            said = costs._layer(kind, Layout(), rows, seen) - without[kind]
+            read = (passes * rows + times * rank) * width * 2 / rate
+            multiplied = times * 2.0 * rank * width * rows / peak
+            assert said == pytest.approx(max(read, multiplied), rel=1e-6)
+            assert (multiplied > read) == (rank == 4096)
 
 
 @pytest.mark.parametrize("first", [0, 2, 7])

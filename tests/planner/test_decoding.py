@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny_steps import llama
 
+from meshift.generation.cache import DecodeAttention, KVCache
 from meshift.generation.params import Request
 from meshift.generation.scheduler import Scheduler
 from meshift.layout.layout import Layout
@@ -89,3 +91,39 @@ def test_the_cache_is_read_as_far_as_windows_let_rows_see(window, slots):
     within = sum(sum(min(128 + n, window or 1 << 30) for n in range(length)) for length in lengths)
     whole = sum(128 * length + length * (length - 1) // 2 for length in lengths)
     assert sum(span.steps * span.cached for span in found.spans) == pytest.approx((within + whole) / 2)
+
+
+def engines_cells(lengths, slots, window):
+    """Positions that the engine reads of one head's cache, where it is no CPU's kernel that reads them."""
+    requests = [Request(index=i, tokens=(i,)) for i in range(len(lengths))]
+    scheduler, live, cells = Scheduler(requests, num_slots=slots, prefill_budget=1 << 30), [], 0
+    cache = KVCache((torch.zeros(slots * 1280),) * 2, (1, slots, 1, 1280, 1))
+    while not scheduler.done:
+        for entry in scheduler.schedule().entering:
+            live += [[128, int(lengths[request.index])] for request in entry.requests]
+        places = torch.tensor([place for place, _ in live])
+        cache.grow(int(places.max()) + 1, 0)
+        shortest, longest = int(places.min()), int(places.max())
+        attention = DecodeAttention(cache, places, shortest=shortest, longest=longest)
+        attention._on_cpu = False  # as on a GPU
+        cells += len(live) * attention._seen_within(window, torch.float32)[1].shape[-1]
+        live = [[place + 1, left - 1] for place, left in live]
+        ended = [i for i, (_, left) in enumerate(live) if left == 0]
+        for source, target in scheduler.leave(ended):
+            live[target] = live[source]
+        live = live[: scheduler.num_live]
+    return cells
+
+
+@pytest.mark.parametrize("window", [None, 100, 600])
+@pytest.mark.parametrize("slots", [16, 100])
+def test_all_rows_read_as_far_as_the_longest_where_lengths_are_a_mask(window, slots):
+    texts = replace(TEXTS, num_prompts=100)
+    found = course(texts, 100, slots, 1, (window,), True)
+    lengths = np.random.default_rng(3).permutation(texts.of_longest(100, 1)) if slots < 100 else None
+    lengths = texts.of_longest(100, 1) if lengths is None else lengths
+    cells = engines_cells(lengths, slots, window)
+    read = sum(span.steps * span.cached for span in found.spans)
+    assert read == pytest.approx(cells, rel=0.05 if slots < 100 else 1e-9)
+    by_row = course(texts, 100, slots, 1, (window,))
+    assert read > (1.0 if slots == 100 else 1.1) * sum(span.steps * span.cached for span in by_row.spans)

@@ -99,7 +99,7 @@ def test_drawing_ahead_takes_as_long_as_the_slower_half_where_they_have_devices_
     took = [max(event.end for event in evaluate(one, device(), apart)) for one in (ahead, given)]
     assert took[0] < 0.95 * took[1]
     planned = [make_plan(one, device(), 2, seconds=2) for one in (ahead, given)]
-    assert planned[0].seconds <= planned[1].seconds
+    assert planned[0].seconds <= planned[1].seconds * (1 + 1e-12)  # the order of sums
     assert planned[0].seconds <= took[0]
 
 

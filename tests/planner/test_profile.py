@@ -7,8 +7,10 @@ from itertools import product as pairs
 import pytest
 from tiny_steps import device, step
 
+from meshift.config.sections import LoraConfig, TrainableConfig
 from meshift.errors import ConfigError
-from meshift.layout.layout import Layout, Placement
+from meshift.layout.layout import Coordinates, Layout, Placement
+from meshift.models.hf.adapter_targets import adapter_for
 from meshift.planner.candidates import Problem
 from meshift.planner.cost import Costs
 from meshift.planner.evaluate import evaluate
@@ -99,6 +101,79 @@ def test_a_profile_is_read_from_the_file_that_it_was_written_to(tmp_path):
     found = find_hardware(str(file))
     assert as_values(found) == as_values(hardware)
     assert found.profile.rate("decode", "bfloat16", 2, 1e6, 7) == pytest.approx(2 * RATE)
+
+
+def test_adapters_of_a_rank_between_two_that_were_measured_take_a_time_between_theirs():
+    """Passes over rows, 2 ms, come at any rank; products take 1/16 ms for each of it."""
+    width, rows = 1e4, 100
+
+    def seconds(rank):
+        return 2e-3 + rank / 16e3
+
+    found = Profile(
+        products=tuple(
+            Product(
+                kind="beside",
+                dtype="float32",
+                threads=1,
+                numbers=part * rank * width,
+                rows=rows,
+                rate=2 * rank * width * rows / seconds(rank),
+                rank=rank,
+            )
+            for rank in (16, 64)
+            for part in (0.5, 1)
+        )
+    )
+    for rank in (1, 8, 16, 32, 64, 256):
+        assert found.adapters("beside", "float32", 1, width, rows, rank) == pytest.approx(seconds(rank))
+    again = Profile.of(json.loads(json.dumps(found.values())))
+    assert again.adapters("beside", "float32", 1, width / 2, rows, 40) == pytest.approx(seconds(40) / 2)
+
+
+def test_adapters_are_counted_as_they_were_measured_and_else_at_the_rate_of_the_layer():
+    role = replace(step().roles["critic"], passes=TrainableConfig(lora=LoraConfig(rank=8)))
+    role = replace(role, config=replace(role.config, adapter=adapter_for(role.config, LoraConfig(rank=8))))
+    call = next(one for one in step().calls if one.name == "train_critic")
+    old, width = profile(), 4 * (1024 + 1024) + 3 * (1024 + 3072)
+    values = old.values()
+    for one in values["products"]:
+        del one["rank"]  # as it was written before
+    assert Profile.of(values) == old
+
+    def layer(kind, given):
+        hardware = replace(shared(), profile=given).shared_by(2)
+        return Costs(role, hardware)._layer(kind, Layout(), 100.0, 10.0)
+
+    numbers, attention = 4 * 1024**2 + 3 * 1024 * 3072 + 2 * 1024, 4.0 * 1024 * 100 * 10
+    passed = {"forward": 2.5, "backward": 3.5}
+    for kind, products in (("forward", numbers + 8 * width), ("backward", numbers / 2 + 8 * width)):
+        said = (2.0 * products * 100 + attention) / RATE + passed[kind] * 100 * width * 2 / 2 / 1e9
+        assert layer(kind, old) == pytest.approx(said)
+    # Measured: back through frozen matrices at a tenth of the rate, adapters a hundredth.
+    extra = [
+        Product(kind=kind, dtype="bfloat16", threads=1, numbers=1e6, rows=100, rate=rate, rank=rank)
+        for kind, rank, rate in (
+            ("frozen", 0, RATE / 10),
+            ("beside", 8, RATE / 100),
+            ("beside_back", 8, RATE / 100),
+        )
+    ]
+    new = replace(old, products=(*old.products, *extra))
+    narrow = 2.0 * 8 * width * 100 / (RATE / 100)
+    assert layer("forward", new) == pytest.approx((2.0 * numbers * 100 + attention) / RATE + narrow)
+    assert layer("backward", new) == pytest.approx((2.0 * numbers * 100 + attention) / (RATE / 10) + narrow)
+    assert call.kind == "train"
+
+
+def test_a_decode_step_reads_the_cache_that_it_was_measured_with_once():
+    """Of 40 tokens, 32 were there when layers were measured, with their attention."""
+    role = step().roles["actor"]
+    costs = Costs(role, shared().shared_by(2))
+    numbers = costs.memory.sizes.layer(Layout(), Coordinates(data=0, tensor=0, pipeline=0))
+    whole = (2.0 * numbers * 4 + 4.0 * 1024 * 4 * 32) / RATE + 2 * 4 * 8 * 1024 * 2 / 1e9
+    head = costs._head("draw", Layout(), 4)
+    assert costs._decode_step(Layout(), 4, 4 * 40)[0] == pytest.approx(role.config.num_layers * whole + head)
 
 
 def test_a_type_that_was_not_measured_is_named():

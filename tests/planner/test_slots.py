@@ -49,8 +49,9 @@ def fastest(problem):
     return best
 
 
-@pytest.mark.parametrize("memory", [0.75, 1.15])
-def test_the_plan_is_as_fast_as_the_best_that_counting_through_all_slots_finds(memory):
+@pytest.mark.parametrize(("memory", "all_fit"), [(0.75, False), (1.15, True)])
+def test_the_plan_is_as_fast_as_the_best_that_counting_through_all_slots_finds(memory, all_fit):
+    """Where a layout has room for all of them, it may be the plan: fewer on more devices are hardly faster."""
     given, hardware = long_step(), device(memory)
     planned = make_plan(given, hardware, 2, seconds=3)
     assert planned.lacking == 0
@@ -58,7 +59,8 @@ def test_the_plan_is_as_fast_as_the_best_that_counting_through_all_slots_finds(m
     found = planned.settings[-1].seconds if planned.settings else planned.seconds
     assert found <= seconds * 1.02
     assert 0 < slots < 64
-    assert 0 < planned.values["actor"]["num_slots"] < 64
+    assert all_fit == ("num_slots" not in planned.values["actor"])
+    assert all_fit or 0 < planned.values["actor"]["num_slots"] < 64
 
 
 def test_what_is_chosen_fits_by_the_independent_count_and_is_explained():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshift.report.reconciled import factors, reconcile
+from meshift.report.reconciled import factors, host_seconds, reconcile
 from meshift.report.reconciled_table import reconciled_section
 
 
@@ -46,6 +46,13 @@ def test_a_first_step_that_is_slow_would_be_compared(run):
     assert calls["rollout"].error == pytest.approx(-0.5)
     assert (found.step.predicted, found.step.measured) == (3.0, 5.0)
     assert factors(run(plan_of(*EVENTS))) == {"rollout": 2.0, "train_actor": 1.0}
+
+
+def test_what_was_timed_and_not_predicted_is_the_hosts(run):
+    timed = {"timing_s/reward_functions": [9.0, 2.0, 2.0, 3.0], "timing_s/score": [1.0, 1.0]}
+    moved = {"timing_s/actor to generate": [0.1, 0.1]}
+    known = (*EVENTS, event("score 2", 2.0, 1.0, timed_as="score"))
+    assert host_seconds(run(plan_of(*known), **timed, **moved)) == {"reward_functions": 2.0}
 
 
 def sentence(found):

@@ -15,7 +15,7 @@ from meshift.runtime.profiling.models import Effort, made, narrowed, numbers_of_
 from meshift.runtime.profiling.products import Work, products, speeds
 from meshift.runtime.profiling.profile import Asked, measure, named_hardware, write
 
-TINY = Effort(rows=(8, 32), live=(1, 4), cuts=(1, 2), layers=2, seconds=0.01, repeats=1)
+TINY = Effort(rows=(8, 32), live=(1, 4), cuts=(1, 2), layers=2, ranks=(2, 4), seconds=0.01, repeats=1)
 RAW = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -42,6 +42,12 @@ def test_every_kind_of_work_is_measured_at_every_size(dtype):
     for kind in PRODUCTS:
         rows = [one.rows for one in found if one.kind == kind]
         assert len(rows) == 2, kind
+    for kind, rank in (("frozen", 0), ("beside", 2), ("beside", 4), ("beside_back", 2), ("beside_back", 4)):
+        rows = [one.rows for one in found if (one.kind, one.rank) == (kind, rank)]
+        assert rows == [8, 32], kind
+    widths = {one.numbers / one.rank for one in found if one.kind == "beside"}
+    assert widths == {64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128)}
+    assert not any(name.endswith("lora_a") for name, _ in work.model.named_parameters())
     assert all(one.rate > 0 and one.dtype == str(dtype).removeprefix("torch.") for one in found)
     assert set(speeds(work)) == set(SPEEDS) - ({"pack"} if "pack" not in speeds(work) else set())
 

@@ -35,12 +35,13 @@ SPREAD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured: rows of passes and of decode steps, parts of a layer, layers, seconds for each."""
+    """How much is measured: rows of passes and of decode steps, parts of a layer, layers, adapters, seconds."""
 
     rows: tuple[int, ...] = (8, 32, 128, 512)
     live: tuple[int, ...] = (1, 4, 16, 64)
     cuts: tuple[int, ...] = (1, 2, 4)
     layers: int = 12
+    ranks: tuple[int, ...] = (16, 64)
     seconds: float = 0.25
     repeats: int = 3
 

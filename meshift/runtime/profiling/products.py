@@ -20,22 +20,27 @@ from meshift.generation.params import SamplingParams
 from meshift.generation.sampler import Sampler
 from meshift.generation.session import bucket
 from meshift.layout.layout import Coordinates, Layout
+from meshift.models.adapters import add_adapter
 from meshift.models.attention import packed_positions
+from meshift.models.config import Adapter
 from meshift.models.decoder import Decoder
 from meshift.models.heads import LanguageModelHead
+from meshift.models.shards import is_adapters
 from meshift.parallel.data import Ranks
 from meshift.parallel.groups import Peers, Place
-from meshift.planner.profile import Product
+from meshift.planner.profile import BESIDE, NEAR, Product
 from meshift.realloc.fingerprint import fingerprint
-from meshift.runtime.profiling.models import Effort, numbers_of_layer, timed
+from meshift.runtime.profiling.models import Effort, made, numbers_of_layer, timed
 from meshift.training.micro_batch import MicroBatch
 from meshift.training.optimizer import MasterAdamW
 from meshift.training.readings import TokenLogprobs
 
 TEXT, COMPLETION = 32, 24
 """Tokens of a text that is run, and of those the ones that are read."""
-NEAR, FAR = 32, 512
-"""Lengths of a cache: what the longer one takes more is what reading it takes."""
+FAR = 512
+"""Length of a cache: what it takes more than one of `NEAR` is what reading it takes."""
+LEAST = 0.01
+"""Of a pass, what adapters take at least: a difference of two clocks may be none."""
 CONFIG = TrainableConfig()
 Call = Callable[[], object]
 
@@ -65,7 +70,9 @@ class Work:
         batch = Batch({"tokens": Ragged(ids, lengths), "completion_lengths": Ragged.scalars(read, torch.int64)})
         return MicroBatch.of(TokenLogprobs(with_entropy=learning), batch, CONFIG)
 
-    def product(self, kind: str, numbers: float, rows: float, seconds: float, more: float = 0.0) -> Product:
+    def product(
+        self, kind: str, numbers: float, rows: float, seconds: float, more: float = 0.0, rank: int = 0
+    ) -> Product:
         """What was found."""
         return Product(
             kind=kind,
@@ -74,14 +81,16 @@ class Work:
             numbers=float(numbers),
             rows=float(rows),
             rate=(2.0 * numbers * rows + more) / max(seconds, 1e-9),
+            rank=rank,
         )
 
 
 def products(work: Work) -> Iterator[Product]:
-    """All kinds (`planner.profile.PRODUCTS`), at the sizes of the effort."""
+    """All kinds (`planner.profile.PRODUCTS` and `BESIDE`), at the sizes of the effort."""
     for rows in work.effort.rows:
         yield from _passes(work, rows)
         yield from _head(work, rows)
+    yield from _beside(work)
     with torch.inference_mode():
         decoder = FusedDecoder(work.model)
         decoder.refresh()
@@ -124,6 +133,36 @@ def _passes(work: Work, rows: int) -> Iterator[Product]:
     yield work.product("forward", numbers, rows, once / num_layers, attention)
     back = max(both - once, 0.1 * both)
     yield work.product("backward", numbers, rows, back / num_layers, attention)
+
+
+def _beside(work: Work) -> Iterator[Product]:
+    """A layer whose matrices are frozen, gone back through; and what adapters beside all of them take more."""
+    model = made(work.model.config, work.model.dtype, work.device)
+    beside, config, num_layers = Work(model=model, effort=work.effort), model.config, len(model.layers)
+    numbers = numbers_of_layer(model)
+    # The least adapter, in the first layer alone, so that gradients come back to it.
+    model.first_layer.adapt(Adapter(rank=1, alpha=1.0, targets=("attention.query",)))
+    plain = {rows: _both_ways(beside, rows) for rows in work.effort.rows}
+    for rows, (_, back) in plain.items():
+        attention = 4.0 * config.num_heads * config.head_dim * rows * min(TEXT, rows) / 2
+        yield beside.product("frozen", numbers, rows, back / num_layers, attention)
+    for rank in work.effort.ranks:
+        add_adapter(model, Adapter(rank=rank, alpha=1.0, targets=config.linear_names))
+        own = numbers_of_layer(model) - numbers
+        for rows, before in plain.items():
+            for kind, with_them, without in zip(BESIDE[1:], _both_ways(beside, rows), before, strict=True):
+                more = max(with_them - without, LEAST * without) / num_layers
+                yield beside.product(kind, own, rows, more, rank=rank)
+
+
+def _both_ways(work: Work, rows: int) -> tuple[float, float]:
+    """Seconds forward and back, where nothing learns but adapters."""
+    for name, parameter in work.model.named_parameters():
+        parameter.requires_grad_(is_adapters(name))
+    once, both = work.seconds(forward(work, rows)), work.seconds(there_and_back(work, rows))
+    for parameter in work.model.parameters():
+        parameter.grad = None
+    return once, max(both - once, 0.1 * both)
 
 
 def _head(work: Work, rows: int) -> Iterator[Product]:

@@ -15,7 +15,7 @@ from math import floor
 from typing import Any, NamedTuple
 
 from meshift.layout.layout import Layout
-from meshift.planner.bounds import Candidates, least_seconds, reduced
+from meshift.planner.bounds import Candidates, ended_before, least_seconds, reduced
 from meshift.planner.candidates import GRAIN, Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import FIRST_PART, Choice, Spot
@@ -101,6 +101,7 @@ class _Model:
         self.first: dict[Use, Any] = {}
         self.size: dict[Use, Any] = {}
         self.meets: dict[frozenset[Use], Any] = {}
+        self.same: dict[Use, Any] = {}
         self.of_layout: dict[Use, dict[Layout, Any]] = {}
         for use in problem.uses:
             self._place(use)
@@ -112,6 +113,7 @@ class _Model:
         self._schedule()
         self._limit_memory()
         self._limit_area()
+        self._limit_volume()
         self.model.Minimize(self.step)
         self._hint()
 
@@ -159,7 +161,7 @@ class _Model:
 
     def _schedule(self) -> None:
         ops = self.problem.ops
-        starts = [self.model.NewIntVar(0, TICKS, f"{op.name} start") for op in ops]
+        self.starts = starts = [self.model.NewIntVar(0, TICKS, f"{op.name} start") for op in ops]
         lasts = [self._duration(op) for op in ops]
         self.ends = [start + last for start, last in zip(starts, lasts, strict=True)]
         for j, op in enumerate(ops):
@@ -284,6 +286,7 @@ class _Model:
         if use == home:
             return self._memory(use, [self._units(one.kept) for one in self.candidates[use]])
         kept, same = self.model.NewIntVar(0, round(1 / GRAIN), ""), self.model.NewBoolVar("")
+        self.same[use] = same
         self.model.Add(self.first[use] == self.first[home]).OnlyEnforceIf(same)
         at_home = self._by_layout(home)
         for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
@@ -293,15 +296,52 @@ class _Model:
         return kept
 
     def _limit_area(self) -> None:
-        """Device-seconds of all calls are not more than there are: what no device can do twice."""
-        areas = [
-            self._sum(
+        """Device-seconds of calls are not more than there are: of all, of what is left when one ends, and so on."""
+        ops, count, over = self.problem.ops, self.problem.num_devices, ended_before(self.problem)
+        areas = {
+            i: self._sum(
                 op.uses[0], [self._ticks(one.least(op.name)) * one.size for one in self.candidates[op.uses[0]]]
             )
-            for op in self.problem.ops
+            for i, op in enumerate(ops)
             if op.kind == "call"
-        ]
-        self.model.Add(sum(areas) <= self.problem.num_devices * self.step)
+        }
+        self.model.Add(sum(areas.values()) <= count * self.step)
+        for i in areas:
+            after = [areas[j] for j in areas if i in over[j]]
+            if after:
+                self.model.Add(sum(after) <= count * (self.step - self.ends[i]))
+            if over[i]:
+                self.model.Add(sum(areas[j] for j in over[i]) <= count * self.starts[i])
+
+    def _limit_volume(self) -> None:
+        """What is kept over all devices, and a call's or two calls' that are apart, are not more than there is."""
+        problem, most = self.problem, self._units(self.problem.capacity) * self.problem.num_devices
+        kept = sum(self._volume(use) for use in problem.uses)
+        working = {}
+        for use in problem.uses:
+            back = problem.step.roles[use.role].offloaded
+            working[use] = self._sum(
+                use,
+                [
+                    one.size * self._units(max(one.working.values()) + one.kept * back)
+                    for one in self.candidates[use]
+                ],
+            )
+            self.model.Add(kept + working[use] <= most)
+        for pair, meets in self.meets.items():
+            self.model.Add(kept + sum(working[use] for use in pair) <= most).OnlyEnforceIf(meets.Not())
+
+    def _volume(self, use: Use) -> Any:
+        """Hundredths of a device's memory, times devices, that a use keeps."""
+        home, candidates = self.problem.home(use.role), self.candidates[use]
+        if self.problem.step.roles[use.role].offloaded:
+            return 0
+        if use == home:
+            return self._sum(use, [one.size * self._units(one.kept) for one in candidates])
+        volumes = [one.size * self._units(one.copy) for one in candidates]
+        found = self.model.NewIntVar(0, max(volumes), "")
+        self.model.Add(found == self._sum(use, volumes)).OnlyEnforceIf(self.same[use].Not())
+        return found
 
     def _hint(self) -> None:
         for use, spot in self.known.items():

@@ -28,7 +28,8 @@ MAX_PAIRS = 3000
 CLOSE = 0.001
 """A smaller gap is what rounding may leave."""
 NUM_WORKERS = 2
-THOUSANDTHS = 1000
+THOUSANDTHS, LATE_GRAIN = 1000, 5
+"""Shares are counted in thousandths; what is late of a stream in so many of them."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,19 @@ class _Model:
         earlier, op = self.problem.ops[i], self.problem.ops[j]
         meets = self.meets[frozenset((earlier.uses[0], op.uses[0]))]
         self.model.Add(starts[j] >= self.ends[i]).OnlyEnforceIf(meets)
-        late = min(one.costs[earlier.name].late for one in self.candidates[earlier.uses[0]])
         after = THOUSANDTHS * (starts[j] + lasts[j] - self.ends[i])
-        self.model.Add(after >= floor(late * THOUSANDTHS) * lasts[j] - THOUSANDTHS)
+        for late, chosen in self._by_late(earlier).items():
+            self.model.Add(after >= late * lasts[j] - THOUSANDTHS).OnlyEnforceIf(chosen)
         part = floor(FIRST_PART * THOUSANDTHS)
         self.model.Add(THOUSANDTHS * (starts[j] - starts[i]) >= part * lasts[i] - THOUSANDTHS)
+
+    def _by_late(self, op: Op) -> dict[int, Any]:
+        """For thousandths of a generation's rows that are late, rounded down, a literal that is true where it is so."""
+        found: dict[int, list[Any]] = {}
+        for one, chosen in zip(self.candidates[op.uses[0]], self.chosen[op.uses[0]], strict=True):
+            late = floor(one.costs[op.name].late * THOUSANDTHS)
+            found.setdefault(late // LATE_GRAIN * LATE_GRAIN, []).append(chosen)
+        return {late: self._either(some) for late, some in found.items()}
 
     def _duration(self, op: Op) -> Any:
         if op.kind == "call":

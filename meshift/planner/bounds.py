@@ -1,9 +1,9 @@
 """What no plan can beat, and which candidates cannot be in a plan that is faster than one that is known.
 
-Calls begin no earlier than what they wait for allows, each in its fastest layout; a set of calls that begins no
-earlier than some time takes its device-seconds, each in its thriftiest layout, over all devices; and two calls that
-may run side by side either do so on meshes that are small enough together, or one after the other. Of memory, what
-all roles keep, over all their devices, with what one call needs on its own, is not more than all devices have.
+Calls begin no earlier than what they wait for allows, each in its fastest layout. Calls that begin no earlier
+than some time take their device-seconds, each in its thriftiest layout, over all devices. Two calls that may run
+side by side do so on meshes that are small enough together, or one after the other. Of memory, what all roles keep,
+over all their devices, with what one call needs, is not more than all devices have.
 It knows nothing of where meshes lie.
 """
 
@@ -33,12 +33,10 @@ def reduced(problem: Problem, candidates: Candidates, seconds: float) -> dict[Us
     before = -1
     while before != (now := sum(map(len, left.values()))) and all(left.values()):
         before = now
-        for use in left:  # each by what the others have left, so that one that goes may take others with it
+        for use, found in left.items():  # by what the others have left: one that goes may take others with it
             least, room = _Least(problem, left), _Room(problem, left)
             left[use] = tuple(
-                one
-                for one in left[use]
-                if least.seconds(use, one) <= seconds * (1 + SLACK) and room.has(use, one)
+                one for one in found if least.seconds(use, one) <= seconds * (1 + SLACK) and room.has(use, one)
             )
             if not left[use]:
                 break
@@ -93,7 +91,9 @@ class _Least:
         self.of = {i: self._least(i, candidates[self.use[i]]) for i in self.calls}
         self.fast = {i: self._fast(i, candidates[self.use[i]]) for i in self.calls}
         self.pairs = {
-            (i, j): self._both(self.fast[i], self.fast[j]) for i, j in combinations(self.calls, 2) if self._free(i, j)
+            (i, j): self._both(self.fast[i], self.fast[j])
+            for i, j in combinations(self.calls, 2)
+            if self._free(i, j)
         }
 
     def _free(self, i: int, j: int) -> bool:

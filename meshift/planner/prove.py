@@ -188,7 +188,7 @@ class _Model:
         self.model.Add(THOUSANDTHS * (starts[j] - starts[i]) >= part * lasts[i] - THOUSANDTHS)
 
     def _by_late(self, op: Op) -> dict[int, Any]:
-        """For thousandths of a generation's rows that are late, rounded down, a literal that is true where it is so."""
+        """For thousandths of a generation's rows that are late, rounded down, a literal that is true there."""
         found: dict[int, list[Any]] = {}
         for one, chosen in zip(self.candidates[op.uses[0]], self.chosen[op.uses[0]], strict=True):
             late = floor(one.costs[op.name].late * THOUSANDTHS)
@@ -305,7 +305,7 @@ class _Model:
         return kept
 
     def _limit_area(self) -> None:
-        """Device-seconds of calls are not more than there are: of all, of what is left when one ends, and so on."""
+        """Device-seconds of calls are not more than there are: of all, of those after one, of those before."""
         ops, count, over = self.problem.ops, self.problem.num_devices, ended_before(self.problem)
         areas = {
             i: self._sum(

@@ -14,7 +14,18 @@ from meshift.planner.hardware import Hardware
 from meshift.planner.memory import Kept, Memory, Working
 from meshift.planner.workload import PlannedCall, Step
 
-PARTS = ("weights", "optimizer", "gradients", "averages", "cache", "copies", "activations", "logits", "buffers")
+PARTS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "averages",
+    "cache",
+    "copies",
+    "activations",
+    "logits",
+    "buffers",
+    "heap",
+)
 WORDS = {
     "weights": "weights",
     "optimizer": "masters and moments",
@@ -25,6 +36,7 @@ WORDS = {
     "activations": "activations",
     "logits": "logits",
     "buffers": "gathers and sums",
+    "heap": "freed pieces between them",
 }
 
 
@@ -69,6 +81,7 @@ def _parts(kept: Kept, working: Working) -> dict[str, int]:
         "activations": working.activations,
         "logits": working.logits,
         "buffers": working.gathered + working.reduction,
+        "heap": working.heap,
     }
     counted = sum(parts.values())
     whole = kept.total + working.total

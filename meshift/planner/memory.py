@@ -2,15 +2,15 @@
 
 What is kept follows from the shard table and is exact. What a call needs on top follows `training/`, `generation/`
 and `parallel/` as they are; measured activations are 0.8 to 1.1 of what is said here, and the peak of training a
-real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`). What generation had is freed when a rollout ends
+real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`), with what a CPU's allocator keeps between them. What generation had is freed when a rollout ends
 where a device has other calls, but for a cache of at most 256 MiB (`runtime.role.KEPT_CACHE_BYTES`). That,
-allocators' fragments, the runtime's own memory and libraries are not counted. It knows nothing of time.
+a GPU allocator's fragments, the runtime's own memory and libraries are not counted. It knows nothing of time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
 from meshift.graph.calls import Kind
@@ -36,6 +36,9 @@ PER_STAGE = 4
 """Micro-batches for each pipeline stage (`training.pipelined.PER_STAGE`)."""
 CPU_BLOCK_BYTES = {"float32": 50_000_000, "bfloat16": 100_000_000}
 """fp32 logits that exist at a time on a CPU (`training.token_logprobs`, `training.fused_logprobs`)."""
+FREED_SHARE = 0.25
+"""Of activations and logits, a CPU's heap has freed pieces between them that none of the next fits into: 0.15 with all
+weights trained, 0.28 beside adapters, more where they are few (`kernels.cpu.keep_freed_pages` keeps them)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,10 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Working:
-    """Bytes that a call needs while it runs, beside what roles keep, by what they are."""
+    """Bytes that a call needs while it runs, beside what roles keep, by what they are.
+
+    `heap`: freed pieces between those in use, of a CPU's process.
+    """
 
     cache: int = 0
     copies: int = 0
@@ -89,6 +95,7 @@ class Working:
     activations: int = 0
     gathered: int = 0
     reduction: int = 0
+    heap: int = 0
 
     @property
     def total(self) -> int:
@@ -216,6 +223,8 @@ class Memory:
             gathered=self._gathered(layout, where, learning=True),
             reduction=largest * width,  # a parameter's gradient before it is added to the others
         )
+        if self.machine.packs:
+            passes = replace(passes, heap=ceil(FREED_SHARE * (passes.activations + passes.logits)))
         trained = self.sizes.held(layout, where).trained
         bucket = FP32 * min(trained, max(REDUCED_AT_ONCE, largest)) * (layout.data > 1 and not layout.sharded)
         norm = 16 * largest * (layout.num_ranks > 1)  # `Ranks.norm`: a gradient and its squares, in fp64

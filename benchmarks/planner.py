@@ -46,6 +46,8 @@ LLAMA = MappingProxyType(
     }
 )
 PROMPT, MINI_BATCHES = 128, 8
+SCALE = MappingProxyType({"7b": (8, 32, 128, 1024), "70b": (128, 1024, 8192)})
+"""Actor and critic, and devices."""
 TOKENS = 512 * 256
 """Of a step on 16 devices, as in the paper: 512 sequences of 256 tokens, or fewer longer ones."""
 PAPER = MappingProxyType(
@@ -192,7 +194,7 @@ def in_scale(seconds: float) -> list[dict[str, Any]]:
     `local_over_plan`: the local search once more, alone and without plans by hand to begin with.
     """
     rows = []
-    for model, sizes in (("7b", (8, 32, 128, 1024)), ("70b", (128, 1024, 8192))):
+    for model, sizes in SCALE.items():
         for num_devices in sizes:
             step = ppo(model, model, max(128, 8 * num_devices), 512)
             budget = seconds if num_devices <= 1024 else 4 * seconds

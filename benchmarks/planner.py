@@ -13,7 +13,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,11 +28,11 @@ from meshift.models.shards import shard_table
 from meshift.planner.brute_force import brute_force
 from meshift.planner.candidates import Problem
 from meshift.planner.hardware import KNOWN, Hardware
-from meshift.planner.planning import SEARCH_SHARE, make_plan
+from meshift.planner.planning import SEARCH_SHARE, carried, make_plan
 from meshift.planner.prove import Proof, has_solver, prove
 from meshift.planner.search import score, search
 from meshift.planner.strategies import STRATEGIES
-from meshift.planner.timeline import Choice, Spot
+from meshift.planner.timeline import Choice
 from meshift.planner.workload import PlannedCall, Role, Step, Texts
 
 LLAMA = MappingProxyType(
@@ -47,6 +46,8 @@ LLAMA = MappingProxyType(
     }
 )
 PROMPT, MINI_BATCHES = 128, 8
+SCALE = MappingProxyType({"7b": (8, 32, 128, 1024), "70b": (128, 1024, 8192)})
+"""Actor and critic, and devices."""
 TOKENS = 512 * 256
 """Of a step on 16 devices, as in the paper: 512 sequences of 256 tokens, or fewer longer ones."""
 PAPER = MappingProxyType(
@@ -193,7 +194,7 @@ def in_scale(seconds: float) -> list[dict[str, Any]]:
     `local_over_plan`: the local search once more, alone and without plans by hand to begin with.
     """
     rows = []
-    for model, sizes in (("7b", (8, 32, 128, 1024)), ("70b", (128, 1024, 8192))):
+    for model, sizes in SCALE.items():
         for num_devices in sizes:
             step = ppo(model, model, max(128, 8 * num_devices), 512)
             budget = seconds if num_devices <= 1024 else 4 * seconds
@@ -263,22 +264,11 @@ def in_scaling(seconds: float) -> list[dict[str, Any]]:
     known: Choice | None = None
     for num_devices in (8, 16, 32, 64, 128, 256, 512, 1024):
         problem = Problem(ppo("7b", "7b", 32 * num_devices, 512), KNOWN["h100"], num_devices)
-        proof = find(problem, seconds, None if known is None else doubled(problem, known))[0]
+        proof = find(problem, seconds, None if known is None else carried(problem, known, 2))[0]
         known = proof.choice
         rows.append({"devices": num_devices, "step_s": proof.seconds, "gap": proof.gap})
         rows[-1]["efficiency"] = rows[0]["step_s"] / proof.seconds
     return rows
-
-
-def doubled(problem: Problem, choice: Choice) -> Choice | None:
-    """A plan of half as many devices and half the work, with twice the data ranks; None where that cannot be."""
-    found = {}
-    for use, spot in choice.items():
-        layout = replace(spot.candidate.layout, data=2 * spot.candidate.layout.data)
-        if layout.num_ranks not in problem.sizes() or layout not in set(problem.layouts(use)):
-            return None
-        found[use] = Spot(problem.candidate(use, layout, spot.candidate.slots), 2 * spot.first)
-    return found
 
 
 SECTIONS: Mapping[str, tuple[Callable[[float], Any], float]] = MappingProxyType(

@@ -57,10 +57,16 @@ class Asked:
         step = planned_step(self.config, self.lengths.means).as_measured(self.factors)
         return in_one_process(self.config, step) if self.num_devices == 1 else step
 
-    def plan(self) -> Planned:
-        """The plan for it."""
-        streaming = self.config.launch.stream
-        return make_plan(self.step, self.hardware, self.num_devices, seconds=self.seconds, streaming=streaming)
+    def plan(self, known: Sequence[Planned] = ()) -> Planned:
+        """The plan for it, no slower than `known` ones of other requests where these can be carried over."""
+        return make_plan(
+            self.step,
+            self.hardware,
+            self.num_devices,
+            seconds=self.seconds,
+            streaming=self.config.launch.stream,
+            known=known,
+        )
 
 
 def compute_type(config: RunConfig) -> ComputeType:
@@ -193,15 +199,18 @@ def read_model(name: str) -> DecoderConfig:
 
 
 def variants_of(texts: Sequence[str], asked: Asked, planned: Planned) -> list[list[Variant]]:
-    """For each `--what-if KEY=A,B`: the plan as it is, and with every value of the key, in order."""
-    requests = [_requests(text, asked) for text in texts]
-    return [
-        [
-            Variant(key=key, value=AS_IT_IS, number=_number_as_it_is(key, asked), planned=planned),
-            *(Variant(key=key, value=value, number=number, planned=one.plan()) for value, number, one in found),
-        ]
-        for key, found in requests
-    ]
+    """For each `--what-if KEY=A,B`: the plan as it is, and with every value of the key, in order.
+
+    Each begins from the plan as it is and from that of the value before, so it is no slower than these there.
+    """
+    variants = []
+    for key, found in (_requests(text, asked) for text in texts):
+        rows = [Variant(key=key, value=AS_IT_IS, number=_number_as_it_is(key, asked), planned=planned)]
+        for value, number, one in found:
+            known = [planned] if len(rows) == 1 else [planned, rows[-1].planned]
+            rows.append(Variant(key=key, value=value, number=number, planned=one.plan(known)))
+        variants.append(rows)
+    return variants
 
 
 def check_variants(texts: Sequence[str], asked: Asked) -> None:

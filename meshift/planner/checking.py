@@ -102,9 +102,15 @@ def _fewer_slots(step: Step, placements: Placements) -> Iterator[tuple[str, Step
     for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
         calls = [call for call in step.calls if (call.role, call.kind) == (name, "generate")]
         slots = max(slots_in_use(call, placements[name]["generate"].layout) for call in calls)
-        while slots > SLOT_STEP:
-            slots = max(SLOT_STEP, 3 * slots // 4 // SLOT_STEP * SLOT_STEP)
-            yield f"{name}: num_slots={slots}", step.with_slots(name, slots)
+        for fewer in slots_below(slots):
+            yield f"{name}: num_slots={fewer}", step.with_slots(name, fewer)
+
+
+def slots_below(slots: int) -> Iterator[int]:
+    """Fewer slots that are worth a try, the most first: by three quarters, in steps of a session's memory."""
+    while slots > SLOT_STEP:
+        slots = max(SLOT_STEP, 3 * slots // 4 // SLOT_STEP * SLOT_STEP)
+        yield slots
 
 
 def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[tuple[str, Step, Placements]]:

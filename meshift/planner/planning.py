@@ -107,13 +107,17 @@ def make_plan(
     seconds: float = 20.0,
     sharding: bool = True,
     streaming: bool = True,
+    known: Sequence[Planned] = (),
 ) -> Planned:
     """The best plan that can be found in about so many seconds; roles are offloaded where nothing else fits.
 
     Where processes share processors, fewer of them have more each: every number of them is a problem of its own.
+    `known` are plans of like steps or of other numbers of devices: where one can be carried over and fits, the
+    plan is no slower than it.
     """
     if not hardware.cores or num_devices == 1:
-        return _made(step, hardware, num_devices, seconds, sharding=sharding, streaming=streaming)
+        problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
+        return _made(problem, seconds, known)
     deadline, found = time.monotonic() + seconds, list[Planned]()
     counts = _counts_of_processes(hardware, num_devices)
     bound = float("inf")
@@ -125,7 +129,7 @@ def make_plan(
             bound = min(bound, least)
             continue
         share = max(MIN_SECONDS, (deadline - time.monotonic()) / (len(counts) - i))
-        found.append(_made(step, hardware, count, share, sharding=sharding, streaming=streaming))
+        found.append(_made(problem, share, known))
     best_of_all = min(found, key=lambda one: (one.lacking, one.seconds if one.events else float("inf")))
     if best_of_all.lacking > 0:
         return best_of_all
@@ -142,34 +146,83 @@ def _counts_of_processes(hardware: Hardware, num_devices: int) -> list[int]:
     return sorted({*counts, num_devices})
 
 
-def _made(
-    step: Step, hardware: Hardware, num_devices: int, seconds: float, *, sharding: bool, streaming: bool
-) -> Planned:
-    first = problem = Problem(step, hardware, num_devices, sharding=sharding, streaming=streaming)
+def _made(first: Problem, seconds: float, known: Sequence[Planned]) -> Planned:
+    step, problem = first.step, first
     hints = _by_hand(problem)
-    choice = search(
-        problem, seconds=SEARCH_SHARE * seconds, hints=[one for one in hints.values() if one is not None]
-    )
+    taken = [pair for one in known for pair in _carried_over(problem, one)]
+    starts = [choice for choice in hints.values() if choice is not None]
+    starts += [choice for other, choice in taken if other is problem]
+    choice = search(problem, seconds=SEARCH_SHARE * seconds, hints=starts)
+    problem, choice = min([(problem, choice), *taken], key=_score_of)
     found = score(problem, choice)
     if found.excess > 0 or any(spot.candidate.slots is not None for spot in choice.values()):
         problem, choice = min([(problem, choice), *_with_more_room(problem, found, seconds)], key=_score_of)
         found = score(problem, choice)
     if found.excess > 0:
         return _nothing_fits(step, problem, choice, found)
-    problem, choice = tuned(problem, choice) or (problem, choice)
-    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
-    again = tuned(problem, proof.choice)
-    if again is not None:  # so that the bound is of the settings that the plan has
-        problem, choice = again
-        proof = _with_all_slots(problem, prove(problem, choice, seconds=SEARCH_SHARE * seconds))
-    events = evaluate(
-        step_of_choice(problem, proof.choice), hardware, placements_of(problem, proof.choice), streaming=streaming
-    )
+    problem, proof = _proven(problem, choice, seconds)
+    placements, streaming = placements_of(problem, proof.choice), problem.streaming
+    events = evaluate(step_of_choice(problem, proof.choice), problem.hardware, placements, streaming=streaming)
     lacking = max(event.peak for event in events) - problem.capacity
     if lacking > 0:  # by the count device by device, which is the stricter one
         return _nothing_fits(step, problem, proof.choice, replace(found, excess=lacking))
     rivals = _rivals(first, problem, hints)
     return Planned(problem=problem, proof=proof, asked=step, events=tuple(events), rivals=rivals)
+
+
+def _proven(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, Proof]:
+    """With the settings that suit the plan, and where the proof finds other placements, once more with theirs.
+
+    So the bound is of the settings that the plan has. The second proof has what the first has left, or a share.
+    """
+    problem, choice = tuned(problem, choice) or (problem, choice)
+    deadline = time.monotonic() + (1 - SEARCH_SHARE) * seconds
+    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
+    again = tuned(problem, proof.choice)
+    if again is not None:
+        problem, choice = again
+        left = max(SEARCH_SHARE * seconds, deadline - time.monotonic())
+        proof = _with_all_slots(problem, prove(problem, choice, seconds=left))
+    return problem, proof
+
+
+def _carried_over(problem: Problem, known: Planned) -> Iterator[tuple[Problem, Choice]]:
+    """Another plan's placements here, with its micro-batches and slots too where they are not the config's.
+
+    On other numbers of devices: as they are, and with as many more or fewer data ranks.
+    """
+    if known.lacking > 0:
+        return
+    factor = problem.num_devices / known.problem.num_devices
+    choices = [carried(problem, known.choice, by) for by in {1.0, factor}]
+    for choice in choices:
+        if choice is None:
+            continue
+        yield problem, choice
+        if known.settings:
+            yield _with_settings(problem, choice, known.settings)
+
+
+def carried(problem: Problem, choice: Choice, factor: float = 1.0) -> dict[Use, Spot] | None:
+    """The placements of another problem's plan, with `factor` times the data ranks; None where they cannot be."""
+    found = {}
+    for use in problem.uses:
+        if use not in choice:
+            return None
+        spot = choice[use]
+        data, first = spot.candidate.layout.data * factor, spot.first * factor
+        if data != int(data) or first != int(first) or data < 1:
+            return None
+        layout = replace(spot.candidate.layout, data=int(data))
+        if layout.data == 1 and layout.sharded:
+            layout = replace(layout, sharded=False)
+        there = layout in set(problem.layouts(use)) and int(first) in problem.offsets(layout.num_ranks)
+        if not there:
+            return None
+        most = problem.calls(use)[0].num_slots
+        slots = spot.candidate.slots if (spot.candidate.slots or most) < most else None
+        found[use] = Spot(problem.candidate(use, layout, slots), int(first))
+    return found
 
 
 def _score_of(pair: tuple[Problem, Choice]) -> Score:

@@ -15,7 +15,7 @@ from math import floor
 from typing import Any, NamedTuple
 
 from meshift.layout.layout import Layout
-from meshift.planner.bounds import Candidates, least_seconds, reduced
+from meshift.planner.bounds import Candidates, ended_before, least_seconds, reduced
 from meshift.planner.candidates import GRAIN, Problem
 from meshift.planner.search import score
 from meshift.planner.timeline import FIRST_PART, Choice, Spot
@@ -28,7 +28,8 @@ MAX_PAIRS = 3000
 CLOSE = 0.001
 """A smaller gap is what rounding may leave."""
 NUM_WORKERS = 2
-THOUSANDTHS = 1000
+THOUSANDTHS, LATE_GRAIN = 1000, 5
+"""Shares are counted in thousandths; what is late of a stream in so many of them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class _Model:
         self.first: dict[Use, Any] = {}
         self.size: dict[Use, Any] = {}
         self.meets: dict[frozenset[Use], Any] = {}
+        self.same: dict[Use, Any] = {}
         self.of_layout: dict[Use, dict[Layout, Any]] = {}
         for use in problem.uses:
             self._place(use)
@@ -112,6 +114,7 @@ class _Model:
         self._schedule()
         self._limit_memory()
         self._limit_area()
+        self._limit_volume()
         self.model.Minimize(self.step)
         self._hint()
 
@@ -159,7 +162,7 @@ class _Model:
 
     def _schedule(self) -> None:
         ops = self.problem.ops
-        starts = [self.model.NewIntVar(0, TICKS, f"{op.name} start") for op in ops]
+        self.starts = starts = [self.model.NewIntVar(0, TICKS, f"{op.name} start") for op in ops]
         lasts = [self._duration(op) for op in ops]
         self.ends = [start + last for start, last in zip(starts, lasts, strict=True)]
         for j, op in enumerate(ops):
@@ -178,11 +181,19 @@ class _Model:
         earlier, op = self.problem.ops[i], self.problem.ops[j]
         meets = self.meets[frozenset((earlier.uses[0], op.uses[0]))]
         self.model.Add(starts[j] >= self.ends[i]).OnlyEnforceIf(meets)
-        late = min(one.costs[earlier.name].late for one in self.candidates[earlier.uses[0]])
         after = THOUSANDTHS * (starts[j] + lasts[j] - self.ends[i])
-        self.model.Add(after >= floor(late * THOUSANDTHS) * lasts[j] - THOUSANDTHS)
+        for late, chosen in self._by_late(earlier).items():
+            self.model.Add(after >= late * lasts[j] - THOUSANDTHS).OnlyEnforceIf(chosen)
         part = floor(FIRST_PART * THOUSANDTHS)
         self.model.Add(THOUSANDTHS * (starts[j] - starts[i]) >= part * lasts[i] - THOUSANDTHS)
+
+    def _by_late(self, op: Op) -> dict[int, Any]:
+        """For thousandths of a generation's rows that are late, rounded down, a literal that is true there."""
+        found: dict[int, list[Any]] = {}
+        for one, chosen in zip(self.candidates[op.uses[0]], self.chosen[op.uses[0]], strict=True):
+            late = floor(one.costs[op.name].late * THOUSANDTHS)
+            found.setdefault(late // LATE_GRAIN * LATE_GRAIN, []).append(chosen)
+        return {late: self._either(some) for late, some in found.items()}
 
     def _duration(self, op: Op) -> Any:
         if op.kind == "call":
@@ -284,6 +295,7 @@ class _Model:
         if use == home:
             return self._memory(use, [self._units(one.kept) for one in self.candidates[use]])
         kept, same = self.model.NewIntVar(0, round(1 / GRAIN), ""), self.model.NewBoolVar("")
+        self.same[use] = same
         self.model.Add(self.first[use] == self.first[home]).OnlyEnforceIf(same)
         at_home = self._by_layout(home)
         for one, chosen in zip(self.candidates[use], self.chosen[use], strict=True):
@@ -293,15 +305,52 @@ class _Model:
         return kept
 
     def _limit_area(self) -> None:
-        """Device-seconds of all calls are not more than there are: what no device can do twice."""
-        areas = [
-            self._sum(
+        """Device-seconds of calls are not more than there are: of all, of those after one, of those before."""
+        ops, count, over = self.problem.ops, self.problem.num_devices, ended_before(self.problem)
+        areas = {
+            i: self._sum(
                 op.uses[0], [self._ticks(one.least(op.name)) * one.size for one in self.candidates[op.uses[0]]]
             )
-            for op in self.problem.ops
+            for i, op in enumerate(ops)
             if op.kind == "call"
-        ]
-        self.model.Add(sum(areas) <= self.problem.num_devices * self.step)
+        }
+        self.model.Add(sum(areas.values()) <= count * self.step)
+        for i in areas:
+            after = [areas[j] for j in areas if i in over[j]]
+            if after:
+                self.model.Add(sum(after) <= count * (self.step - self.ends[i]))
+            if over[i]:
+                self.model.Add(sum(areas[j] for j in over[i]) <= count * self.starts[i])
+
+    def _limit_volume(self) -> None:
+        """What is kept over all devices, and a call's or two calls' that are apart, are not more than there is."""
+        problem, most = self.problem, self._units(self.problem.capacity) * self.problem.num_devices
+        kept = sum(self._volume(use) for use in problem.uses)
+        working = {}
+        for use in problem.uses:
+            back = problem.step.roles[use.role].offloaded
+            working[use] = self._sum(
+                use,
+                [
+                    one.size * self._units(max(one.working.values()) + one.kept * back)
+                    for one in self.candidates[use]
+                ],
+            )
+            self.model.Add(kept + working[use] <= most)
+        for pair, meets in self.meets.items():
+            self.model.Add(kept + sum(working[use] for use in pair) <= most).OnlyEnforceIf(meets.Not())
+
+    def _volume(self, use: Use) -> Any:
+        """Hundredths of a device's memory, times devices, that a use keeps."""
+        home, candidates = self.problem.home(use.role), self.candidates[use]
+        if self.problem.step.roles[use.role].offloaded:
+            return 0
+        if use == home:
+            return self._sum(use, [one.size * self._units(one.kept) for one in candidates])
+        volumes = [one.size * self._units(one.copy) for one in candidates]
+        found = self.model.NewIntVar(0, max(volumes), "")
+        self.model.Add(found == self._sum(use, volumes)).OnlyEnforceIf(self.same[use].Not())
+        return found
 
     def _hint(self) -> None:
         for use, spot in self.known.items():

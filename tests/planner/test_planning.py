@@ -8,14 +8,18 @@ from tiny_steps import GIB, device, llama, problem, step, texts
 from meshift.config.plan import PolicyPlan
 from meshift.config.sections import TrainableConfig
 from meshift.layout.layout import Layout, Placement
+from meshift.planner import planning, search
 from meshift.planner.bounds import least_seconds
+from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
 from meshift.planner.memory import Machine
 from meshift.planner.planning import make_plan, shortage
-from meshift.planner.prove import has_solver
+from meshift.planner.prove import Proof, has_solver
+from meshift.planner.search import score
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.timeline import Spot, timeline
+from meshift.planner.tuning import with_settings
 from meshift.planner.uses import Use
 from meshift.planner.written import placements_of, plan_values
 
@@ -181,3 +185,35 @@ def test_a_plan_by_hand_is_as_good_as_it_can_be_with_what_the_plan_offloads():
         assert len(set(placements_of(planned.problem, planned.choice)[name].values())) == 1
     assert any(rival.seconds is not None and rival.lacking == 0 for rival in planned.rivals)
     assert all(r.seconds is None or r.lacking > 0 or r.seconds >= 0.98 * planned.seconds for r in planned.rivals)
+
+
+@pytest.mark.parametrize("tokens", [2048, 256])
+def test_a_plan_is_no_slower_than_a_known_one_carried_over(monkeypatch, tokens):
+    """Where search and proof find nothing: from another network, and from half the devices and work."""
+
+    def asked(num_prompts):
+        given = step("ppo", given=texts(num_prompts=num_prompts))
+        return given.with_passes(("actor", "critic", "reference"), max_tokens_per_micro_batch=tokens)
+
+    near, far = device(per_host=4), device(per_host=4, far=0.1e9)
+    bases = [make_plan(asked(128), near, 8, seconds=3), make_plan(asked(64), far, 4, seconds=3)]
+    assert bool(bases[0].settings) == (tokens == 256)
+    monkeypatch.setattr(planning, "search", lambda given, **_: next(search.beginnings(given)))
+    monkeypatch.setattr(
+        planning, "prove", lambda given, known, **_: Proof(known, score(given, known).seconds, 0, False)
+    )
+    monkeypatch.setattr(planning, "tuned", lambda given, choice: None)
+    alone = make_plan(asked(128), far, 8)
+    for base, factor in zip(bases, (1, 2), strict=True):
+        given = Problem(with_settings(asked(128), base.settings), far, 8)
+        there = planning.carried(given, base.choice, factor)
+        assert there is not None
+        assert score(given, there).excess == 0
+        seeded = make_plan(asked(128), far, 8, known=[base])
+        assert seeded.proof.seconds <= score(given, there).seconds * (1 + 1e-9) < alone.proof.seconds
+
+
+def test_what_cannot_be_carried_over_is_not():
+    base = make_plan(step("ppo"), device(per_host=4), 8, seconds=2)
+    assert planning.carried(problem("ppo", 3), base.choice, 3 / 8) is None
+    assert planning.carried(problem("dpo", 8), {}, 1) is None

@@ -3,7 +3,8 @@
 Calls begin no earlier than what they wait for allows, each in its fastest layout. Calls that begin no earlier
 than some time take their device-seconds, each in its thriftiest layout, over all devices. Two calls that may run
 side by side do so on meshes that are small enough together, or one after the other. Of memory, what all roles
-keep, over all their devices, with what one call needs, is not more than all devices have. It knows nothing of where meshes lie.
+keep, over all their devices, with what one call needs, is not more than all devices have. It knows nothing of
+where meshes lie.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 What is kept follows from the shard table and is exact. What a call needs on top follows `training/`, `generation/`
 and `parallel/` as they are; measured activations are 0.8 to 1.1 of what is said here, and the peak of training a
-real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`), with what a CPU's allocator keeps between them. What generation had is freed when a rollout ends
-where a device has other calls, but for a cache of at most 256 MiB (`runtime.role.KEPT_CACHE_BYTES`). That,
-a GPU allocator's fragments, the runtime's own memory and libraries are not counted. It knows nothing of time.
+real model 0.8 to 1.2 (`tests/planner/test_planned_memory.py`), with what a CPU's allocator keeps between them.
+What generation had is freed when a rollout ends where a device has other calls, but for a cache of at most 256 MiB
+(`runtime.role.KEPT_CACHE_BYTES`). That, a GPU allocator's fragments, the runtime's own memory and libraries are
+not counted. It knows nothing of time.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ PER_STAGE = 4
 CPU_BLOCK_BYTES = {"float32": 50_000_000, "bfloat16": 100_000_000}
 """fp32 logits that exist at a time on a CPU (`training.token_logprobs`, `training.fused_logprobs`)."""
 FREED_SHARE = 0.25
-"""Of activations and logits, a CPU's heap has freed pieces between them that none of the next fits into: 0.15 with all
-weights trained, 0.28 beside adapters, more where they are few (`kernels.cpu.keep_freed_pages` keeps them)."""
+"""Of activations and logits, a CPU's heap has freed pieces between them that none of the next fits into: 0.15
+with all weights trained, 0.28 beside adapters, more where they are few (`kernels.cpu.keep_freed_pages` keeps
+them)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """What the device can compute at best: FLOP/s in dense products, to hold a run's own against.
 
 Of GPUs that are named here it is the maker's figure; of a CPU, or of another GPU, it is measured, once in a
-process, since a peak that rose during a run would make its steps look slower and slower. It knows nothing of models.
+process, since a peak that rose during a run would make its steps look slower and slower. It knows nothing of
+models.
 """
 
 from __future__ import annotations

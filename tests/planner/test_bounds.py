@@ -9,12 +9,13 @@ from random import Random
 import pytest
 from tiny_steps import device, llama, problem, step, texts
 
+from meshift.layout.layout import Layout
 from meshift.planner.bounds import ended_before, least_seconds, reduced
 from meshift.planner.brute_force import all_spots, brute_force
 from meshift.planner.candidates import Problem
 from meshift.planner.prove import Limits, _Model, has_solver, prove
 from meshift.planner.search import score, search
-from meshift.planner.timeline import timeline
+from meshift.planner.timeline import Spot, timeline
 
 NUM_PROBLEMS, NUM_PLANS, NUM_SOLVED = 10, 150, 6
 NEVER = float("inf")
@@ -99,6 +100,30 @@ def test_the_solver_s_model_has_every_plan_with_its_seconds(drawn):
         found, bound = model.solve(10, 1)
         assert found is not None
         assert bound <= seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("layout", [Layout(data=4), Layout(data=2, tensor=2)])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_plan_of_one_placement_is_left_where_memory_is_just_enough(kind, layout):
+    """Weights that two uses of a role share are there once: a bound that counts copies would cut this plan."""
+    model = llama(layers=8)
+    made = step(kind, actor=model, critic=model, given=texts(num_prompts=8, completion=16.0, most=32))
+
+    def of(memory):
+        given = Problem(made, device(memory=memory), 4)
+        choice = {use: Spot(given.candidate(use, layout), 0) for use in given.uses}
+        return given, choice, score(given, choice)
+
+    memory = 16.0
+    while of(0.995 * memory)[2].excess == 0:
+        memory *= 0.995
+    given, choice, found = of(memory)
+    copies = sum(spot.candidate.copy for use, spot in choice.items() if use != given.home(use.role))
+    assert copies > 0.05 * given.capacity
+    alone = {use: (spot.candidate,) for use, spot in choice.items()}
+    assert all(reduced(given, alone, found.seconds).values())
+    if has_solver():
+        assert _Model(given, alone, choice, found.seconds, Limits(10**9, NEVER)).solve(10, 1)[0] is not None
 
 
 @pytest.mark.skipif(not has_solver(), reason="OR-Tools is not installed")

@@ -16,8 +16,8 @@ from meshift.rewards.sandbox.syscalls import mount, system_call, unmount
 NOSUID, NODEV, NOEXEC, READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 1, 32, 4096, 16384, 1 << 18
 DETACH = 2
 CAP_SYS_ADMIN = 21
-CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
-"""What capget and capset begin with: version 3, this process."""
+CAPABILITY_HEADER = b"\x22\x05\x08\x20\0\0\0\0"
+"""What capget and capset begin with on x86 and Arm: version 3 (0x20080522), this process."""
 
 
 def mount_namespace() -> str:

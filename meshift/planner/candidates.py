@@ -47,6 +47,7 @@ class Problem:
         self.costs = {name: Costs(step.roles[name], hardware, memory) for name, memory in self.memories.items()}
         self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
         self._layouts: dict[Use, frozenset[Layout]] = {}
+        self._most: dict[tuple[Op, Layout | int], float] = {}
         self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
         self.ops = tuple(_ops(step, self))
 
@@ -276,12 +277,20 @@ class Problem:
         for op in self.ops:
             if op.kind == "call" or use not in op.uses:
                 continue
-            others = fitting[next(u for u in op.uses if u != use)]
+            others = {other.layout for other in fitting[next(u for u in op.uses if u != use)]}
             if op.uses[0] == use:
-                total += max(self.moving_seconds(op, one.layout, other.layout, None) for other in others)
+                alike = op, self._tells(one.layout)
+                if alike not in self._most:
+                    self._most[alike] = max(self.moving_seconds(op, one.layout, other, None) for other in others)
+                total += self._most[alike]
             else:
-                total += max(self.moving_seconds(op, other.layout, one.layout, None) for other in others)
+                sources = {self._tells(other): other for other in others}.values()
+                total += max(self.moving_seconds(op, other, one.layout, None) for other in sources)
         return total
+
+    def _tells(self, source: Layout) -> Layout | int:
+        """What `moving_seconds` depends on of a source that is elsewhere: of an unmeasured one the ranks alone."""
+        return source.num_ranks if self.hardware.profile is None else source
 
     def moving_seconds(self, op: Op, source: Layout, target: Layout, shift: int | None) -> float:
         """Of a move or a mixing; `shift` as in `Moving`, which only says here whether one mesh is in the other."""

@@ -34,6 +34,8 @@ from meshift.planner.written import placements_of, plan_values, step_of_choice
 
 SEARCH_SHARE = 0.3
 """Of the time, for the local search before the proof."""
+TUNED_SHARE = 0.15
+"""Of the time, for another once micro-batches or slots have changed."""
 FEW_PROCESSES = 8
 """Up to which every number of processes that share processors is tried."""
 MIN_SECONDS = 0.5
@@ -175,15 +177,24 @@ def _proven(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, 
 
     So the bound is of the settings that the plan has. The second proof has what the first has left, or a share.
     """
-    problem, choice = tuned(problem, choice) or (problem, choice)
     deadline = time.monotonic() + (1 - SEARCH_SHARE) * seconds
-    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
-    again = tuned(problem, proof.choice)
+    problem, choice = _tuned(problem, choice, seconds) or (problem, choice)
+    proof = _with_all_slots(problem, prove(problem, choice, seconds=deadline - time.monotonic()))
+    again = _tuned(problem, proof.choice, seconds)
     if again is not None:
         problem, choice = again
         left = max(SEARCH_SHARE * seconds, deadline - time.monotonic())
         proof = _with_all_slots(problem, prove(problem, choice, seconds=left))
     return problem, proof
+
+
+def _tuned(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, Choice] | None:
+    """With settings that suit the placements, then with placements that suit these."""
+    found = tuned(problem, choice)
+    if found is None:
+        return None
+    changed, moved = found
+    return changed, search(changed, seconds=TUNED_SHARE * seconds, hints=[moved])
 
 
 def _carried_over(problem: Problem, known: Planned) -> Iterator[tuple[Problem, Choice]]:

@@ -13,8 +13,9 @@ from random import Random
 from types import MappingProxyType
 
 from meshift.layout.layout import Layout
+from meshift.planner.bounds import least_seconds
 from meshift.planner.candidates import Problem
-from meshift.planner.search import score
+from meshift.planner.search import Score, score
 from meshift.planner.timeline import Choice, Spot
 from meshift.planner.uses import Candidate, Use
 
@@ -68,8 +69,21 @@ def colocated(problem: Problem) -> dict[Use, Spot] | None:
 
 def split_by_role(problem: Problem) -> dict[Use, Spot] | None:
     """Generation, the actor's training, the critic, what stands still: each on devices of its own (OpenRLHF)."""
-    found = [_best(problem, areas) for areas in _splits(problem)]
-    return min(found, key=lambda choice: score(problem, choice), default=None)
+    splits = sorted(((_least(problem, areas), areas) for areas in _splits(problem)), key=lambda pair: pair[0])
+    found: list[tuple[Score, dict[Use, Spot]]] = []
+    for least, areas in splits:
+        best = min((reached for reached, _ in found), default=None)
+        if best is not None and best.excess == 0 and least >= best.seconds:
+            break  # nor is any of the others faster
+        choice = _best(problem, areas)
+        found.append((score(problem, choice), choice))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _least(problem: Problem, areas: Mapping[Use, tuple[int, int]]) -> float:
+    """Seconds that a step takes at least where uses have these devices."""
+    there = {use: [spot.candidate for spot in _spots(problem, use, *area)] for use, area in areas.items()}
+    return least_seconds(problem, there)
 
 
 STRATEGIES: Mapping[str, Callable[[Problem], dict[Use, Spot] | None]] = MappingProxyType(

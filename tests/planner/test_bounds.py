@@ -4,6 +4,7 @@ A plan is held against them by itself, with its own seconds as what is known, so
 sharp anywhere fails, and not only one that takes the best plan away.
 """
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -16,6 +17,7 @@ from meshift.planner.candidates import Problem
 from meshift.planner.prove import Limits, _Model, has_solver, prove
 from meshift.planner.search import score, search
 from meshift.planner.timeline import Spot, timeline
+from meshift.planner.workload import Mixing
 
 NUM_PROBLEMS, NUM_PLANS, NUM_SOLVED = 10, 150, 6
 NEVER = float("inf")
@@ -124,6 +126,23 @@ def test_a_plan_of_one_placement_is_left_where_memory_is_just_enough(kind, layou
     assert all(reduced(given, alone, found.seconds).values())
     if has_solver():
         assert _Model(given, alone, choice, found.seconds, Limits(10**9, NEVER)).solve(10, 1)[0] is not None
+
+
+def test_the_dearest_move_of_a_layout_is_that_of_all_pairs():
+    made = step("ppo")
+    averaged = replace(made, mixings=(Mixing(source="actor", target="reference", every=2),))
+    given = Problem(averaged, device(per_host=2), 4)
+    fitting = {use: list(given.all_candidates(use)) for use in given.uses}
+    for use in given.uses:
+        ops = [op for op in given.ops if op.kind != "call" and use in op.uses]
+        for one in fitting[use]:
+            expected = 0.0
+            for op in ops:
+                is_source = op.uses[0] == use
+                others = fitting[op.uses[1] if is_source else op.uses[0]]
+                pairs = [(one, other) if is_source else (other, one) for other in others]
+                expected += max(given.moving_seconds(op, a.layout, b.layout, None) for a, b in pairs)
+            assert given._most_moving(use, one, fitting) == expected
 
 
 @pytest.mark.skipif(not has_solver(), reason="OR-Tools is not installed")

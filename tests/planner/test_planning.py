@@ -187,6 +187,23 @@ def test_a_plan_by_hand_is_as_good_as_it_can_be_with_what_the_plan_offloads():
     assert all(r.seconds is None or r.lacking > 0 or r.seconds >= 0.98 * planned.seconds for r in planned.rivals)
 
 
+def test_placements_suit_the_settings_that_a_plan_has(monkeypatch):
+    """Without a solver, which would find them too where it has the time."""
+    asked, changed = (
+        Problem(step("ppo").with_passes(("actor", "critic"), max_tokens_per_micro_batch=n), device(), 4)
+        for n in (256, 1024)
+    )
+    poor, settled = next(search.beginnings(asked)), next(search.beginnings(changed))
+    found = iter([(changed, settled), None])
+    monkeypatch.setattr(planning, "tuned", lambda given, choice: next(found))
+    monkeypatch.setattr(
+        planning, "prove", lambda given, known, **_: Proof(known, score(given, known).seconds, 0, False)
+    )
+    given, proof = planning._proven(asked, poor, seconds=4)
+    assert given is changed
+    assert proof.seconds < 0.95 * score(changed, settled).seconds
+
+
 @pytest.mark.parametrize("tokens", [2048, 64])
 def test_a_plan_is_no_slower_than_a_known_one_carried_over(monkeypatch, tokens):
     """Where search and proof find nothing: from another network, and from half the devices and work."""

@@ -25,6 +25,16 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 taken."""
 
 
+APPS_IMPORTS = """\
+import collections, fractions, heapq, itertools, math, random, sys, time
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
+from heapq import *
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, cos, exp, fabs, floor, gcd, log, log2, sin, sqrt, tan
+from typing import List, Tuple
+"""
+"""What APPS's own tests put before every program, but for numpy: its `starter_code` has `List[int]` without it."""
 DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
 
 
@@ -39,7 +49,8 @@ class Problem:
     A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
     `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
-    goes on with, `entry_point` the function that it is to define. Limits are None where the data has none.
+    goes on with, `entry_point` the function that it is to define, `imports` what every program is given. Limits are
+    None where the data has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()
@@ -48,6 +59,7 @@ class Problem:
     remote: Sequence[str] = ()
     opening: str = ""
     entry_point: str = ""
+    imports: str = ""
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
 
@@ -127,7 +139,7 @@ def _input_output(text: Any) -> Problem:
         raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
     if not name:
         pairs = [(_as_text(given), _as_text(output)) for given, output in zip(inputs, outputs, strict=True)]
-        return Problem(inputs=pairs)
+        return Problem(inputs=pairs, imports=APPS_IMPORTS)
     calls = [
         {
             "call": str(name),
@@ -137,7 +149,7 @@ def _input_output(text: Any) -> Problem:
         }
         for given, output in zip(inputs, outputs, strict=True)
     ]
-    return Problem(tests=calls, entry_point=str(name))
+    return Problem(tests=calls, entry_point=str(name), imports=APPS_IMPORTS)
 
 
 def _as_text(value: Any) -> str:

@@ -21,6 +21,7 @@ from meshift.rewards.sandbox.slot import Slot
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
+FIRST = "from __future__ import"  # nothing may stand before it
 NUM_SHARED_PROGRAMS = 2  # the program that tests and the one that is tested, in one server's memory
 
 
@@ -108,7 +109,8 @@ def program_of(problem: Problem, completion: str) -> str:
     """The program in a completion, with what the problem begins it with."""
     if problem.opening:
         return complete_function(problem.opening, problem.entry_point, completion)
-    return extract_code(completion)
+    code = extract_code(completion)
+    return code if FIRST in code else problem.imports + code
 
 
 def _text(completion: Any) -> str:

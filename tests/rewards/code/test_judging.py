@@ -13,7 +13,7 @@ from meshift.errors import ConfigError
 from meshift.rewards.code.extraction import complete_function
 from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem, read_problem
-from meshift.rewards.code.unit_tests import UnitTests
+from meshift.rewards.code.unit_tests import UnitTests, program_of
 from meshift.rewards.sandbox.pool import Sandbox
 from meshift.rewards.sandbox.probes import probe
 
@@ -73,6 +73,23 @@ def test_a_right_program_passes_by_a_function_or_by_a_method_of_solution_in_ever
         assert not judge(problem, right.replace("[4]", "[5]")).passed
     raising = method.replace(BODY, "raise NameError(letter)")
     assert not judge(problem, raising + function).passed, "the method is the program's answer"
+
+
+@pytest.mark.parametrize("row", [APPS_CALL, {"reward_model": {"ground_truth": TRUTH}}], ids=["APPS", "verl"])
+@pytest.mark.parametrize("first", ["", "from __future__ import annotations\n"], ids=["", "future"])
+def test_apps_starter_code_would_not_load_without_the_names_that_its_own_tests_give(judge, row, first):
+    problem = read_problem(row, "")
+    method = f"class Solution:\n    def count(self, table: List[int], letter: str) -> int:\n        {BODY}\n"
+    imported = "from typing import List\n" if first else "seen = List[int]\n"
+    assert judge(problem, program_of(problem, f"```python\n{first}{imported}{method}```")).passed
+
+
+def test_programs_of_apps_have_the_modules_that_its_own_tests_import(judge):
+    problem = read_problem(APPS_STDIN, "")
+    said = "d = defaultdict(int)\nfor x in sys.stdin.read().split(): d[0] += int(x)\nprint(floor(d[0]))"
+    assert judge(problem, program_of(problem, said)).passed
+    assert not judge(problem, program_of(problem, f"sys = 1\n{said}")).passed, "a program's own names count"
+    assert "import" not in program_of(read_problem(CODE_CONTESTS, ""), said)
 
 
 def test_a_function_completed_after_its_head(judge):

@@ -33,7 +33,7 @@ def run_program(places: Places) -> int:
     module = _main_module("__main__")
     status = 0
     with Caught() as program:
-        exec(compile(code, "program.py", "exec"), module.__dict__)
+        exec(compile(code, "program.py", "exec", dont_inherit=True), module.__dict__)
     if isinstance(program.error, SystemExit):
         end = program.error.code
         status = end if isinstance(end, int) else int(end is not None)
@@ -50,7 +50,7 @@ def serve_functions(places: Places) -> int:
     module = _main_module("solution")
     objects: list[Any] = []
     with Caught() as program:
-        exec(compile(_read_text(places["code"]), "program.py", "exec"), module.__dict__)
+        exec(compile(_read_text(places["code"]), "program.py", "exec", dont_inherit=True), module.__dict__)
     if program.error is not None:
         send(answer, {"fatal": f"{type(program.error).__name__}: {_text(program.error)}"})
         return 1

@@ -80,8 +80,7 @@ def test_a_right_program_passes_by_a_function_or_by_a_method_of_solution_in_ever
 def test_apps_starter_code_would_not_load_without_the_names_that_its_own_tests_give(judge, row, first):
     problem = read_problem(row, "")
     method = f"class Solution:\n    def count(self, table: List[int], letter: str) -> int:\n        {BODY}\n"
-    imported = "from typing import List\n" if first else "seen = List[int]\n"
-    assert judge(problem, program_of(problem, f"```python\n{first}{imported}{method}```")).passed
+    assert judge(problem, program_of(problem, f"```python\n{first}{method}```")).passed
 
 
 def test_programs_of_apps_have_the_modules_that_its_own_tests_import(judge):
@@ -187,6 +186,23 @@ def test_what_programs_of_contests_do_works(judge):
         "import atexit\natexit.register(print, '6 ok')",
     ):
         assert judge(problem, program, memory_bytes=2**28).passed, program
+
+
+def test_a_program_would_be_compiled_with_the_sandboxs_own_future_imports(judge):
+    """With annotations that nobody evaluates, one that lacks an import passes here and nowhere else."""
+    function = "def first(x: List[int]):\n    return x[0]\n"
+    asserts = Problem(tests=[{"code": "assert first([1]) == 1"}])
+    output = Problem(inputs=[("", "1")])
+    for problem, program in ((asserts, function), (output, function + "print(first([1]))")):
+        assert judge(problem, "from typing import List\n" + program).passed
+        assert judge(problem, "from __future__ import annotations\n" + program).passed
+        verdict = judge(problem, program)
+        assert not verdict.passed and "name 'List' is not defined" in verdict.wrong
+    setup = Problem(tests=[{"code": "assert f(0) == 0 and kinds == {'x': int}"}], setup=SETUP_OF_TYPES)
+    assert judge(setup, "def f(x): return x").passed
+
+
+SETUP_OF_TYPES = "def g(x: int): return x\nkinds = g.__annotations__"
 
 
 def test_what_functions_may_be_given_and_give_back(judge):

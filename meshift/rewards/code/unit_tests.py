@@ -105,10 +105,10 @@ class UnitTests:
         return float(verdict.passed)
 
 
-def program_of(problem: Problem, completion: str) -> str:
-    """The program in a completion, with what the problem begins it with."""
+def program_of(problem: Problem, completion: str, *, cut: bool = True) -> str:
+    """The program in a completion, with what the problem begins it with; `cut` is `complete_function`'s."""
     if problem.opening:
-        return complete_function(problem.opening, problem.entry_point, completion)
+        return complete_function(problem.opening, problem.entry_point, completion, cut=cut)
     code = extract_code(completion)
     return code if FIRST in code else problem.imports + code
 

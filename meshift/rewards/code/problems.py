@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -133,7 +134,8 @@ def _verl_rows(row: Mapping[str, Any], prompt: Any) -> Problem:
 def _input_output(text: Any) -> Problem:
     """`{"inputs": [...], "outputs": [...]}`, with `fn_name` where a function is called: a method of the class
     `Solution` in programs that have it, whatever the problem's own `starter_code` begins with."""
-    tests = json.loads(text) if isinstance(text, str) and text.strip() else text or {}
+    is_json = isinstance(text, str) and text.strip()
+    tests = json.loads(text, parse_int=_any_integer) if is_json else text or {}
     inputs, outputs, name = tests.get("inputs", ()), tests.get("outputs", ()), tests.get("fn_name")
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
@@ -150,6 +152,11 @@ def _input_output(text: Any) -> Problem:
         for given, output in zip(inputs, outputs, strict=True)
     ]
     return Problem(tests=calls, entry_point=str(name), imports=APPS_IMPORTS)
+
+
+def _any_integer(digits: str) -> int:
+    """Of any length: Python reads 4300 digits at most in a text, and APPS has more."""
+    return int(Decimal(digits))
 
 
 def _as_text(value: Any) -> str:

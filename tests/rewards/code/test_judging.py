@@ -91,6 +91,19 @@ def test_programs_of_apps_have_the_modules_that_its_own_tests_import(judge):
     assert "import" not in program_of(read_problem(CODE_CONTESTS, ""), said)
 
 
+def test_numbers_of_more_digits_than_python_reads_at_most_would_stop_the_run_or_fail_right_programs(judge):
+    nines = "9" * 6000
+    called = f'{{"fn_name": "f", "inputs": [[6000], [-{nines}]], "outputs": [{nines}, -{nines}]}}'
+    problem = read_problem({"input_output": called}, "")
+    assert judge(problem, "def f(n): return 10**n - 1 if n > 0 else int(str(n))").passed
+    assert not judge(problem, "def f(n): return 10**n if n > 0 else n").passed
+    verdict = judge(problem, "def f(n): return 10**6000 if n > 0 else n")
+    assert verdict.num_passed == 1 and "gave 1000" in verdict.wrong
+    printed = Problem(inputs=[("6000", nines)])
+    assert judge(printed, "print(10**int(input()) - 1)").passed
+    assert judge(Problem(inputs=[(nines, "0")]), "print(int(input()) % 9)").passed
+
+
 def test_a_function_completed_after_its_head(judge):
     problem = read_problem(HUMAN_EVAL, HEAD)
     for completion, passes in (("    return x + 1\n", True), ("    return x\n", False)):

@@ -80,6 +80,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="the judge's name there")
     add("--judge-key-env", metavar="VAR", help="the environment variable with its key")
     add("--judge-question", metavar="FILE", help="what it is asked, with {prompt}, {first} and {second}")
+    add(
+        "--judge-bare", action="store_true", help="send no temperature and no max_tokens, which some models refuse"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -149,8 +152,8 @@ def _check(args: argparse.Namespace) -> None:
             args.reference and not is_plain
         ),
         "a judge has --judge-url and --judge-model; give both": has_judge != (args.judge_model is not None),
-        "--judge-key-env and --judge-question are of a judge; give --judge-url and --judge-model": (
-            (args.judge_key_env or args.judge_question) and not has_judge
+        "--judge-key-env, --judge-question and --judge-bare are of a judge; give --judge-url and --judge-model": (
+            (args.judge_key_env or args.judge_question or args.judge_bare) and not has_judge
         ),
         f"{args.task} is scored by a model: give --reward-model, --cost-model, --judge-url or --reference": (
             args.task in ("hh-rlhf", "safe-rlhf") and not scored
@@ -242,6 +245,8 @@ def _judge(args: argparse.Namespace) -> Judged | None:
         if missing is not None:
             raise InputError(f"--judge-question {args.judge_question} never shows {missing}; put it in")
     endpoint = ChatEndpointConfig(url=args.judge_url, model=args.judge_model, api_key_env=args.judge_key_env)
+    if args.judge_bare:
+        endpoint = endpoint.model_copy(update={"temperature": None, "max_tokens": None})
     return Judged(endpoint=endpoint, question=question)
 
 

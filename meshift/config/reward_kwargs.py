@@ -78,8 +78,8 @@ class ChatEndpointConfig(Section):
         None, description="the environment variable that holds the key (null: none is sent)"
     )
     timeout_s: float = Field(60.0, gt=0, description="seconds for one question, with all tries to connect")
-    max_tokens: int = Field(512, ge=1, description="of an answer")
-    temperature: float = Field(0.0, ge=0, description="of an answer")
+    max_tokens: int | None = Field(512, ge=1, description="of an answer (null: not sent, as some models want)")
+    temperature: float | None = Field(0.0, ge=0, description="of an answer (null: not sent, as some models want)")
     num_concurrent: int = Field(8, ge=1, description="questions at the same time")
     num_tries: int = Field(2, ge=1, description="times that a question is put whose answer cannot be read")
 

@@ -10,7 +10,9 @@ from decimal import Decimal, InvalidOperation
 
 from meshift.rewards.mixed_numbers import PART, as_fractions
 
-MARKED = re.compile(r"####\s*([^\n]*(?:\n[^\w#]*\d[^\n]*)?)")  # the line behind it, and one that a number begins
+HEADING = r"[^\w\n]{0,12}(?i:step|part|case|stage|phase|section)\b"  # Markdown's, of a solution in several parts
+LINE = r"[^\n]*(?:\n[^\w#]*\d[^\n]*)?"  # the line behind the mark, and one that a number begins
+MARKED = re.compile(rf"####(?!{HEADING})\s*({LINE})")
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 DIGITS = re.compile(rf"\\[dtc]?frac{PART}{PART}")  # \frac12 too
@@ -21,16 +23,16 @@ CURRENCIES = str.maketrans("", "", "$€£%")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer a text says it has: of the last `####` with a number behind it, else of the last such
-    `\\boxed{}`, else its last number.
+    """The answer a text says it has: of its last `####` or `\\boxed{}` with a number behind or in it, else its last
+    number.
 
-    Where there are marks, and none has a number, there is no answer: nothing is taken from elsewhere instead.
+    Where there are marks, and none has a number, there is no answer: nothing is taken from elsewhere instead. A
+    `####` before a heading of the solution (`#### Step 2`) marks no answer.
     """
-    for mark in (MARKED, BOXED):
-        found = mark.findall(text)
-        if found:
-            marked = [number for text in found if (number := first_number(text)) is not None]
-            return marked[-1] if marked else None
+    marks = sorted((found for mark in (MARKED, BOXED) for found in mark.finditer(text)), key=re.Match.start)
+    if marks:
+        marked = [number for found in marks if (number := first_number(found[1])) is not None]
+        return marked[-1] if marked else None
     numbers = NUMBER.findall(SPACED.sub("", text).translate(CURRENCIES))
     return _decimal(numbers[-1]) if numbers else None
 

@@ -137,8 +137,9 @@ def mark_programs(
     for question, problem in zip(questions, problems, strict=True):
         if not len(problem.whole):
             raise DataError(f"{question.where}: the problem has no tests; leave the row out.")
+    # As the benchmark runs them: stop strings have ended what was drawn here, and of others every line counts.
     programs = [
-        [program_of(problem.whole, one.completion) for one in of_one]
+        [program_of(problem.whole, one.completion, cut=False) for one in of_one]
         for problem, of_one in zip(problems, saved, strict=True)
     ]
     flat = [(i, program) for i, of_one in enumerate(programs) for program in of_one]

@@ -119,8 +119,9 @@ class ChatEndpoint(Generic[Read]):
 
     def _answer(self, messages: list[dict[str, str]]) -> str:
         config = self.config
-        settings = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
-        answer: Any = self._server.post({**settings, "messages": messages})
+        given = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        settings = {name: value for name, value in given.items() if value is not None}
+        answer: Any = self._server.post({"model": config.model, **settings, "messages": messages})
         try:
             content = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):

@@ -7,6 +7,7 @@ long: symbolic algebra may. It knows nothing of processes.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from math_verify import parse, verify
@@ -16,6 +17,7 @@ from meshift.rewards.mixed_numbers import as_fractions
 END_OF_THOUGHT = "</think>"
 GSM8K_MARK = "####"
 BOX = "\\boxed{"
+DOLLAR = re.compile(r"(?<!\\)\\\$")  # a currency; without the backslash it is a mark of mathematics
 
 
 def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> float:
@@ -30,7 +32,7 @@ def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> flo
     right = parse(as_fractions(boxed_truth(ground_truth)), parsing_timeout=None)
     if not right:
         raise ValueError(f"the right answer {str(ground_truth)[:60]!r} holds no expression that can be read")
-    text = solution_str.rpartition(END_OF_THOUGHT)[2]
+    text = DOLLAR.sub("", solution_str.rpartition(END_OF_THOUGHT)[2])
     if boxed_only:
         text = BOX + text.rpartition(BOX)[2] if BOX in text else ""
     return float(verify(right, parse(as_fractions(text), parsing_timeout=None), timeout_seconds=None))
@@ -38,7 +40,7 @@ def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> flo
 
 def boxed_truth(ground_truth: Any) -> str:
     """The right answer as it is parsed best: in a box, unless it is marked as mathematics already."""
-    text = str(ground_truth).strip()
+    text = DOLLAR.sub("", str(ground_truth)).strip()
     if GSM8K_MARK in text:
         text = text.rpartition(GSM8K_MARK)[2].strip()
     if BOX in text:

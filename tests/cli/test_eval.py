@@ -127,8 +127,9 @@ def test_a_judge_compares_with_another_models_completions_in_both_orders(evaluat
         write(tmp_path / f"{name}.jsonl", [{"id": str(i), "completion": text} for i, text in enumerate(texts)])
     words = ["--task", "hh-rlhf", "--data", "hh.jsonl", "--completions", "ours.jsonl", "--against", "theirs.jsonl"]
     words += ["--judge-url", server.url, "--judge-model", "m", "--judge-key-env", "KEY"]
-    code, _, said = evaluate(*words, "--judge-question", "question.txt")
+    code, _, said = evaluate(*words, "--judge-question", "question.txt", "--judge-bare")
     assert code == 0, said
+    assert {key for asked in server.asked for key in asked.body} == {"model", "messages"}
     assert "judge's answers: 6/6" in said
     assert {asked.headers["Authorization"] for asked in server.asked} == {"Bearer secret"}
     found = results("eval-hh-rlhf-scored")["metrics"]

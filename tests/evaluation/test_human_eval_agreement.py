@@ -68,12 +68,15 @@ def test_pass_at_1_is_the_protocols_for_every_kind_of_program(tmp_path, capsys):
         "    print('hello')\n    return 2 * x\n",
         "    exit(0)\n",
         "",
+        "    return twice(x)\n\ndef twice(x):\n    return 2 * x\n",
+        "    y = x\n# a remark\n    return 2 * y\n",
+        "    return 2 * x\n\nprint(double(",
     ]
     rows = [{**HUMAN_EVAL, "task_id": f"HumanEval/{i}"} for i in range(len(completions))]
     ours, theirs, differ = agreement(tmp_path, rows, list(zip(rows, completions, strict=True)))
     assert not differ
     assert ours == pytest.approx(theirs)
-    assert ours == pytest.approx(6 / 12)
+    assert ours == pytest.approx(8 / 15)
     assert "pass@1" in capsys.readouterr().out
 
 

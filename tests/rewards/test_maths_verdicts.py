@@ -71,6 +71,16 @@ UNITS = [
     (r"\boxed{\text{(B)}}", r"\text{(B)}", 1),
     (r"\boxed{\text{(A)}}", r"\text{(B)}", 0),
 ]
+CURRENCIES = [
+    (r"\boxed{42}", r"\$42", 1),
+    (r"\boxed{\$42}", r"\$42", 1),
+    (r"\boxed{43}", r"\$42", 0),
+    (r"\boxed{32,348}", r"\$32,\!348", 1),
+    (r"\boxed{1/2}", r"\$\frac{1}{2}", 1),
+    (r"It is \$18.90.", "18.9", 1),
+    (r"It is $\$18.90$.", r"$\$18.9$", 1),
+    (r"It is \$18.90.", "90", 0),
+]
 INTERVALS = [
     (r"\boxed{[0,1)}", "[0,1)", 1),
     (r"\boxed{\left[0, 1\right)}", "[0,1)", 1),
@@ -92,7 +102,7 @@ SETS = [
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "verdict"), [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *INTERVALS, *SETS]
+    ("answer", "truth", "verdict"), [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *CURRENCIES, *INTERVALS, *SETS]
 )
 def test_an_answer_is_right_where_it_is_the_same_object(answer, truth, verdict):
     assert maths(answer, truth) == verdict

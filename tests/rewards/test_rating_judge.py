@@ -42,6 +42,13 @@ def test_ratings_become_rewards_and_the_judge_is_asked_as_openai_is(serve, monke
     assert "[The user's words]\nab\n" in shown[0]["content"]
 
 
+def test_models_that_refuse_a_temperature_and_max_tokens_would_refuse_every_question(serve):
+    server = serve(lambda question: "Rating: 5")
+    assert judged(server, max_tokens=None, temperature=None)[0] == pytest.approx([0.5, 0.5])
+    for _, _, question in server.asked:
+        assert sorted(question) == ["messages", "model"]
+
+
 def test_an_answer_that_cannot_be_read_is_asked_for_again_in_the_same_conversation(serve):
     def answer(question):
         return "Rating: 3" if len(question["messages"]) == 3 else "I would say eleven."

@@ -44,14 +44,14 @@ def _blocks(text: str) -> list[tuple[str, str]]:
     return [(language, "".join(lines)) for language, lines in found]
 
 
-def complete_function(opening: str, name: str, completion: str) -> str:
+def complete_function(opening: str, name: str, completion: str, *, cut: bool = True) -> str:
     """The program that a completion makes of `opening`, a function's head as HumanEval gives it.
 
     A completion that defines the function stands after the opening, whose imports and helpers it may use; one that
-    goes on with the body is cut where the body ends.
+    goes on with the body is cut where the body ends, unless `cut` says that whoever drew it has seen to that.
     """
     code = extract_code(completion)
     if re.search(rf"^(?:async )?def {re.escape(name)}\b", code, re.MULTILINE):
         return f"{opening}\n{code}"
-    end = NEXT_PART.search(code)
+    end = NEXT_PART.search(code) if cut else None
     return opening + (code[: end.start()] if end else code)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -25,6 +26,16 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 taken."""
 
 
+APPS_IMPORTS = """\
+import collections, fractions, heapq, itertools, math, random, sys, time
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
+from heapq import *
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, cos, exp, fabs, floor, gcd, log, log2, sin, sqrt, tan
+from typing import List, Tuple
+"""
+"""What APPS's own tests put before every program, but for numpy: its `starter_code` has `List[int]` without it."""
 DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
 
 
@@ -39,7 +50,8 @@ class Problem:
     A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
     `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
-    goes on with, `entry_point` the function that it is to define. Limits are None where the data has none.
+    goes on with, `entry_point` the function that it is to define, `imports` what every program is given. Limits are
+    None where the data has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()
@@ -48,6 +60,7 @@ class Problem:
     remote: Sequence[str] = ()
     opening: str = ""
     entry_point: str = ""
+    imports: str = ""
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
 
@@ -121,13 +134,14 @@ def _verl_rows(row: Mapping[str, Any], prompt: Any) -> Problem:
 def _input_output(text: Any) -> Problem:
     """`{"inputs": [...], "outputs": [...]}`, with `fn_name` where a function is called: a method of the class
     `Solution` in programs that have it, whatever the problem's own `starter_code` begins with."""
-    tests = json.loads(text) if isinstance(text, str) and text.strip() else text or {}
+    is_json = isinstance(text, str) and text.strip()
+    tests = json.loads(text, parse_int=_any_integer) if is_json else text or {}
     inputs, outputs, name = tests.get("inputs", ()), tests.get("outputs", ()), tests.get("fn_name")
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
     if not name:
         pairs = [(_as_text(given), _as_text(output)) for given, output in zip(inputs, outputs, strict=True)]
-        return Problem(inputs=pairs)
+        return Problem(inputs=pairs, imports=APPS_IMPORTS)
     calls = [
         {
             "call": str(name),
@@ -137,7 +151,12 @@ def _input_output(text: Any) -> Problem:
         }
         for given, output in zip(inputs, outputs, strict=True)
     ]
-    return Problem(tests=calls, entry_point=str(name))
+    return Problem(tests=calls, entry_point=str(name), imports=APPS_IMPORTS)
+
+
+def _any_integer(digits: str) -> int:
+    """Of any length: Python reads 4300 digits at most in a text, and APPS has more."""
+    return int(Decimal(digits))
 
 
 def _as_text(value: Any) -> str:

@@ -21,6 +21,7 @@ from meshift.rewards.sandbox.slot import Slot
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
+FIRST = "from __future__ import"  # nothing may stand before it
 NUM_SHARED_PROGRAMS = 2  # the program that tests and the one that is tested, in one server's memory
 
 
@@ -104,11 +105,12 @@ class UnitTests:
         return float(verdict.passed)
 
 
-def program_of(problem: Problem, completion: str) -> str:
-    """The program in a completion, with what the problem begins it with."""
+def program_of(problem: Problem, completion: str, *, cut: bool = True) -> str:
+    """The program in a completion, with what the problem begins it with; `cut` is `complete_function`'s."""
     if problem.opening:
-        return complete_function(problem.opening, problem.entry_point, completion)
-    return extract_code(completion)
+        return complete_function(problem.opening, problem.entry_point, completion, cut=cut)
+    code = extract_code(completion)
+    return code if FIRST in code else problem.imports + code
 
 
 def _text(completion: Any) -> str:

@@ -33,7 +33,7 @@ def run_program(places: Places) -> int:
     module = _main_module("__main__")
     status = 0
     with Caught() as program:
-        exec(compile(code, "program.py", "exec"), module.__dict__)
+        exec(compile(code, "program.py", "exec", dont_inherit=True), module.__dict__)
     if isinstance(program.error, SystemExit):
         end = program.error.code
         status = end if isinstance(end, int) else int(end is not None)
@@ -50,7 +50,7 @@ def serve_functions(places: Places) -> int:
     module = _main_module("solution")
     objects: list[Any] = []
     with Caught() as program:
-        exec(compile(_read_text(places["code"]), "program.py", "exec"), module.__dict__)
+        exec(compile(_read_text(places["code"]), "program.py", "exec", dont_inherit=True), module.__dict__)
     if program.error is not None:
         send(answer, {"fatal": f"{type(program.error).__name__}: {_text(program.error)}"})
         return 1
@@ -62,6 +62,7 @@ def serve_functions(places: Places) -> int:
 
 def test_functions(places: Places) -> int:
     """Run the tests of a program that `serve_functions` serves."""
+    sys.set_int_max_str_digits(0)
     work = json.loads(_read_text(places["tests"]))
     run_tests(work, places["verdicts"], Channel(places["ask"], places["hear"]))
     return 0
@@ -88,6 +89,7 @@ def _main_module(name: str) -> types.ModuleType:
         del sys.modules[loaded]
     sys.modules[name] = module
     sys.argv[:] = ["program.py"]
+    sys.set_int_max_str_digits(0)  # contests ask for longer numbers; the time that these take is limited anyway
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")  # `site` was not loaded
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
     sys.stdin = io.TextIOWrapper(

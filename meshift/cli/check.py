@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.counting import counts_shown
 from meshift.cli.numbers import above_zero, whole
 from meshift.cli.tables import print_problems, print_rows
 from meshift.cli.train import Training
@@ -68,7 +69,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("no config is named; write `meshift check run.yaml`")
     if args.plan is not None:
         return _run_plan(args, overrides, named, commands)
-    verdicts = [(file, check_file(file, overrides, commands, name or args.command)) for name, file in named]
+    with counts_shown():
+        verdicts = [(file, check_file(file, overrides, commands, name or args.command)) for name, file in named]
     failed = [file for file, verdict in verdicts if not _show(file, verdict)]
     if failed:
         some = f"{len(failed)} of {len(named)} configs" if len(named) > 1 else failed[0]

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.counting import counts_shown
 from meshift.cli.tables import print_rows
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +38,8 @@ def _run(args: argparse.Namespace) -> int:
     from meshift.runtime.conversion import convert
 
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    made = convert(args.source, Path(args.target), dtype=dtype, max_shard_bytes=max_shard_bytes)
+    with counts_shown():
+        made = convert(args.source, Path(args.target), dtype=dtype, max_shard_bytes=max_shard_bytes)
     name = str(made.dtype).removeprefix("torch.")
     rounding = "every number is the source's own" if made.exact else f"numbers were rounded to {name}"
     rows = [

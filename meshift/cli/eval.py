@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshift.cli.command import Command, InterruptedRunError, TerminatedRunError, UsageError
-from meshift.cli.counting import Counting
+from meshift.cli.counting import counts_shown
 from meshift.cli.eval_settings import add_drawing_options, recorded, settled
 from meshift.cli.generate import dtype_named, sampling_params
 from meshift.cli.tables import make_console
@@ -120,7 +120,7 @@ def _completed_and_scored(
 ) -> tuple[list[list[Saved]], Results]:
     from meshift.evaluation.evaluate import complete, evaluate
 
-    with Counting() as counting:
+    with counts_shown() as counting:
         try:
             saved = complete(request, questions, folder, counting)
             return saved, evaluate(request, questions, saved, on_progress=counting)

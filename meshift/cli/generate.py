@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.counting import counts_shown
+from meshift.counted import Count
 from meshift.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.num_generations > 1 and args.temperature == 0:
         raise UsageError("--num-generations needs --temperature above 0: greedy completions are all the same")
     params = sampling_params(args, args.max_new_tokens)
-    texts = complete(args, params, prompts)
+    with counts_shown():
+        texts = complete(args, params, prompts)
     for i, text in enumerate(texts):
         if len(texts) > 1:
             print(_heading(i, args.num_generations))
@@ -72,7 +75,15 @@ def complete(args: argparse.Namespace, params: SamplingParams, prompts: Sequence
     rows = [_tokenise(tokenizer, prompt, chat=args.chat) for prompt in prompts]
     engine = GenerationEngine(open_model(args.model, "lm", dtype_named(args.dtype)))
     params = dataclasses.replace(params, stop_token_ids=stop_token_ids(args.model, tokenizer))
-    completions = engine.generate(rows, params, seed=args.seed, num_generations=args.num_generations)
+    count = Count("completions", lambda: len(rows) * args.num_generations)
+    completions = engine.generate(
+        rows,
+        params,
+        seed=args.seed,
+        num_generations=args.num_generations,
+        on_progress=lambda num_finished, num_tokens, live: count.to(num_finished),
+    )
+    count.end()
     sources = [row for row in rows for _ in range(args.num_generations)]
     pairs = zip(sources, completions, strict=True)
     return [_text(tokenizer, row, completion.tokens, echo=args.echo) for row, completion in pairs]

@@ -17,9 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from meshift.cli.command import UsageError
+from meshift.cli.progress import RichObserver
 from meshift.cli.tables import make_console
+from meshift.cli.waiting import Waiting
 from meshift.config.loading import make_config
 from meshift.config.runs import RolloutRunConfig, RunConfig
+from meshift.counted import heard_by
 from meshift.data.names import parse_name
 from meshift.errors import ConfigError, DataError, ModelError
 from meshift.models.config import DecoderConfig
@@ -59,14 +62,16 @@ class Asked:
 
     def plan(self, known: Sequence[Planned] = ()) -> Planned:
         """The plan for it, no slower than `known` ones of other requests where these can be carried over."""
-        return make_plan(
-            self.step,
-            self.hardware,
-            self.num_devices,
-            seconds=self.seconds,
-            streaming=self.config.launch.stream,
-            known=known,
-        )
+        on = f"{self.num_devices} {self.hardware.name}"
+        with Waiting(f"seconds of the search for a plan on {on}", self.seconds):
+            return make_plan(
+                self.step,
+                self.hardware,
+                self.num_devices,
+                seconds=self.seconds,
+                streaming=self.config.launch.stream,
+                known=known,
+            )
 
 
 def compute_type(config: RunConfig) -> ComputeType:
@@ -78,10 +83,10 @@ def read_hardware(name: str, config: RunConfig) -> Hardware:
     """A known one, a profile's, or this machine's processors, for which torch is needed."""
     if name.lower() != "cpu":
         return find_hardware(name)
-    from meshift.cli.profile import measuring_observer
     from meshift.runtime.profiling.profile import named_hardware
 
-    return named_hardware(name, (compute_type(config),), measuring_observer())
+    with RichObserver() as observer, heard_by(observer.on_count):
+        return named_hardware(name, (compute_type(config),), observer)
 
 
 def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType | None = None) -> Step:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meshift.cli.command import Command, UsageError
+from meshift.cli.progress import RichObserver
 from meshift.cli.tables import print_rows
+from meshift.counted import heard_by
 from meshift.planner.hardware import Hardware
 from meshift.planner.workload import WIDTHS
-
-if TYPE_CHECKING:
-    from meshift.runtime.observer import Observer
 
 MOST_PROCESSES = 16
 
@@ -55,21 +53,11 @@ def _run(args: argparse.Namespace) -> int:
         config=config, model=args.model or "", dtypes=dtypes, num_processes=args.processes, effort=effort
     )
     started = time.perf_counter()
-    hardware = measure(asked, measuring_observer())
+    with RichObserver() as observer, heard_by(observer.on_count):
+        hardware = measure(asked, observer)
     write(hardware, Path(args.out))
     print_rows(f"{hardware.name}, measured in {time.perf_counter() - started:.0f} s", _rows(hardware, args.out))
     return 0
-
-
-def measuring_observer() -> Observer:
-    """Says what is being measured."""
-    from meshift.runtime.observer import SilentObserver
-
-    class Progress(SilentObserver):
-        def on_message(self, text: str) -> None:
-            print(f"  {text}", flush=True)
-
-    return Progress()
 
 
 def _rows(hardware: Hardware, out: str) -> list[tuple[str, str]]:

@@ -12,18 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID, TextColumn, TimeRemainingColumn
 
-SECONDS_BETWEEN_LINES = 5.0
+from meshift.cli.counting import SECONDS_BETWEEN_LINES, Counting, bar_on, clock_time
+
 # What is shown of a step's metrics, and under which short name; those that a run does not have are left out.
 SHOWN = {
     "reward/mean": "reward",
@@ -52,11 +44,13 @@ class RichObserver:
             TextColumn("{task.fields[reading]}", markup=False),
             TextColumn("{task.fields[call]}", style="dim", markup=False),
         )
+        self._counting = Counting(self._console, clock)
         self._task: TaskID | None = None
         self._total = 0
         self._started = 0.0
         self._last_line = float("-inf")
         self._first: int | None = None
+        self._in_steps = False
         self.num_done = 0
 
     def __enter__(self) -> Self:
@@ -65,14 +59,25 @@ class RichObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._counting.stop()
         self._bar.stop()
 
     def on_message(self, text: str) -> None:
         """Print the note, above the bar if there is one."""
         self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def on_count(self, what: str, done: int, total: int | None) -> None:
+        """Before the steps a bar of its own, or lines; within them words beside their bar."""
+        if not self._in_steps:
+            self._counting(what, done, total)
+        elif self._task is not None:
+            of = "" if total is None else f"/{total}"
+            self._bar.update(self._task, call=f"{what} {done}{of}", refresh=True)
+
     def on_start(self, total_steps: int, title: str) -> None:
         """Draw the bar, or print the title."""
+        self._counting.stop()
+        self._in_steps = True
         self._total, self._started, self.num_done = total_steps, self._clock(), 0
         self._last_line, self._first = float("-inf"), None
         if self._console.is_terminal:
@@ -102,6 +107,7 @@ class RichObserver:
 
     def on_finish(self) -> None:
         """Leave the finished bar standing."""
+        self._in_steps = False
         self._bar.stop()
 
     def _times(self) -> str:
@@ -111,24 +117,3 @@ class RichObserver:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def bar_on(console: Console, *more: ProgressColumn, transient: bool = False) -> Progress:
-    """What is done of how many and for how long, and `more` behind that; shown on a terminal alone."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        *more,
-        console=console,
-        transient=transient,
-        disable=not console.is_terminal,
-    )
-
-
-def clock_time(seconds: float) -> str:
-    """`1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

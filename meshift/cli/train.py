@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meshift.cli.command import Command, InterruptedRunError, UsageError, add_way_on
+from meshift.cli.counting import counts_shown
 from meshift.cli.tables import print_keys, print_metrics, print_rows
 from meshift.config.loading import load_config, read_values
 from meshift.config.runs import DPORunConfig, PPORunConfig, RewardRunConfig, RunConfig, SFTRunConfig
@@ -88,7 +89,9 @@ class Training:
         check_output_dir(Path(config.output_dir), overwrite=config.overwrite_output_dir or config.resume)
         run, check = self.load()
         if args.dry_run:
-            print_rows("dry run: nothing was trained", _dry_run(check, config))
+            with counts_shown():
+                rows = _dry_run(check, config)
+            print_rows("dry run: nothing was trained", rows)
         else:
             _run_and_show(run, config)
         return 0

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+from meshift.counted import counted
 from meshift.data.hub import folder_values, hub_values
 from meshift.data.names import DatasetName, parse_name
 from meshift.data.packages import is_kept, obtain
 from meshift.data.reasoning import reasoning_rows
-from meshift.data.rows import Row, iter_rows, no_rows
+from meshift.data.rows import Row, count_rows, iter_rows, no_rows
 from meshift.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -18,12 +20,13 @@ def dataset_rows(dataset_name: str) -> Iterator[Row]:
     `reasoning-gym:` task, or a dataset of the hub's.
 
     `names` says how splits and slices are written. Raises DataError for what cannot be read, when the reading
-    gets there, and where there is no row at all.
+    gets there, and where there is no row at all. Many rows are `counted`.
     """
     name = parse_name(dataset_name)
     rows = _source_rows(name)
+    taken = name.part.of(rows) if name.part else rows
     num_rows = 0
-    for row in name.part.of(rows) if name.part else rows:
+    for row in counted(taken, f"rows of {dataset_name}", partial(_num_rows, name)):
         num_rows += 1
         yield row
     if num_rows == 0:
@@ -56,6 +59,13 @@ def _source_rows(name: DatasetName) -> Iterator[Row]:
             f"check the path, or name rows of a file as {name.source}[:1000]."
         )
     return iter_rows(name.source)
+
+
+def _num_rows(name: DatasetName) -> int | None:
+    """How many rows the name stands for, about; None where they would have to be read for it."""
+    path = obtain(name.source) if name.is_package else name.path
+    found = None if path is None else count_rows(path)
+    return found if found is None or name.part is None else sum(1 for _ in name.part.of(range(found)))
 
 
 def _numbered(name: DatasetName, values: Iterator[dict[str, object]]) -> Iterator[Row]:

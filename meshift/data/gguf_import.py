@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from meshift.counted import counted
 from meshift.errors import ModelError
 
 RECIPE_VERSION = 1
@@ -188,7 +189,7 @@ def _weights(
     gguf: ModuleType, reader: Any, config: dict[str, Any], where: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """One tensor at a time: the file is memory-mapped, so float32 copies never pile up."""
-    for tensor in reader.tensors:
+    for tensor in counted(reader.tensors, "tensors unpacked", lambda: len(reader.tensors)):
         name = _hf_name(tensor.name)
         if name is None:
             raise ModelError(f"{where} holds the tensor {tensor.name}, which this import does not know.")

@@ -26,6 +26,13 @@ def parquet_values(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is no Parquet file that can be read ({error}): write it anew.") from error
 
 
+def num_parquet_rows(path: Path) -> int:
+    """As the file says of itself; it was read before, so that pyarrow is there."""
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
+
+
 def _check_names(names: Sequence[str], path: Path) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshift.data.parquet import parquet_values
+from meshift.data.parquet import num_parquet_rows, parquet_values
 from meshift.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROWS_START = re.compile(r'\A\s*\[|"data"\s*:\s*\[')
 BETWEEN_ROWS = re.compile(r"[\s,]*")
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,16 @@ def iter_rows(path: str | Path) -> Iterator[Row]:
         yield from reader(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+
+
+def count_rows(path: Path) -> int | None:
+    """Lines of a `.jsonl` file, rows of a `.parquet` one, without reading them; None of others."""
+    if path.suffix.lower() == ".parquet":
+        return num_parquet_rows(path)
+    if path.suffix.lower() != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK), b""))
 
 
 def no_rows(name: str | Path) -> DataError:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from meshift.batch import Batch, Ragged
-from meshift.generation.engine import GenerationEngine, Progress
+from meshift.counted import Count
+from meshift.generation.engine import GenerationEngine
 from meshift.generation.params import Completion, Request, SamplingParams
 
 OnPart = Callable[[list[int], Batch], None]
@@ -39,7 +40,6 @@ def rollout(
     task: SamplingTask,
     batch: Batch,
     version: int,
-    on_progress: Progress | None = None,
     on_part: OnPart | None = None,
 ) -> Batch:
     """Complete every prompt of the batch with weights of the given version.
@@ -47,8 +47,8 @@ def rollout(
     Reads `prompts` and `index` (the sequence's number in the run, [1]); neighbouring rows with the same prompt
     share its prefill. Writes `tokens` (prompt and completion), `completion_lengths` [1], `logprobs`
     [completion], `truncated` [1] bool, `versions` [completion] (of the weights that drew each token), and the
-    task's support keys. `on_part` gets rows of that as their completions end, each once, with their numbers in the
-    batch.
+    task's support keys. Completions are `counted`. `on_part` gets rows of that as they end, each once, with their
+    numbers in the batch.
     """
     prompts = [row.tolist() for row in batch["prompts"].rows()]
     requests = [
@@ -62,13 +62,15 @@ def rollout(
         numbers = [rows[completion.index] for completion in ended]
         on_part(numbers, _packed([prompts[row] for row in numbers], ended, task, version))
 
+    count = Count("completions", lambda: len(requests))
     completions = engine.generate_requests(
         requests,
         task.params,
         seed=task.seed,
-        on_progress=on_progress,
+        on_progress=lambda num_finished, num_tokens, live: count.to(num_finished),
         on_finished=None if on_part is None else pass_on,
     )
+    count.end()
     return _packed(prompts, completions, task, version)
 
 

@@ -24,6 +24,8 @@ from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run
 from meshift.runtime.this_hardware import hardware_of_run, num_devices
 
 C = TypeVar("C", bound=RunConfig)
+QUIET_S = 5.0
+"""A longer search is announced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         config.launch.hardware, dtype_name(config), measure=True, observer=observer
     )
     count = auto.devices or num_devices()
+    if auto.seconds > QUIET_S:
+        observer.on_message(f"searching for a plan, for at most about {auto.seconds:g} s")
     planned = make_plan(step, hardware, count, seconds=auto.seconds, streaming=config.launch.stream)
     if planned.lacking > 0:
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from meshift.counted import counted
 from meshift.data.gguf_import import import_gguf
 from meshift.errors import ModelError, SaveError
 from meshift.models.config import DecoderConfig, HeadKind
@@ -163,7 +164,8 @@ def _verify(source: str, folder: Path, scratch: Path, dtype: torch.dtype, config
     read = dict(theirs.read(set(theirs.shapes) & set(stored.values())))
     wanted = {name: read[here] for name, here in stored.items() if here in read}
     exact = True
-    for name, copy in ours.read(ours.shapes):
+    copies = counted(ours.read(ours.shapes), "tensors compared", lambda: len(ours.shapes))
+    for name, copy in copies:
         if name not in wanted:
             raise SaveError(f"{source}: the copy holds {name}, which the source does not: please report this")
         rounded = wanted[name].to(dtype)

@@ -16,6 +16,7 @@ from meshift.algorithms.losses import DPOLoss
 from meshift.algorithms.preference_losses import ReferenceFreeLoss
 from meshift.batch import Batch, Ragged
 from meshift.config.runs import DPORunConfig
+from meshift.counted import counted
 from meshift.data.preferences import Pair
 from meshift.errors import ModelError
 from meshift.runtime.fixed_samples import Infers
@@ -159,13 +160,9 @@ class _ReferenceReader:
         num_batches = min(max_steps, math.ceil(num_pairs / batch_size))
         known = {key: torch.full((num_pairs,), math.nan) for key in REFERENCE_READING.keys}
         seen = torch.zeros(num_pairs, dtype=torch.bool)
-        tenth = max(1, num_batches // 10)
-        for number in range(num_batches):
-            if number % tenth == 0:
-                total = min(num_pairs, num_batches * batch_size)
-                self.observer.on_message(
-                    f"reading the reference once: {number * batch_size} of {total} pairs done"
-                )
+        total = min(num_pairs, num_batches * batch_size)
+        self.observer.on_message(f"the reference reads {total} pairs, once")
+        for number in counted(range(num_batches), "batches that the reference has read", lambda: num_batches):
             rows = torch.tensor(source.rows(number))
             read = self._read(source.next_batch(number))
             fresh = ~seen[rows]  # the last batch may begin the next epoch

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from meshift.config.runs import RunConfig
 from meshift.config.sections import TrainableConfig
+from meshift.counted import heard_by
 from meshift.models.hf.load import load_config
 from meshift.runtime.auto_plan import Settled, settle
 from meshift.runtime.hosts import refuse_hosts
@@ -55,7 +56,12 @@ class Method:
 
 
 def start_run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
-    """The whole run. Raises `ConfigError` for a plan that cannot be."""
+    """The whole run, which `observer` hears of. Raises `ConfigError` for a plan that cannot be."""
+    with heard_by(observer.on_count):
+        return _run(config, method, observer)
+
+
+def _run(config: RunConfig, method: Method, observer: Observer) -> RunResult:
     settled = _settled(config, method, observer)
     if not settled.config.plan.is_given:
         before = memory_in_use()

@@ -24,6 +24,7 @@ from meshift.parallel.groups import Place
 from meshift.runtime.models import open_model
 from meshift.runtime.peak_rate import peak_rate
 from meshift.runtime.staleness import Ages
+from meshift.runtime.whole_model import dtype_of
 from meshift.step import Role
 from meshift.training.checkpoint import State, restore_tensor
 from meshift.training.engine import TrainingEngine, TrainTask
@@ -32,6 +33,8 @@ from meshift.training.offload import Offload, pays_on
 from meshift.training.optimizer import learning_rate
 from meshift.training.readings import Reading
 
+AVERAGE = "average/"
+"""Before a parameter's name in a role's state: what others were mixed into, in fp32."""
 KEPT_CACHE_BYTES = 256 * 2**20
 """Key-value memory that a role may keep while its device does something else, as training. A larger one is
 freed after every rollout: fresh pages then cost some tenths of a second a step, small beside such a rollout."""
@@ -237,6 +240,8 @@ class LocalRole:
             average.lerp_(weights[name].to(average), rate)
         self.settle_averages()
         self.leave()
+        if isinstance(source, LocalRole):
+            source.leave()
 
     def averages(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Of these parameters what is mixed into, in fp32: in place where the model is in fp32, else a copy.
@@ -262,34 +267,31 @@ class LocalRole:
         """What a checkpoint keeps: weights that moved, in fp32, and the optimizer. Not copies."""
         self.come()
         own = dict(self.model.named_parameters())
-        averages = {f"average/{name}": self._mixed.get(name, own[name]) for name in sorted(self._moved)}
+        averages = {f"{AVERAGE}{name}": self._mixed.get(name, own[name]) for name in sorted(self._moved)}
         trained = self.trainer.state()
-        values = {**trained.values, "compute_type": self._compute_type()}
+        values = {**trained.values, "compute_type": dtype_of(self.model)}
         return State(tensors={**trained.tensors, **averages}, values={**values, **self._ages.values()})
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         """Continue from a checkpoint. Raises `CheckpointError` where it is of another model or compute type."""
         self.come()
-        if state.values["compute_type"] != self._compute_type():
+        if state.values["compute_type"] != dtype_of(self.model):
             raise CheckpointError(
                 f"the {self.name} computed in {state.values['compute_type']}, and here `dtype` makes it "
-                f"{self._compute_type()}; set dtype={state.values['compute_type']} to go on as the run began"
+                f"{dtype_of(self.model)}; set dtype={state.values['compute_type']} to go on as the run began"
             )
         self.trainer.load_state(state)
         self._ages.load(state.values)
-        averages = {name.removeprefix("average/") for name in state.tensors if name.startswith("average/")}
+        averages = {name.removeprefix(AVERAGE) for name in state.tensors if name.startswith(AVERAGE)}
         for name, own in self.model.named_parameters():
             if name not in averages:
                 continue
             self._moved.add(name)
             if own.dtype != torch.float32:
                 self._mixed[name] = own.detach().float()
-            restore_tensor(self._mixed.get(name, own), state.tensors, f"average/{name}")
+            restore_tensor(self._mixed.get(name, own), state.tensors, f"{AVERAGE}{name}")
             own.copy_(self._mixed.get(name, own))
-
-    def _compute_type(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
 
     def fixed_weights(self) -> dict[str, torch.Tensor]:
         """The parameters that are as the model was loaded: not trained, and not mixed so far."""

@@ -39,6 +39,9 @@ from meshift.step import run_step
 from meshift.training.checkpoint import Remembers
 from meshift.training.flops import Work
 
+CHECKPOINT, SAVING = "checkpoint", "saving"
+"""What an observer hears beside the calls of a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -135,6 +138,7 @@ def run_job(config: RunConfig, build: JobBuilder, observer: Observer) -> RunResu
             observer.on_message(text)
         observer.on_start(job.max_steps, job.title)
         metrics = _all_steps(config, job, state, start.num_done, folder, observer)
+        observer.on_call(job.max_steps - 1, SAVING)
         final = folder.save_models(job.save)
         observer.on_finish()
     return RunResult(output_dir=folder.path, final_dir=final, metrics=metrics)
@@ -181,6 +185,7 @@ def _all_steps(
             done = step + 1
             due = config.save_steps is not None and done % config.save_steps == 0
             if done < job.max_steps and (due or stop.asked):
+                observer.on_call(step, CHECKPOINT)
                 saved = _save_checkpoint(config, job, state, done, folder)
                 if stop.asked:
                     raise StoppedRunError(f"ended by SIGTERM after step {done}; --resume goes on from {saved}")

@@ -183,6 +183,7 @@ class LocalRunState(RunState):
     def _load_roles(self, folder: Path) -> None:
         for name, role in self._kept.items():
             role.load_state(read_state(folder / name))
+            role.leave()
 
 
 def batch_fingerprint(batch: Batch) -> str:

@@ -33,7 +33,7 @@ from meshift.realloc.execute import Reallocation, Site
 from meshift.realloc.plan import plan
 from meshift.runtime.models import device_for_run
 from meshift.runtime.probe import probe
-from meshift.runtime.role import LocalRole
+from meshift.runtime.role import AVERAGE, LocalRole
 from meshift.runtime.shared_home import share_home
 from meshift.runtime.whole_model import dtype_of, put_together
 from meshift.runtime.world import World
@@ -43,7 +43,6 @@ from meshift.training.optimizer import is_trained
 from meshift.training.stored_tensors import write_boxes
 
 EXACT = Dtypes(source="float32", target="float32")
-AVERAGE = "average/"
 MakeRole = Callable[[Decoder, Place, bool], LocalRole]
 """From a cut model, where it stands, and whether it is trained, to the role there."""
 
@@ -185,7 +184,7 @@ class SpreadRole:
         """
         alone = Placement(mesh=Mesh(devices=(self._first,)), layout=Layout())
         if self.home == alone:
-            return self._locals[alone].model if alone in self._locals else None
+            return self._locals[alone].whole() if alone in self._locals else None
         members = self.world.members(self.home, alone)
         if self.world.rank not in members:
             return None
@@ -205,10 +204,8 @@ class SpreadRole:
         if peers is None:
             return
         model = next(iter([*source._locals.values(), *self._locals.values()])).model
-        alone = replace(
-            model.config, adapter=None, value_head=False
-        )  # adapters come merged, and one head is mixed
-        table = shard_table(alone, model.head_kind)
+        plain = replace(model.config, adapter=None, value_head=False)  # adapters come merged; one head is mixed
+        table = shard_table(plain, model.head_kind)
         moving = plan(source.home, self.home, table, dtypes=EXACT, mix=True)
         site = self._site(peers.group)
         reallocation = Reallocation(moving, table, site)
@@ -227,6 +224,9 @@ class SpreadRole:
         move.reallocation.run(held, {} if own is None else own.averages(names), rate)
         if own is not None:
             own.settle_averages()
+        for role in (trainer, own):
+            if role is not None:
+                role.leave()
 
     def write_share(self, folder: Path) -> None:
         """Write the boxes of this role's state that no rank before this one writes. Raises `OSError`."""
@@ -252,6 +252,7 @@ class SpreadRole:
                     boxes[key] = box, shard.shape
         if boxes:
             write_boxes(folder, rank, {key: state.tensors[key] for key in boxes}, boxes)
+        local.leave()
 
     def load_share(self, folder: Path) -> None:
         """Continue from a checkpoint, where weights live; `publish` brings them to the other placements.
@@ -269,6 +270,7 @@ class SpreadRole:
             return boxes[_parameter_of(key)] if shape else ()
 
         local.load_state(read_state(folder, part))
+        local.leave()
 
     def fixed_weights(self) -> dict[str, torch.Tensor]:
         """As `LocalRole.fixed_weights`, of the whole model as it is opened: nothing is gathered."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshift.cli.counting import counts_shown
 from meshift.cli.progress import RichObserver
 from meshift.runtime.run_folder import FINAL
 from recipes.study.judging import PROMPTS, SEED, draw_pairs, judge
@@ -109,7 +110,8 @@ class SentimentStudy:
         rewards = self.folder / f"reward_seed{point.seed}" / FINAL
         policy, reference = (self.folder / name / FINAL for name in (point.name, "reference"))
         num_prompts, length = self.setting.num_heldout_prompts, self.setting.completion_length
-        return judge(policy, reference, rewards if rewards.is_dir() else None, num_prompts, length).as_json()
+        with counts_shown():
+            return judge(policy, reference, rewards if rewards.is_dir() else None, num_prompts, length).as_json()
 
     def _write_pairs(self) -> None:
         """The preferences that the reward model, SFT and DPO learn from, once for a reference."""
@@ -120,7 +122,8 @@ class SentimentStudy:
             return
         self.say(f"preference pairs: {pairs.num_completions} completions of each of {pairs.num_prompts} {PROMPTS}")
         final = self.folder / reference.name / FINAL
-        rows = draw_pairs(final, pairs.num_prompts, pairs.num_completions, self.setting.completion_length)
+        with counts_shown():
+            rows = draw_pairs(final, pairs.num_prompts, pairs.num_completions, self.setting.completion_length)
         kept = pairs.num_heldout
         train, heldout = rows[:-kept], rows[-kept:]
         chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in train]

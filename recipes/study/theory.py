@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from meshift.cli.counting import counts_shown
 from meshift.config.loading import make_config
+from meshift.counted import counted
 from recipes.study.grid import GridSetting, run_seed
 from recipes.study.setting import TheorySetting
 from recipes.study.three_actions import three_actions
@@ -57,10 +59,10 @@ def runs_of(grid: GridSetting, num_seeds: int, *, num_processes: int) -> list[di
     one = partial(run_seed, grid)
     seeds: Iterable[int] = range(num_seeds)
     if num_processes == 1:
-        return [one(seed) for seed in seeds]
+        return list(counted(map(one, seeds), "seeds", lambda: num_seeds))
     context = get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(one, seeds))
+        return list(counted(pool.map(one, seeds), "seeds", lambda: num_seeds))
 
 
 def _cell(grid: GridSetting, num_seeds: int) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def _kept(
             return found
     say(f"theory: {path.stem}")
     started = time.perf_counter()
-    result = {"key": key, **compute(), "seconds": time.perf_counter() - started}
+    with counts_shown():
+        result = {"key": key, **compute(), "seconds": time.perf_counter() - started}
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result

@@ -129,3 +129,15 @@ def test_a_model_of_several_labels_is_refused(tiny_reward, tmp_path, capsys):
     code, _, err = convert(capsys, folder, tmp_path / "copy")
     assert code == 2
     assert "score.weight is [3, 32]" in err
+
+
+def test_a_large_model_would_leave_one_wondering(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("meshift.counted.PATIENCE_S", 0.0)
+    monkeypatch.setattr("meshift.counted.BETWEEN_S", 0.0)
+    code, _, err = convert(capsys, tiny_model, tmp_path / "copy", "--max-shard-size", "20KB")
+    assert code == 0
+    counts = [line.split("  elapsed")[0] for line in err.splitlines()]
+    num = len(weights(tmp_path / "copy"))
+    assert f"tensors of {tiny_model}: {num}/{num}" in counts
+    assert f"tensors compared: {num}/{num}" in counts
+    assert any(line.startswith("files written: ") for line in counts)

@@ -79,3 +79,21 @@ def test_the_pace_is_that_of_now():
     lines = counted(counts, work=work, seconds=1.0).splitlines()
     assert lines[0].endswith("eta 0:01:40")
     assert lines[-1].endswith("eta 0:00:10")
+
+
+def test_how_many_there_are_need_not_be_known():
+    lines = counted([("rows", done, None) for done in (10, 20, 30, 40)] + [("rows", 40, 40)]).splitlines()
+    assert lines == ["rows: 40  elapsed 0:00:06  eta ?", "rows: 40/40  elapsed 0:00:08  eta 0:00:00"]
+    assert "40/40" in counted([("rows", 10, None), ("rows", 40, 40)], terminal=True)
+
+
+def test_a_bar_that_was_taken_away_would_not_come_back():
+    output = io.StringIO()
+    with Counting(Console(file=output, force_terminal=True, width=120)) as counting:
+        counting("rows", 1, 3)
+        counting.stop()
+        before = len(output.getvalue())
+        counting("tensors", 2, 3)
+        counting.stop()
+    assert "tensors" in output.getvalue()[before:]
+    assert "rows" not in output.getvalue()[before:]

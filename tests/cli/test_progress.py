@@ -80,3 +80,32 @@ def test_a_silent_observer_can_stand_in_for_any(capsys):
     observer.on_step(0, {})
     observer.on_finish()
     assert capsys.readouterr() == ("", "")
+
+
+def counts_of_a_run(*, terminal):
+    output, clock = io.StringIO(), Clock()
+    with RichObserver(Console(file=output, force_terminal=terminal, width=160), clock) as observer:
+        for done in (10, 20, 30):
+            observer.on_count("rows of a.jsonl", done, 30)
+            clock.now += 4.0
+        observer.on_start(2, "PPO")
+        observer.on_call(0, "rollout")
+        observer.on_count("completions", 3, 8)
+        clock.now += 9.0
+        observer.on_step(0, {})
+        observer.on_step(1, {})
+        observer.on_finish()
+    return output.getvalue()
+
+
+def test_a_long_wait_before_the_first_step_would_look_like_a_hang():
+    lines = counts_of_a_run(terminal=False).splitlines()
+    assert lines[0] == "rows of a.jsonl: 30/30  elapsed 0:00:08  eta 0:00:00"
+    assert lines[1] == "PPO: 2 steps"
+    assert not any("completions" in line for line in lines), "a log of long steps would be full of them"
+
+
+def test_a_terminal_shows_how_far_a_long_call_is_beside_the_bar_of_the_steps():
+    text = counts_of_a_run(terminal=True)
+    assert "rows of a.jsonl" in text
+    assert "completions 3/8" in text

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from meshift.counted import heard_by
 from meshift.data.dataset import dataset_rows
 from meshift.data.preferences import load_preferences
 from meshift.errors import DataError
@@ -115,3 +116,27 @@ def test_one_file_would_not_serve_as_training_and_held_out_data(write_rows, toke
     train, heldout = (load_preferences(f"{path}[{s}]", tokenizer, max_length=9).pairs for s in (":7", "7:"))
     assert [int(pair.where.rpartition(":")[2]) for pair in train + heldout] == list(range(1, 10))
     assert json.loads(tokenizer.decode(heldout[0].chosen[1:2])) == 7
+
+
+@pytest.mark.parametrize(
+    ("part", "kept", "total"), [("", 12, 12), ("[:5]", 5, 5), ("[90%:]", 1, 1), ("[3:100]", 9, 9)]
+)
+def test_many_rows_tell_how_many_are_read_and_of_how_many(tmp_path, monkeypatch, part, kept, total):
+    monkeypatch.setattr("meshift.counted.PATIENCE_S", 0.0)
+    monkeypatch.setattr("meshift.counted.BETWEEN_S", 0.0)
+    path, told = tmp_path / "rows.jsonl", []
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(12)))
+    with heard_by(lambda *count: told.append(count)):
+        assert len(list(dataset_rows(f"{path}{part}"))) == kept
+    assert told[0] == (f"rows of {path}{part}", 1, total)
+    assert told[-1] == (f"rows of {path}{part}", kept, kept)
+
+
+def test_rows_whose_number_is_not_known_are_told_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("meshift.counted.PATIENCE_S", 0.0)
+    monkeypatch.setattr("meshift.counted.BETWEEN_S", 0.0)
+    path, told = tmp_path / "rows.csv", []
+    path.write_text("n\n1\n2\n")
+    with heard_by(lambda *count: told.append(count)):
+        list(dataset_rows(str(path)))
+    assert told[0] == (f"rows of {path}", 1, None)

@@ -1,6 +1,6 @@
 import pytest
 
-from meshift.data.rows import read_rows
+from meshift.data.rows import count_rows, read_rows
 from meshift.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -27,6 +27,7 @@ def test_rows_would_lose_their_order_their_nesting_or_their_numbers(write):
 def test_a_table_larger_than_a_batch_would_lose_rows(write):
     path = write([{"n": n} for n in range(2500)])
     assert [row.values["n"] for row in read_rows(path)] == list(range(2500))
+    assert count_rows(path) == 2500
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no table at all, nothing of the kind"])

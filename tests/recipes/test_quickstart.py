@@ -65,6 +65,45 @@ def test_the_summary_would_lack_a_figure_or_mix_before_and_after(quickstart, tmp
     assert "[/b] good one" in shown, "brackets in a text are no markup"
 
 
+MESHIFTS = "Meshift's (1a2b)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "capability", "multiplies", "said"),
+    [
+        ("float32", False, "AVX512", MESHIFTS, "float32 on the CPU, by torch's kernels; about 7 minutes on two"),
+        ("float32", False, "AVX2", "torch's", "float32 on the CPU, by torch's kernels"),
+        ("bfloat16", True, "AVX512", MESHIFTS, f"bfloat16 on the CPU, by {MESHIFTS} kernels; about 5 minutes on"),
+        ("bfloat16", False, "AVX512", MESHIFTS, f"bfloat16 on the CPU, by {MESHIFTS} kernels; about 8 minutes on"),
+        (
+            "bfloat16",
+            True,
+            "AVX512",
+            "torch's",
+            "bfloat16 on the CPU, by torch's kernels; about 10 minutes on two",
+        ),
+        ("bfloat16", False, "AVX512", "torch's", "bfloat16 on the CPU, by torch's kernels"),
+        (
+            "bfloat16",
+            True,
+            "AVX512",
+            f"{MESHIFTS}, products by torch",
+            f"by {MESHIFTS}, products by torch kernels",
+        ),
+    ],
+)
+def test_minutes_would_be_promised_that_nobody_has_measured(
+    quickstart, monkeypatch, dtype, fast, capability, multiplies, said
+):
+    monkeypatch.setattr(quickstart.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(quickstart.torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(quickstart, "fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(quickstart, "who_multiplies", lambda: multiplies)
+    told = quickstart.how_it_computes(getattr(quickstart.torch, dtype))
+    assert said in told
+    assert ("minutes" in told) == ("minutes" in said)
+
+
 def test_a_wrong_override_would_end_in_a_traceback(quickstart, tmp_path, capsys):
     assert quickstart.main(["--output", str(tmp_path), "--ppo", "ppo.kl_coeff=1"]) == 2
     assert "did you mean `ppo.kl_coef`?" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from meshift.config.loading import make_config
 from meshift.config.runs import DPORunConfig
+from meshift.counted import heard_by
 from meshift.errors import ConfigError, ModelError
 from meshift.runtime import role_spec
 from meshift.runtime.dpo_run import build_dpo_job, check_dpo, run_dpo
@@ -94,7 +95,7 @@ def test_a_reference_that_was_read_in_advance_is_gone_and_serves_every_epoch(
     job = build_dpo_job(config, LocalOpener(listener))
     assert [alive for alive, _ in opened] == [0, 0], "the reference has gone before the actor comes"
     assert set(job.roles) == {"actor"}
-    assert listener.messages[0] == "reading the reference once: 0 of 45 pairs done"
+    assert listener.messages[0] == "the reference reads 45 pairs, once"
     first = {}
     for step in range(6):
         batch = job.next_batch(step)
@@ -116,7 +117,18 @@ def test_only_pairs_that_a_step_will_read_are_read_in_advance(dpo_config_on_disk
     listener = Listener()
     config = dpo_config_on_disk(tmp_path / "run", max_steps=2, dpo={"precompute_ref_log_probs": True})
     build_dpo_job(config, LocalOpener(listener))
-    assert listener.messages == [f"reading the reference once: {n} of 30 pairs done" for n in (0, 15)]
+    assert listener.messages == ["the reference reads 30 pairs, once"]
+
+
+def test_reading_the_reference_once_tells_how_far_it_is(dpo_config_on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("meshift.counted.PATIENCE_S", 0.0)
+    monkeypatch.setattr("meshift.counted.BETWEEN_S", 0.0)
+    config, told = dpo_config_on_disk(tmp_path / "run", max_steps=2, dpo={"precompute_ref_log_probs": True}), []
+    with heard_by(lambda *count: told.append(count)):
+        build_dpo_job(config)
+    assert [one for one in told if one[0].startswith("batches")] == [
+        ("batches that the reference has read", n, 2) for n in (1, 2)
+    ]
 
 
 def test_held_out_pairs_follow_a_reference_that_moves(dpo_config_on_disk, tmp_path, read_lines):

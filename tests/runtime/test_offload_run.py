@@ -53,6 +53,9 @@ def test_roles_that_leave_would_learn_something_else(ppo_config_on_disk, tmp_pat
     assert all(not one["reward"] for ones in away.values() for one in ones)
     assert all(one["critic"] and one["reference"] for one in away["rollout"])
     assert all(one["actor"] and one["critic"] for one in away["reference"])
+    for name in OFFLOADED:  # after the calls too, and after what a sync and a checkpoint read of them
+        assert all(one[name] for one in away["checkpoint"]), name
+        assert away["saving"][0][name]
     assert roles["actor"].offload.moved.num_bytes > 0
 
 

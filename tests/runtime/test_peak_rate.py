@@ -37,3 +37,20 @@ def test_a_measurement_is_that_of_the_fastest_product(monkeypatch):
     monkeypatch.setattr(subject.time, "perf_counter", lambda: next(clock))
     assert math.isclose(subject._measured(CPU, torch.float32), 2 * subject.SIZE**3 / 0.01)
     assert next(clock, None) is None, "until a third of a second is over"
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_cards_of_one_chip_and_less_power_would_have_its_peak(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert subject.peak_rate(torch.device("cuda", 0), torch.bfloat16) == teraflops * 1e12

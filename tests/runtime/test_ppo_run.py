@@ -96,7 +96,8 @@ def test_the_observer_hears_the_run_in_order(finished):
     _, _, heard = finished
     calls = ["rollout", "score", "reward_functions", "reference", "values", "advantages"]
     calls += ["train_actor", "train_critic", "done"]
-    assert heard == [("start", 2), *((step, name) for step in (0, 1) for name in calls), "finish"]
+    steps = [(step, name) for step in (0, 1) for name in calls]
+    assert heard == [("start", 2), *steps, (1, "saving"), "finish"]
 
 
 def logits_of(model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from meshift.cli.main import main
+from meshift.counted import heard_by
 from meshift.models.hf.families import read_config
 from meshift.planner.hardware import find_hardware
 from meshift.planner.profile import PRODUCTS, SPEEDS
@@ -64,6 +65,15 @@ def test_a_tensor_ranks_layers_are_narrower_by_its_part():
 def test_a_clock_gives_what_a_call_takes():
     effort = Effort(seconds=0.05, repeats=3)
     assert timed(lambda: time.sleep(0.01), CPU, effort) == pytest.approx(0.01, rel=0.5)
+
+
+def test_the_bar_of_a_measurement_would_end_too_early_or_too_late(monkeypatch):
+    monkeypatch.setattr("meshift.counted.PATIENCE_S", 0.0)
+    told = []
+    with heard_by(lambda *count: told.append(count)):
+        found = measure(Asked(config=config(), num_processes=1, effort=TINY)).profile.products
+    counts = [one for one in told if one[0] == "measurements"]
+    assert counts[0][2] == counts[-1][1] == len(found)
 
 
 def test_measuring_leaves_threads_as_they_were():

@@ -12,6 +12,7 @@ from meshift.layout.boxes import boxes_of
 from meshift.layout.layout import Placement
 from meshift.layout.mesh import Device
 from meshift.models.shards import shard_table
+from meshift.runtime import role as role_module
 from meshift.runtime.role import LocalRole
 from meshift.runtime.spread_role import SpreadRole
 from meshift.runtime.world import World
@@ -68,3 +69,34 @@ def check(rank, folder):
 
 def test_another_layout_would_not_go_on_from_what_stages_wrote(tmp_path):
     run_gang(4, check, tmp_path, tmp_path / "state")
+
+
+def check_that_it_leaves(rank, folder):
+    """One process of a run by a plan, with roles that leave; a CPU's memory is taken for a device's."""
+    role_module.pays_on = lambda device: True
+    world = World(rank=rank, ranks={Device(index=0): 0})
+
+    def role(name, kind, seed):
+        def make(model, place, trainable):
+            return LocalRole(name, model, CONFIG, trainable=trainable, max_steps=4, place=place, offload=True)
+
+        placements = {kind: Placement.parse("0", "d1")}
+        return SpreadRole(name, placements, world, lambda: family_model("llama-tied", seed=seed), make)
+
+    actor, reference = role("actor", "train", 1), role("reference", "infer", 2)
+    own, other = (one._locals[one.home].offload for one in (actor, reference))
+    actor.train(TASK, random_rollout(6, vocab_size=61, seed=0), step=0)
+    reference.prepare_mix(actor)
+    reference.mix(actor, 0.25)
+    assert own.is_away, "when its weights are mixed in"
+    assert other.is_away, "when others are mixed into it"
+    folder.mkdir()
+    actor.write_share(folder)
+    assert own.is_away, "after a checkpoint"
+    actor.load_share(folder)
+    assert own.is_away, "when it goes on from one"
+    assert all(weight.untyped_storage().nbytes() > 0 for weight in actor.whole().parameters()), "to be saved"
+
+
+def test_a_role_that_leaves_its_device_would_be_saved_empty_or_stay_there(tmp_path):
+    run_gang(1, check_that_it_leaves, tmp_path, tmp_path / "state")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from meshift.counted import counted
 from meshift.errors import ModelError
 from meshift.models.config import DecoderConfig, HeadKind
 from meshift.models.decoder import Decoder
@@ -193,7 +194,8 @@ def _read(
 ) -> dict[str, Tensor]:
     """Our name -> a tensor that owns its memory unless it is `mapped`, all of one dtype."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in files.read(stored):
+    found = counted(files.read(stored), f"tensors of {files.directory}", lambda: len(stored))
+    for name, tensor in found:
         for ours, part in stored[name].split(tensor).items():
             tensors[ours] = part.to(dtype or part.dtype) if mapped else _copy(part, dtype)
     kept = dtype or tensors["embedding.weight"].dtype

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from meshift.counted import counted
 from meshift.errors import ModelError, SaveError
 from meshift.models.decoder import Decoder
 from meshift.models.hf.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -144,7 +145,7 @@ def _write_weights(
     num_bytes = {name: sum(parameters[part].nbytes for part in held.parts) for name, held in stored.items()}
     groups = list(_groups(num_bytes, max_shard_bytes))
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(groups, start=1):
+    for number, names in enumerate(counted(groups, "files written", lambda: len(groups)), start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         content = {name: stored[name].join(parameters).cpu() for name in names}
         save_file(content, directory / file, metadata={"format": "pt"})

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from meshift.counted import heard_by
 from meshift.errors import MeshiftError
 
 BEAT_S = 1.0
@@ -88,6 +89,10 @@ class Teller:
     def on_message(self, text: str) -> None:
         """See `Observer`."""
         self.say("on_message", [text])
+
+    def on_count(self, what: str, done: int, total: int | None) -> None:
+        """See `Observer`."""
+        self._of_first("on_count", what, done, total)
 
     def on_start(self, total_steps: int, title: str) -> None:
         """See `Observer`."""
@@ -173,7 +178,8 @@ def _run(post: Post, teller: Teller, listener: int | None) -> Any:
         dist.all_reduce(torch.zeros(1, device="cuda"))
     module, name = post.entry.split(":")
     run = getattr(importlib.import_module(module), name)
-    found = run(post.argument, post.rank, post.num_processes, teller)
+    with heard_by(teller.on_count):
+        found = run(post.argument, post.rank, post.num_processes, teller)
     dist.barrier()
     dist.destroy_process_group()
     return found

@@ -66,6 +66,10 @@ class _Begun:
         """See `Observer`."""
         self._observer.on_message(text)
 
+    def on_count(self, what: str, done: int, total: int | None) -> None:
+        """See `Observer`."""
+        self._observer.on_count(what, done, total)
+
     def on_start(self, total_steps: int, title: str) -> None:
         """See `Observer`."""
         self.begun = True

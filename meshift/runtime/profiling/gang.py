@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from meshift.counted import counted
 from meshift.generation.fused import FusedDecoder
 from meshift.models.hf.families import read_config
 from meshift.parallel.groups import new_group
@@ -57,12 +58,12 @@ def measure(argument: str, rank: int, num_processes: int, observer: Observer) ->
     messages = _messages(rank, num_processes, (numbers_of_layer(work.model), config.hidden_size))
     observer.on_message("the same work in several processes at a time")
     crowding: dict[str, dict[str, float]] = {}
-    for kind, call in _kinds(work).items():
-        alone = 0.0
-        for count in range(1, num_processes + 1):
-            seconds = _at_once(call, rank, count, asked.seconds)
-            alone = seconds if count == 1 else alone
-            crowding.setdefault(kind, {})[str(count)] = max(1.0, seconds / alone)
+    turns = [(kind, call, n) for kind, call in _kinds(work).items() for n in range(1, num_processes + 1)]
+    alone = 0.0
+    for kind, call, count in counted(turns, "turns", lambda: len(turns)):
+        seconds = _at_once(call, rank, count, asked.seconds)
+        alone = seconds if count == 1 else alone
+        crowding.setdefault(kind, {})[str(count)] = max(1.0, seconds / alone)
     return {"crowding": crowding, "messages": [asdict(one) for one in messages]} if rank == 0 else None
 
 
@@ -116,19 +117,23 @@ def _at_once(call: Call, rank: int, count: int, seconds: float) -> float:
 def _messages(rank: int, num_processes: int, layer: tuple[int, int]) -> list[Message]:
     """Of all kinds; `late` ones come after products, as those of tensor ranks do, and wait for who is late."""
     found = []
-    for members in range(2, num_processes + 1):
-        for among in sorted({members, num_processes // members * members}):
-            lines = [list(range(first, first + members)) for first in range(0, among, members)]
-            groups = [new_group(line) for line in lines]
-            group = next((g for g, line in zip(groups, lines, strict=True) if rank in line), None)
-            for kind, make in (("sum", _sum), ("late", _late), ("gather", _gather), ("send", _send)):
-                if kind == "send" and (members, among) != (2, 2):
-                    continue
-                for size in SIZES[: -1 if kind == "late" else None]:
-                    work = _products(size, members, layer) if kind == "late" else _nothing
-                    call = make(size, members, group, rank)
-                    seconds = _repeated(work, call, group, rank < among)
-                    found.append(Message(kind=kind, members=members, among=among, num_bytes=size, seconds=seconds))
+    sizes = [
+        (members, among)
+        for members in range(2, num_processes + 1)
+        for among in sorted({members, num_processes // members * members})
+    ]
+    for members, among in counted(sizes, "sizes of groups", lambda: len(sizes)):
+        lines = [list(range(first, first + members)) for first in range(0, among, members)]
+        groups = [new_group(line) for line in lines]
+        group = next((g for g, line in zip(groups, lines, strict=True) if rank in line), None)
+        for kind, make in (("sum", _sum), ("late", _late), ("gather", _gather), ("send", _send)):
+            if kind == "send" and (members, among) != (2, 2):
+                continue
+            for size in SIZES[: -1 if kind == "late" else None]:
+                work = _products(size, members, layer) if kind == "late" else _nothing
+                call = make(size, members, group, rank)
+                seconds = _repeated(work, call, group, rank < among)
+                found.append(Message(kind=kind, members=members, among=among, num_bytes=size, seconds=seconds))
     return found
 
 

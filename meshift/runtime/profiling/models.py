@@ -45,6 +45,11 @@ class Effort:
     seconds: float = 0.25
     repeats: int = 3
 
+    @property
+    def num_products(self) -> int:
+        """How many `products.products` gives: of passes, the head, adapters, prompts, decoding and drawing."""
+        return len(self.rows) * (2 + 3 + 1 + 2 * len(self.ranks) + 1) + 2 * len(self.live)
+
 
 THOROUGH = Effort()
 QUICK = Effort(rows=(32, 512), live=(1, 16), cuts=(1,), layers=3, seconds=0.1, repeats=2)

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from meshift.cache_folder import cache_root
+from meshift.counted import counted
 from meshift.errors import ConfigError
 from meshift.kernels.cpu import kernels
 from meshift.models.config import DecoderConfig
@@ -62,21 +63,29 @@ def measure(asked: Asked, observer: Observer | None = None) -> Hardware:
     config = asked.config or stand_in()
     threads = _threads(asked.num_processes) if device.type == "cpu" else (torch.get_num_threads(),)
     before = torch.get_num_threads()
-    found, table = list[Product](), dict[str, dict[str, float]]()
+    table: dict[str, dict[str, float]] = {}
     others = [_others()]
-    for dtype in asked.dtypes:
-        for count in threads:
+    parts = [
+        (dtype, count, asked.effort.cuts if count == min(threads) else (1,))
+        for dtype in asked.dtypes
+        for count in threads
+    ]
+
+    def alone() -> Iterator[Product]:
+        for dtype, count, cuts in parts:
             torch.set_num_threads(count)
             observer.on_message(f"{dtype}, {count} thread{'s' * (count > 1)}: layers, head, optimizer, cache")
-            cuts = asked.effort.cuts if count == min(threads) else (1,)
             for cut in cuts:
                 model = made(narrowed(config, cut, asked.effort.layers), getattr(torch, dtype), device)
                 work = Work(model=model, effort=asked.effort)
-                found += products(work)
+                yield from products(work)
                 if cut == 1:
                     for kind, value in speeds(work).items():
                         table.setdefault(f"{kind}/{dtype}", {})[str(count)] = value
             others.append(_others())
+
+    total = asked.effort.num_products * sum(len(cuts) for _, _, cuts in parts)
+    found = list(counted(alone(), "measurements", lambda: total))
     torch.set_num_threads(before)
     shared = _beside_each_other(asked, config, observer) if device.type == "cpu" else {}
     profile = Profile(

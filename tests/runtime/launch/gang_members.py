@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from meshift.counted import counted
 from meshift.errors import DataError
 
 
@@ -15,6 +16,8 @@ def add_up(argument, rank, num_processes, observer):
     dist.all_reduce(total)
     observer.on_message(f"here is {rank}")
     observer.on_step(rank, {"loss": float("nan")})
+    clock = iter([0.0, 5.0])
+    assert list(counted("a", "letters", lambda: 1, lambda: next(clock))) == ["a"]
     return [num_processes, float(total)]
 
 

@@ -18,10 +18,13 @@ from meshift.runtime.observer import SilentObserver
 
 class Listener(SilentObserver):
     def __init__(self):
-        self.messages, self.steps = [], []
+        self.messages, self.steps, self.counts = [], [], []
 
     def on_message(self, text):
         self.messages.append(text)
+
+    def on_count(self, what, done, total):
+        self.counts.append((what, done, total))
 
     def on_step(self, step, metrics):
         self.steps.append((step, metrics))
@@ -31,6 +34,7 @@ def test_all_are_heard_and_the_first_one_answers():
     listener = Listener()
     assert run_gang(3, "gang_members:add_up", "2", listener) == [3, 9.0]
     assert sorted(listener.messages) == ["here is 0", "here is 1", "here is 2"]
+    assert listener.counts == [("letters", 1, 1)], "of what all do, the first one tells how far it is"
     assert len(listener.steps) == 1
     assert listener.steps[0][0] == 0
     assert math.isnan(listener.steps[0][1]["loss"])

@@ -102,7 +102,8 @@ SETS = [
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "verdict"), [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *CURRENCIES, *INTERVALS, *SETS]
+    ("answer", "truth", "verdict"),
+    [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *CURRENCIES, *INTERVALS, *SETS],
 )
 def test_an_answer_is_right_where_it_is_the_same_object(answer, truth, verdict):
     assert maths(answer, truth) == verdict

@@ -50,8 +50,8 @@ class Problem:
     A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
     `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
-    goes on with, `entry_point` the function that it is to define, `imports` what every program is given. Limits are
-    None where the data has none.
+    goes on with, `entry_point` the function that it is to define, `imports` what every program is given. Limits
+    are None where the data has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()

@@ -98,7 +98,8 @@ def test_numbers_of_more_digits_than_python_reads_at_most_would_stop_the_run_or_
     assert judge(problem, "def f(n): return 10**n - 1 if n > 0 else int(str(n))").passed
     assert not judge(problem, "def f(n): return 10**n if n > 0 else n").passed
     verdict = judge(problem, "def f(n): return 10**6000 if n > 0 else n")
-    assert verdict.num_passed == 1 and "gave 1000" in verdict.wrong
+    assert verdict.num_passed == 1
+    assert "gave 1000" in verdict.wrong
     printed = Problem(inputs=[("6000", nines)])
     assert judge(printed, "print(10**int(input()) - 1)").passed
     assert judge(Problem(inputs=[(nines, "0")]), "print(int(input()) % 9)").passed
@@ -210,7 +211,8 @@ def test_a_program_would_be_compiled_with_the_sandboxs_own_future_imports(judge)
         assert judge(problem, "from typing import List\n" + program).passed
         assert judge(problem, "from __future__ import annotations\n" + program).passed
         verdict = judge(problem, program)
-        assert not verdict.passed and "name 'List' is not defined" in verdict.wrong
+        assert not verdict.passed
+        assert "name 'List' is not defined" in verdict.wrong
     setup = Problem(tests=[{"code": "assert f(0) == 0 and kinds == {'x': int}"}], setup=SETUP_OF_TYPES)
     assert judge(setup, "def f(x): return x").passed
 

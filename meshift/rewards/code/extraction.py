@@ -6,10 +6,13 @@ It reads text alone: nothing a model wrote is parsed or compiled on this side.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 FENCE = "```"
 LANGUAGES = ("python", "py", "python3")
 END_OF_THOUGHT = "</think>"
+FIRST = "from __future__ import"  # nothing may stand before it
+WORD = re.compile(r"[A-Za-z_]\w*")
 NEXT_PART = re.compile(r"\n(?:class |def |#|print\(|if |@|```|<)")
 """Where a completion of a function's body has left the body: the stop sequences of HumanEval's paper and a few
 more."""
@@ -55,3 +58,18 @@ def complete_function(opening: str, name: str, completion: str, *, cut: bool = T
         return f"{opening}\n{code}"
     end = NEXT_PART.search(code) if cut else None
     return opening + (code[: end.start()] if end else code)
+
+
+def import_names(modules: Mapping[str, Sequence[str]], code: str) -> str:
+    """Import statements for those of the modules, and of their names, that a program has as words.
+
+    Each costs a program time, so what it does not have is left out.
+    """
+    if not modules or FIRST in code:
+        return ""
+    words = set(WORD.findall(code))
+    lines = [f"import {module}\n" for module in modules if module in words]
+    for module, names in modules.items():
+        if used := [name for name in names if name in words]:
+            lines.append(f"from {module} import {', '.join(used)}\n")
+    return "".join(lines)

@@ -53,8 +53,9 @@ class Problem:
     A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
     `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
-    goes on with, `entry_point` the function that it is to define, `imports` the modules, and names
-    of them, that every program is given. Limits are None where the data has none.
+    goes on with, `entry_point` the function that it is to define, `imports` the modules, and names of them, that
+    every program is given. `contest`: outputs are compared as CodeContests does. Limits are None where the data
+    has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()
@@ -64,6 +65,7 @@ class Problem:
     opening: str = ""
     entry_point: str = ""
     imports: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    contest: bool = False
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
 
@@ -111,6 +113,7 @@ def _code_contests(row: Mapping[str, Any], prompt: Any) -> Problem:
             inputs += [(test["input"], test["output"]) for test in tests]
     return Problem(
         inputs=inputs,
+        contest=True,
         time_limit_s=_seconds(row.get("time_limit")),
         memory_limit_bytes=row.get("memory_limit_bytes") or None,
     )

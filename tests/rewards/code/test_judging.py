@@ -105,6 +105,14 @@ def test_numbers_of_more_digits_than_python_reads_at_most_would_stop_the_run_or_
     assert judge(Problem(inputs=[(nines, "0")]), "print(int(input()) % 9)").passed
 
 
+def test_capital_letters_would_decide_in_code_contests(judge):
+    row = {"public_tests": {"input": ["1"], "output": ["YES\n2\n"]}}
+    assert judge(read_problem(row, ""), "print('Yes', 2.0)").passed
+    assert not judge(
+        read_problem({"input_output": {"inputs": ["1"], "outputs": ["YES"]}}, ""), "print('Yes')"
+    ).passed
+
+
 def test_a_function_completed_after_its_head(judge):
     problem = read_problem(HUMAN_EVAL, HEAD)
     for completion, passes in (("    return x + 1\n", True), ("    return x\n", False)):

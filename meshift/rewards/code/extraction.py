@@ -18,18 +18,21 @@ NEXT_PART = re.compile(r"\n(?:class |def |#|print\(|if |@|```|<)")
 more."""
 
 
-def extract_code(completion: str) -> str:
+def extract_code(completion: str, names: Sequence[str] = ()) -> str:
     """The last block marked as Python, else the last block, else everything; what came before `</think>` is left
-    out.
+    out. Where blocks of that kind define one of `names`, the last of these: behind it stands how it is used.
 
     A block that the length limit cut off counts up to its end.
     """
     answer = completion.rpartition(END_OF_THOUGHT)[2]
     blocks = _blocks(answer)
-    marked = [code for language, code in blocks if language in LANGUAGES]
-    if blocks:
-        return marked[-1] if marked else blocks[-1][1]
-    return answer
+    if not blocks:
+        return answer
+    marked = [code for language, code in blocks if language in LANGUAGES] or [code for _, code in blocks]
+    defined = rf"(?:async +)?(?:def|class) +(?:{'|'.join(map(re.escape, names))})\b"
+    wanted = re.compile(rf"^[ \t]*{defined}", re.MULTILINE)
+    defining = [code for code in marked if names and wanted.search(code)]
+    return (defining or marked)[-1]
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
@@ -53,7 +56,7 @@ def complete_function(opening: str, name: str, completion: str, *, cut: bool = T
     A completion that defines the function stands after the opening, whose imports and helpers it may use; one that
     goes on with the body is cut where the body ends, unless `cut` says that whoever drew it has seen to that.
     """
-    code = extract_code(completion)
+    code = extract_code(completion, (name,))
     if re.search(rf"^(?:async )?def {re.escape(name)}\b", code, re.MULTILINE):
         return f"{opening}\n{code}"
     end = NEXT_PART.search(code) if cut else None

@@ -108,7 +108,7 @@ def program_of(problem: Problem, completion: str, *, cut: bool = True) -> str:
     """The program in a completion, with what the problem begins it with; `cut` is `complete_function`'s."""
     if problem.opening:
         return complete_function(problem.opening, problem.entry_point, completion, cut=cut)
-    code = extract_code(completion)
+    code = extract_code(completion, [problem.entry_point] if problem.entry_point else problem.remote)
     return import_names(problem.imports, code) + code
 
 

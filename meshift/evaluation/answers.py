@@ -23,8 +23,8 @@ CURRENCIES = str.maketrans("", "", "$€£%")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer a text says it has: of its last `####` or `\\boxed{}` with a number behind or in it, else its last
-    number.
+    """The answer a text says it has: of its last `####` or `\\boxed{}` with a number behind or in it, else its
+    last number.
 
     Where there are marks, and none has a number, there is no answer: nothing is taken from elsewhere instead. A
     `####` before a heading of the solution (`#### Step 2`) marks no answer.

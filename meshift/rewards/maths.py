@@ -17,6 +17,8 @@ from meshift.rewards.mixed_numbers import as_fractions
 END_OF_THOUGHT = "</think>"
 GSM8K_MARK = "####"
 BOX = "\\boxed{"
+# Behind a box, before another that belongs to the same answer.
+JOINED = re.compile(r"\}[\s$\\()\[\]]*(?:,|,?\s*\b(?:and|or)\b)[^.}]{0,20}$")
 DOLLAR = re.compile(r"(?<!\\)\\\$")  # a currency; without the backslash it is a mark of mathematics
 
 
@@ -33,9 +35,18 @@ def maths(solution_str: str, ground_truth: Any, boxed_only: bool = False) -> flo
     if not right:
         raise ValueError(f"the right answer {str(ground_truth)[:60]!r} holds no expression that can be read")
     text = DOLLAR.sub("", solution_str.rpartition(END_OF_THOUGHT)[2])
+    before, found, after = text.rpartition(BOX)
     if boxed_only:
-        text = BOX + text.rpartition(BOX)[2] if BOX in text else ""
-    return float(verify(right, parse(as_fractions(text), parsing_timeout=None), timeout_seconds=None))
+        return float(_is_right(right, found + after if found else ""))
+    if _is_right(right, text):
+        return 1.0
+    # Of several boxes that nothing marks as mathematics, math-verify makes a set, whatever is said between them.
+    is_last = BOX in before and not JOINED.search(before)
+    return float(is_last and _is_right(right, found + after))
+
+
+def _is_right(right: list[Any], text: str) -> bool:
+    return bool(verify(right, parse(as_fractions(text), parsing_timeout=None), timeout_seconds=None))
 
 
 def boxed_truth(ground_truth: Any) -> str:

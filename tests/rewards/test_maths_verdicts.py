@@ -81,6 +81,18 @@ CURRENCIES = [
     (r"It is $\$18.90$.", r"$\$18.9$", 1),
     (r"It is \$18.90.", "90", 0),
 ]
+SEVERAL_BOXES = [
+    (r"First \boxed{2} apples, then \boxed{5}.", "5", 1),
+    (r"First \boxed{2} apples, then \boxed{5}.", "2", 0),
+    (r"First $\boxed{2}$ apples, then $\boxed{5}$.", "5", 1),
+    ("The sum is \\boxed{7}.\nNo: \\boxed{8}", "8", 1),
+    ("The sum is \\boxed{7}.\nNo: \\boxed{8}", "7", 0),
+    (r"\boxed{1} \boxed{2} \boxed{3}", "1,2,3", 1),
+    (r"\boxed{1} \boxed{2} \boxed{3}", "2", 0),
+    (r"x = \boxed{1} and y = \boxed{2}", "1,2", 1),
+    (r"x = \boxed{1} and y = \boxed{2}", "2", 0),
+    (r"$x = \boxed{1}$ or $x = \boxed{2}$", "2", 0),
+]
 INTERVALS = [
     (r"\boxed{[0,1)}", "[0,1)", 1),
     (r"\boxed{\left[0, 1\right)}", "[0,1)", 1),
@@ -102,7 +114,8 @@ SETS = [
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "verdict"), [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *CURRENCIES, *INTERVALS, *SETS]
+    ("answer", "truth", "verdict"),
+    [*MIXED, *FRACTIONS, *THOUSANDS, *PERCENT, *UNITS, *CURRENCIES, *SEVERAL_BOXES, *INTERVALS, *SETS],
 )
 def test_an_answer_is_right_where_it_is_the_same_object(answer, truth, verdict):
     assert maths(answer, truth) == verdict

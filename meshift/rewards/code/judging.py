@@ -134,7 +134,7 @@ class Judge:
                 results.wrong = results.wrong or f"test {test}: no time was left"
                 return
             ran = self._run_program(slot, problem, code, given, deadline)
-            wrong = _wrong_output(ran, expected)
+            wrong = _wrong_output(ran, expected, contest=problem.contest)
             results.add(test, wrong, timeout=wrong == TOO_LONG)
             if self.stop_early and wrong is not None:
                 return
@@ -221,10 +221,10 @@ def _refuse(value: Any) -> dict[str, Any]:
     raise TypeError(f"a test has a value of type {type(value).__name__}")
 
 
-def _wrong_output(ran: _Ran, expected: str) -> str | None:
+def _wrong_output(ran: _Ran, expected: str, *, contest: bool) -> str | None:
     """None for the right output of a program that ended by itself. How it ended can only take a pass away."""
     if ran.failed:
         return ran.failed
-    if same_output(ran.text, expected):
+    if same_output(ran.text, expected, contest=contest):
         return None
     return f"printed {ran.text[:80]!r} instead of {expected[:80]!r}"

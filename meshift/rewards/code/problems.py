@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -26,16 +26,19 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 taken."""
 
 
-APPS_IMPORTS = """\
-import collections, fractions, heapq, itertools, math, random, sys, time
-from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
-from functools import lru_cache
-from heapq import *
-from itertools import accumulate, combinations, permutations, product
-from math import ceil, cos, exp, fabs, floor, gcd, log, log2, sin, sqrt, tan
-from typing import List, Tuple
-"""
-"""What APPS's own tests put before every program, but for numpy: its `starter_code` has `List[int]` without it."""
+APPS_IMPORTS: Mapping[str, tuple[str, ...]] = {
+    "collections": ("ChainMap", "Counter", "OrderedDict", "defaultdict", "deque"),
+    "fractions": (),
+    "functools": ("lru_cache",),
+    "heapq": ("heapify", "heappop", "heappush", "heappushpop", "heapreplace", "merge", "nlargest", "nsmallest"),
+    "itertools": ("accumulate", "combinations", "permutations", "product"),
+    "math": ("ceil", "cos", "exp", "fabs", "floor", "gcd", "log", "log2", "sin", "sqrt", "tan"),
+    "random": (),
+    "sys": (),
+    "time": (),
+    "typing": ("List", "Tuple"),
+}
+"""Modules, and names of them, that APPS's own tests give programs, and numpy: `starter_code` has `List[int]`."""
 DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
 
 
@@ -50,8 +53,9 @@ class Problem:
     A test of functions is `{"code": "assert f(1) == 2"}` or `{"call": "f", "given": [1], "expected": 2}`, where
     `"method_of": "Solution"` means the method f of a new object of that class, if the program has one. `setup`
     is code that the tests run after; names in `remote` are always the program's. `opening` is what a completion
-    goes on with, `entry_point` the function that it is to define, `imports` what every program is given. Limits are
-    None where the data has none.
+    goes on with, `entry_point` the function that it is to define, `imports` the modules, and names of them, that
+    every program is given. `contest`: outputs are compared as CodeContests does. Limits are None where the data
+    has none.
     """
 
     inputs: Sequence[tuple[str, str]] = ()
@@ -60,7 +64,8 @@ class Problem:
     remote: Sequence[str] = ()
     opening: str = ""
     entry_point: str = ""
-    imports: str = ""
+    imports: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    contest: bool = False
     time_limit_s: float | None = None
     memory_limit_bytes: int | None = None
 
@@ -108,6 +113,7 @@ def _code_contests(row: Mapping[str, Any], prompt: Any) -> Problem:
             inputs += [(test["input"], test["output"]) for test in tests]
     return Problem(
         inputs=inputs,
+        contest=True,
         time_limit_s=_seconds(row.get("time_limit")),
         memory_limit_bytes=row.get("memory_limit_bytes") or None,
     )

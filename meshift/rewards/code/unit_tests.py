@@ -12,7 +12,7 @@ from typing import Any
 
 from meshift.config.unit_tests import UnitTestsConfig
 from meshift.errors import ConfigError
-from meshift.rewards.code.extraction import complete_function, extract_code
+from meshift.rewards.code.extraction import complete_function, extract_code, import_names
 from meshift.rewards.code.judging import Judge, Verdict
 from meshift.rewards.code.problems import COLUMNS, Problem, form_of, read_problem
 from meshift.rewards.sandbox.pool import Sandbox
@@ -21,7 +21,6 @@ from meshift.rewards.sandbox.slot import Slot
 from meshift.rewards.signatures import RESERVED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
-FIRST = "from __future__ import"  # nothing may stand before it
 NUM_SHARED_PROGRAMS = 2  # the program that tests and the one that is tested, in one server's memory
 
 
@@ -109,8 +108,8 @@ def program_of(problem: Problem, completion: str, *, cut: bool = True) -> str:
     """The program in a completion, with what the problem begins it with; `cut` is `complete_function`'s."""
     if problem.opening:
         return complete_function(problem.opening, problem.entry_point, completion, cut=cut)
-    code = extract_code(completion)
-    return code if FIRST in code else problem.imports + code
+    code = extract_code(completion, [problem.entry_point] if problem.entry_point else problem.remote)
+    return import_names(problem.imports, code) + code
 
 
 def _text(completion: Any) -> str:

@@ -3,6 +3,8 @@
 import pytest
 
 from meshift.rewards.code.extraction import complete_function, extract_code
+from meshift.rewards.code.problems import read_problem
+from meshift.rewards.code.unit_tests import program_of
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,20 @@ def test_the_last_python_block_is_the_program(completion, code):
     assert extract_code(completion) == code
 
 
+def test_a_block_that_shows_how_the_function_is_used_would_be_taken_for_the_function():
+    answer = "```python\ndef add(a, b): return a\n```\nNo:\n```python\ndef add(a, b): return a + b\n```\nSo:\n"
+    used = answer + "```python\nprint(add(2, 3))\n```\n```text\n5\n```"
+    assert extract_code(used) == "print(add(2, 3))\n"
+    assert extract_code(used, ("add",)) == "def add(a, b): return a + b\n"
+    assert extract_code(used, ("ad", "other")) == "print(add(2, 3))\n"
+    assert result_of(complete_function(OPENING, "add", used), "add(2, 3)") == 5
+    method = "```python\nclass Solution:\n    def add(self, a, b): return a + b\n```\n```python\nadd(1, 2)\n```"
+    assert extract_code(method, ("add",)).startswith("class Solution")
+    for row in ({"test_list": ["assert add(2, 3) == 5"], "code": "def add(a, b): return a + b"}, APPS_ADD):
+        assert "return a + b" in program_of(read_problem(row, ""), used)
+
+
+APPS_ADD = {"input_output": {"fn_name": "add", "inputs": [[2, 3]], "outputs": [5]}}
 OPENING = "from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    '''Sum.'''\n"
 
 
@@ -66,7 +82,9 @@ def test_long_hostile_texts_are_read_in_time_that_grows_with_their_length():
         " " * 200_000,
         "</think>" * 50_000,
         "```" + " " * 200_000,
+        "\n" * 200_000,
     ):
         extract_code(text)
         complete_function(OPENING, "add", text)
+        complete_function(OPENING, "add", f"```python\n{text}")
     assert time.monotonic() - started < 5

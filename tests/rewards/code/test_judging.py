@@ -98,10 +98,19 @@ def test_numbers_of_more_digits_than_python_reads_at_most_would_stop_the_run_or_
     assert judge(problem, "def f(n): return 10**n - 1 if n > 0 else int(str(n))").passed
     assert not judge(problem, "def f(n): return 10**n if n > 0 else n").passed
     verdict = judge(problem, "def f(n): return 10**6000 if n > 0 else n")
-    assert verdict.num_passed == 1 and "gave 1000" in verdict.wrong
+    assert verdict.num_passed == 1
+    assert "gave 1000" in verdict.wrong
     printed = Problem(inputs=[("6000", nines)])
     assert judge(printed, "print(10**int(input()) - 1)").passed
     assert judge(Problem(inputs=[(nines, "0")]), "print(int(input()) % 9)").passed
+
+
+def test_capital_letters_would_decide_in_code_contests(judge):
+    row = {"public_tests": {"input": ["1"], "output": ["YES\n2\n"]}}
+    assert judge(read_problem(row, ""), "print('Yes', 2.0)").passed
+    assert not judge(
+        read_problem({"input_output": {"inputs": ["1"], "outputs": ["YES"]}}, ""), "print('Yes')"
+    ).passed
 
 
 def test_a_function_completed_after_its_head(judge):
@@ -210,7 +219,8 @@ def test_a_program_would_be_compiled_with_the_sandboxs_own_future_imports(judge)
         assert judge(problem, "from typing import List\n" + program).passed
         assert judge(problem, "from __future__ import annotations\n" + program).passed
         verdict = judge(problem, program)
-        assert not verdict.passed and "name 'List' is not defined" in verdict.wrong
+        assert not verdict.passed
+        assert "name 'List' is not defined" in verdict.wrong
     setup = Problem(tests=[{"code": "assert f(0) == 0 and kinds == {'x': int}"}], setup=SETUP_OF_TYPES)
     assert judge(setup, "def f(x): return x").passed
 

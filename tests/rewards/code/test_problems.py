@@ -45,7 +45,10 @@ MBPP = {
 def test_code_contests():
     problem = read_problem(CODE_CONTESTS, "Add them.")
     assert problem == Problem(
-        inputs=[("1 2\n", "3\n"), ("2 2\n", "4\n")], time_limit_s=1.5, memory_limit_bytes=256000000
+        inputs=[("1 2\n", "3\n"), ("2 2\n", "4\n")],
+        contest=True,
+        time_limit_s=1.5,
+        memory_limit_bytes=256000000,
     )
     assert read_problem(CODE_CONTESTS, "", max_tests=1).inputs == [("1 2\n", "3\n")]
     assert read_problem(CODE_CONTESTS | {"time_limit": None, "private_tests": None}, "").time_limit_s is None

@@ -147,6 +147,21 @@ def test_outputs_are_compared_word_by_word(actual, expected, same):
 @pytest.mark.parametrize(
     ("actual", "expected", "same"),
     [
+        ("YES\nno", "Yes NO", True), ("YES", "NO", False), ("2.0", "2", True), ("2", "2.0", True),
+        ("0.33334", "0.33333", False), ("0.333333", "0.333334", True), ("1000000.4", "1000000.5", False),
+        ("123456789.000001", "123456789.000002", True), ("2.1", "2", False), ("1E3", "1000", True),
+        ("9007199254740993", "9007199254740992", False), ("1" * 50, "1" * 49 + "2", False),
+        ("nan", "0.5", False), ("nan", "NaN", True), ("inf", "0.5", False), ("x.y", "X.y", True),
+        ("yes.", "0.5", False),
+    ],
+)  # fmt: skip
+def test_outputs_of_contests_are_compared_as_their_own_tester_does(actual, expected, same):
+    assert same_output(actual, expected, contest=True) is same
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
         (3, 3, True), (3, [3], True), ([3], [3], True), ((1, (2,)), [1, [2]], True), ((1, 2), [[1, 2]], True),
         ([1], [1, 2], False), ([], [[]], True), (0.1 + 0.2, 0.3, True), ([0.1 + 0.2], [[0.3]], True),
         ("a", ["b"], False),

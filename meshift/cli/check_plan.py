@@ -172,10 +172,13 @@ def _hardware(config: RunConfig, told: Told, cluster: Cluster) -> tuple[Hardware
     from meshift.runtime.this_hardware import hardware_of_run
 
     if cluster.hardware is not None:
-        found, dtype = read_hardware(cluster.hardware, config), compute_type(config)
+        found = read_hardware(cluster.hardware, config)
+        dtype = compute_type(config, found)
     else:
         here, of_plan = dtype_name(config), told.hardware
-        found, dtype = (of_plan, compute_type(config)) if of_plan else (hardware_of_run(None, here)[0], here)
+        found, dtype = (
+            (of_plan, compute_type(config, of_plan)) if of_plan else (hardware_of_run(None, here)[0], here)
+        )
     return (found if cluster.per_host is None else replace(found, per_host=cluster.per_host)), dtype
 
 

@@ -26,6 +26,7 @@ from meshift.cli.plan_request import (
     as_assumed,
     check_lengths,
     check_variants,
+    of_compute_type,
     of_network,
     read_hardware,
     show_variants,
@@ -119,6 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     if any(call.kind == "generate" for call in planned.step.calls):
         print(f"  {HOST_CALLS}{_by_measurement(args)}")
     more = [*_simulated(planned, args), *_advice(planned), *of_network(args.what_if, asked)]
+    more += of_compute_type(asked.config, asked.hardware)
     for sentence in (*(explanation(planned) if args.explain else ()), *more):
         print(f"  {sentence}")
     variants = variants_of(args.what_if, asked, planned)

@@ -57,7 +57,8 @@ class Asked:
     @property
     def step(self) -> Step:
         """The step that is planned."""
-        step = planned_step(self.config, self.lengths.means).as_measured(self.factors)
+        dtype = compute_type(self.config, self.hardware)
+        step = planned_step(self.config, self.lengths.means, dtype).as_measured(self.factors)
         return in_one_process(self.config, step) if self.num_devices == 1 else step
 
     def plan(self, known: Sequence[Planned] = ()) -> Planned:
@@ -74,25 +75,38 @@ class Asked:
             )
 
 
-def compute_type(config: RunConfig) -> ComputeType:
-    """bfloat16 where the config leaves it open: the cluster has it, whatever this machine has."""
+def compute_type(config: RunConfig, hardware: Hardware) -> ComputeType:
+    """bfloat16 where the config leaves it open: the cluster has it, whatever this machine has.
+
+    But float32 where that is all that the hardware was measured in: what `auto` is on it.
+    """
+    if config.dtype == "auto" and hardware.profile is not None and not hardware.flops["bfloat16"]:
+        return "float32"
     return "float32" if config.dtype == "float32" else "bfloat16"
+
+
+def of_compute_type(config: RunConfig, hardware: Hardware) -> list[str]:
+    """A sentence where the type is neither the config's nor what clusters have."""
+    if config.dtype != "auto" or compute_type(config, hardware) == "bfloat16":
+        return []
+    return [f"All figures are in float32, which is all that {hardware.name} was measured in."]
 
 
 def read_hardware(name: str, config: RunConfig) -> Hardware:
     """A known one, a profile's, or this machine's processors, for which torch is needed."""
     if name.lower() != "cpu":
         return find_hardware(name)
+    from meshift.runtime.outlook import dtype_name
     from meshift.runtime.profiling.profile import named_hardware
 
     with RichObserver() as observer, heard_by(observer.on_count):
-        return named_hardware(name, (compute_type(config),), observer)
+        return named_hardware(name, (dtype_name(config),), observer)
 
 
-def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType | None = None) -> Step:
+def planned_step(config: RunConfig, lengths: Lengths, dtype: ComputeType) -> Step:
     """The step of a config, of which the models' config.json are read."""
     models = {role: read_model(name) for role, name in role_names(config).items()}
-    return step_of(config, models, dtype or compute_type(config), lengths).with_offloaded(config.plan.offloaded)
+    return step_of(config, models, dtype, lengths).with_offloaded(config.plan.offloaded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, metavar="N", default=4, help="beside each other, on a CPU: up to so many (4)"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, about 15 seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, about a minute")
     parser.add_argument("--out", metavar="FILE", default="profile.json", help="where to write it (profile.json)")
 
 

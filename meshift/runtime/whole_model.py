@@ -1,4 +1,4 @@
-"""A role's model put together from its parts, in one process and in the host's memory.
+"""A model put together from its parts, in one process and in the host's memory.
 
 No device need hold all of it. It knows nothing of roles, of files or of when a model is saved.
 """

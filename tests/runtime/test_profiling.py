@@ -115,7 +115,10 @@ def test_what_is_measured_beside_other_work_is_told_and_not_kept(tmp_path, monke
 
 @pytest.mark.slow
 def test_processes_beside_each_other_are_measured_and_a_plan_goes_by_the_profile(tmp_path, capsys):
-    hardware = measure(Asked(config=config(), num_processes=3, effort=TINY))
+    listener, heard = SilentObserver(), []
+    listener.on_message = heard.append
+    hardware = measure(Asked(config=config(), num_processes=3, effort=TINY), listener)
+    assert heard.count("messages between processes") == 1, "which one of them says for all"
     profile = hardware.profile
     for kind in ("decode", "forward", "backward", "update"):
         assert set(profile.crowding[kind]) == {"1", "2", "3"}
@@ -126,16 +129,28 @@ def test_processes_beside_each_other_are_measured_and_a_plan_goes_by_the_profile
     file, model, run = tmp_path / "profile.json", tmp_path / "model", tmp_path / "run.yaml"
     write(hardware, file)
     assert find_hardware(str(file)).profile.messages == profile.messages
+    assert main(plan_words(model, run, file, "3", "dtype=float32")) == 0
+    assert "train_critic" in capsys.readouterr().out
+
+
+def plan_words(model, run, file, devices, *more):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(RAW))
     run.write_text(
-        f"output_dir: runs/x\ndtype: float32\ndata: {{dataset_name: x.jsonl, batch_size: 16}}\n"
+        f"output_dir: runs/x\ndata: {{dataset_name: x.jsonl, batch_size: 16}}\n"
         f"actor: {{model_name_or_path: {model}}}\nreward: {{model_name_or_path: {model}}}\n"
     )
-    words = ["plan", "--config", str(run), "--command", "ppo", "--devices", "3"]
-    words += ["--hardware", str(file), "--seconds", "2"]
-    assert main(words) == 0
-    assert "train_critic" in capsys.readouterr().out
+    words = ["plan", "--config", str(run), "--command", "ppo", "--devices", devices]
+    return [*words, "--hardware", str(file), "--seconds", "2", *more]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", True), ("bfloat16", False)])
+def test_what_profile_writes_without_options_would_be_of_no_use_to_plan(tmp_path, capsys, dtype, said):
+    """`dtype: auto` is float32 where a processor has no bfloat16: so it is measured, and so it is planned."""
+    file = tmp_path / "profile.json"
+    write(measure(Asked(config=config(), num_processes=1, effort=TINY, dtypes=(dtype,))), file)
+    assert main(plan_words(tmp_path / "model", tmp_path / "run.yaml", file, "1")) == 0
+    assert ("All figures are in float32" in capsys.readouterr().out) == said
 
 
 def test_a_profile_in_no_json_file_is_refused_before_anything_is_measured(capsys):

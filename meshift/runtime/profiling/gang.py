@@ -51,12 +51,14 @@ class Asked:
 def measure(argument: str, rank: int, num_processes: int, observer: Observer) -> dict[str, Any] | None:
     """In process 0: `crowding` and `messages` of `planner.profile.Profile`, as values of JSON."""
     asked = Asked(**json.loads(argument))
-    observer.on_message("messages between processes")
+    if rank == 0:
+        observer.on_message("messages between processes")
     config = narrowed(read_config(asked.config, "the profile's model"), 1, LAYERS)
     effort = Effort(seconds=asked.seconds)
     work = Work(model=made(config, getattr(torch, asked.dtype), torch.device("cpu")), effort=effort)
     messages = _messages(rank, num_processes, (numbers_of_layer(work.model), config.hidden_size))
-    observer.on_message("the same work in several processes at a time")
+    if rank == 0:
+        observer.on_message("the same work in several processes at a time")
     crowding: dict[str, dict[str, float]] = {}
     turns = [(kind, call, n) for kind, call in _kinds(work).items() for n in range(1, num_processes + 1)]
     alone = 0.0

@@ -199,7 +199,7 @@ def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Ob
     if path.is_file():
         return find_hardware(str(path))
     observer = observer or SilentObserver()
-    observer.on_message("this machine is measured first, once: about two minutes")
+    observer.on_message("this machine is measured first, once: about a minute")
     hardware = measure(Asked(dtypes=tuple(dtypes), effort=QUICK), observer)
     others = 0.0 if hardware.profile is None else hardware.profile.others
     if others > IDLE:

@@ -115,7 +115,7 @@ def test_pass_at_k_is_that_of_the_packages_own_scorer_where_it_is_installed(tmp_
     monkeypatch.chdir(tmp_path)
     words = ["--task", "humaneval", "--data", data, "--completions", samples, "--k", "1,2,3"]
     assert main(["eval", *map(str, words)]) == 0
-    ours = json.loads((tmp_path / "eval-humaneval/results.json").read_text())["metrics"]
+    ours = json.loads((tmp_path / "eval-humaneval-scored/results.json").read_text())["metrics"]
     theirs = scorer.evaluate_functional_correctness(
         str(samples), k=[1, 2, 3], n_workers=2, timeout=10.0, problem_file=str(data)
     )

@@ -136,8 +136,7 @@ class Told:
 
 def _told(plan: Path) -> Told:
     """Of a plan's file. Raises `ConfigError` for what cannot have been written there."""
-    # JSON is read as such: to YAML 1e-05 is a word.
-    values = json.loads(plan.read_text(encoding="utf-8")) if plan.suffix == ".json" else read_yaml(plan)
+    values = _json(plan) if plan.suffix == ".json" else read_yaml(plan)
     assumed = values.get("assumed", {})
     if not isinstance(assumed, dict):
         raise ConfigError(f"`assumed` of {plan} must hold what `meshift plan` wrote: {assumed!r}")
@@ -155,6 +154,15 @@ def _told(plan: Path) -> Told:
         devices=None if devices is None else int(devices),
         hardware=hardware,
     )
+
+
+def _json(plan: Path) -> dict[str, Any]:
+    """As `read_yaml`, which has read it already; but to YAML 1e-05 is a word."""
+    try:
+        values: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{plan} is not valid JSON: {error}") from None
+    return values
 
 
 def _described(values: Mapping[str, Any], plan: Path) -> Hardware | None:

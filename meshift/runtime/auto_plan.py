@@ -17,6 +17,7 @@ from meshift.config.plan import KINDS, AutoPlan, PlanConfig
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
 from meshift.layout.mesh import Device, Mesh
+from meshift.planner.hardware import Hardware, as_values, from_values
 from meshift.planner.planning import Planned, make_plan, shortage
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
@@ -24,6 +25,7 @@ from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run
 from meshift.runtime.this_hardware import hardware_of_run, num_devices
 
 C = TypeVar("C", bound=RunConfig)
+HARDWARE = "hardware"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,13 @@ class Settled:
 
     config: Any
     found: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hardware(self) -> tuple[Hardware, bool]:
+        """What the plan was searched for, so that what was told then is what is reconciled; else the run's."""
+        if HARDWARE in self.found:
+            return from_values(self.found[HARDWARE]), bool(self.found["hardware_is_measured"])
+        return hardware_of_run(self.config.launch.hardware, dtype_name(self.config))
 
 
 def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) -> Settled:
@@ -63,7 +72,8 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
     plan = _plan_config(config, planned)
     observer.on_message(_in_a_sentence(planned, count, measured=measured))
-    return Settled(config=_with_plan(config, plan), found=_found(planned, auto, count))
+    known = {HARDWARE: as_values(hardware), "hardware_is_measured": measured}
+    return Settled(config=_with_plan(config, plan), found=_found(planned, auto, count) | known)
 
 
 def _with_plan(config: C, plan: PlanConfig) -> C:

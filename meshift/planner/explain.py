@@ -120,7 +120,7 @@ def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
     """Each plan by hand, and how long its step takes, or why it cannot be."""
     for rival in planned.rivals:
         if rival.seconds is None:
-            yield rival.name, "not possible on so few devices"
+            yield rival.name, f"cannot be made of {planned.problem.num_devices:,} devices"
         elif rival.lacking > 0:
             yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
         else:

@@ -57,9 +57,7 @@ def test_what_is_short_is_counted_with_all_that_a_plan_may_set():
     """Where the others are away and passes are small, one role that is too large is; not all of them together."""
     large = llama(layers=8)
     planned = make_plan(step("ppo", actor=large, critic=large), device(memory=1.0), 1, seconds=2)
-    states = [
-        memory.kept(Layout(), Layout().coordinates(0)).total for memory in planned.problem.memories.values()
-    ]
+    states = [memory.kept(Layout(), Layout().coordinates(0)).total for memory in planned.problem.memories.values()]
     assert 0 < planned.lacking < sum(states) - planned.problem.capacity
     said = shortage(planned)[0]
     assert "even with actor, reference, critic in the host's memory between their calls" in said

@@ -136,7 +136,9 @@ def test_memory_is_compared_by_its_peak(run):
     }
     found = reconcile(run(plan_of(*EVENTS), **memory))
     assert found.calls[0].measured_gb == 1.6
-    assert "Of memory the largest error over 10 % is in rollout: predicted 2 GB, measured 1.6 GB" in sentence(found)
+    assert "Of memory the largest error over 10 % is in rollout: predicted 2 GB, measured 1.6 GB" in sentence(
+        found
+    )
 
 
 @pytest.mark.parametrize(

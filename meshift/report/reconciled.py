@@ -135,8 +135,9 @@ def _of_seconds(run: RunData, calls: Sequence[Compared], step: Compared) -> list
     worst = max(off, key=lambda one: abs(one.predicted - one.measured))
     which = f" over {percent(GOOD)}" if len(off) < len(notable) else ""
     return [
-        f"The largest error{which}, in seconds, is in {worst.name}: predicted {duration(worst.predicted)}, measured "
-        f"{duration(worst.measured)} ({_times(worst.predicted, worst.measured)}). {_cause(run, worst, notable)}"
+        f"The largest error{which}, in seconds, is in {worst.name}: predicted {duration(worst.predicted)}, "
+        f"measured {duration(worst.measured)} ({_times(worst.predicted, worst.measured)}). "
+        f"{_cause(run, worst, notable)}"
     ]
 
 
@@ -201,8 +202,8 @@ def _of_memory(calls: Sequence[Compared]) -> list[str]:
         else "allocators keep what was freed, and libraries and data are not counted"
     )
     return [
-        f"Of memory the largest error{which} is in {one.name}: predicted {short(gave)} GB, measured {short(took)} GB "
-        f"({_times(gave, took)}); {why}."
+        f"Of memory the largest error{which} is in {one.name}: predicted {short(gave)} GB, measured "
+        f"{short(took)} GB ({_times(gave, took)}); {why}."
     ]
 
 

@@ -17,6 +17,7 @@ from meshift.config.plan import KINDS, AutoPlan, PlanConfig
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
 from meshift.layout.mesh import Device, Mesh
+from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware, as_values, from_values
 from meshift.planner.planning import Planned, make_plan, shortage
 from meshift.runtime.observer import Observer
@@ -133,15 +134,15 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     where = "one process" if used == 1 else f"{used} processes"
     rivals = [rival for rival in planned.rivals if rival.seconds is not None and rival.lacking == 0]
     best = min(rivals, key=lambda rival: rival.seconds or 0.0, default=None)
-    beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
+    beside = "" if best is None or best.seconds is None else f"; {best.name}: {figure(best.seconds)} s"
     fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
     tuned = "".join(f"; {count} completions at a time, since more do not fit" for count in fewer)
     tuned += "".join(f"; with {one}, which it sets" for one in planned.settings if one.value not in fewer)
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
-    bound = f"no plan below {planned.proof.bound:.3g} s"
+    bound = f"no plan below {figure(planned.proof.bound)} s"
     return (
         f"the planner chose {where} of at most {count} on {planned.problem.hardware.name}: "
-        f"{planned.seconds:.3g} s a step predicted{guess}, {bound}{beside}{tuned}"
+        f"{figure(planned.seconds)} s a step predicted{guess}, {bound}{beside}{tuned}"
     )
 
 

@@ -134,7 +134,7 @@ def test_one_process_where_two_gain_nothing(room, hardware, capsys):
 
 
 def test_a_run_is_predicted_by_what_its_plan_was_searched_with(room, monkeypatch):
-    """A profile that was taken beside other work is in no file; what was told by it is what the report compares."""
+    """A profile taken beside other work is in no file; what was told by it is what the report compares."""
     monkeypatch.setattr(auto_plan, "hardware_of_run", lambda *_, **__: (device(), True))
     values = {**values_of(room, "sft"), "max_steps": 1}
     assert main(["sft", "--config", room.config(values), "plan=auto", "plan.auto.devices=1"]) == 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from tiny_steps import device, llama, step, texts
+from tiny_steps import GIB, device, llama, step, texts
 
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.candidates import Problem
@@ -130,6 +130,18 @@ def test_a_plan_by_hand_that_lacks_memory_for_drawing_is_told_the_most_slots_tha
     assert name == "actor: num_slots"
     fewer, more = (peak_bytes(given.with_slots("actor", int(slots) + n), hardware, PLACED) for n in (0, 16))
     assert max(fewer.values()) <= hardware.usable < max(more.values())
+
+
+def test_advice_that_another_makes_needless_would_be_given():
+    """Half of a micro-batch is enough: a quarter is no more advice; nor all roles away where some are enough."""
+    given = step("grpo", given=texts(num_prompts=64, completion=60.0, most=120))
+    given = given.with_passes(["actor"], max_tokens_per_micro_batch=4096)
+    place = {role: {kind: Placement.parse("0-1", "d2t1p1") for kind in kinds} for role, kinds in PLACED.items()}
+    most = max(peak_bytes(given, device(64), place).values())
+    advice = would_fit(given, device(0.999 * most / GIB), place)
+    assert sum("max_tokens_per_micro_batch" in one for one in advice) == 1
+    assert sum("gradient_checkpointing" in one for one in advice) == 1
+    assert sum("offload" in one for one in advice) == 1
 
 
 def test_slots_are_no_advice_where_something_else_is_short():

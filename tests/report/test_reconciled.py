@@ -62,8 +62,8 @@ def sentence(found):
 def test_the_largest_error_is_named_with_the_part_it_lies_in(run):
     said = sentence(reconcile(run(plan_of(*EVENTS))))
     assert (
-        "The largest error over 10 %, in seconds, is in rollout: predicted 2 s, measured 4 s (2 times the prediction)"
-        in said
+        "The largest error over 10 %, in seconds, is in rollout: "
+        "predicted 2 s, measured 4 s (2 times the prediction)" in said
     )
     assert "(most of it: decode)" in said
     assert "`meshift plan` with `--measured runs/x`" in said

@@ -193,8 +193,8 @@ def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Ob
     profile = hardware.profile
     if profile is not None and profile.is_disturbed:
         observer.on_message(
-            f"other work took {profile.others:.1f} processors meanwhile: what is predicted will be too long, and the "
-            "profile is not kept; plan again when that has ended"
+            f"other work took {profile.others:.1f} processors meanwhile: what is predicted will be too long, "
+            "and the profile is not kept; plan again when that has ended"
         )
     else:
         write(hardware, path)

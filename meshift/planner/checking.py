@@ -5,7 +5,9 @@ It knows nothing of how a plan is written, or of whether its layouts can be cut.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from math import ceil
 
@@ -82,8 +84,7 @@ def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[st
 
     Of slots and of micro-batches there is one: the most that fit. Of what is offloaded, the fewest.
     """
-    fewer = (words for words, changed in _fewer_slots(step, placements) if _fits(changed, hardware, placements))
-    found = list(islice(fewer, 1))
+    found = list(_fewer_slots(step, hardware, placements))
     for several in _changes(step, placements, can_leave=not hardware.machine.packs):
         helping = (words for words, changed, places in several if _fits(changed, hardware, places))
         found += islice(helping, 1)
@@ -103,13 +104,16 @@ def slots_in_use(call: PlannedCall, layout: Layout) -> int:
     return min(call.num_slots, ceil(call.texts.num_sequences / layout.data))
 
 
-def _fewer_slots(step: Step, placements: Placements) -> Iterator[tuple[str, Step]]:
-    """For roles that generate, the most slots first; nothing else of the step takes longer for it."""
+def _fewer_slots(step: Step, hardware: Hardware, placements: Placements) -> Iterator[str]:
+    """For roles that generate, the most slots that fit; nothing else of the step takes longer for it."""
     for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
         calls = [call for call in step.calls if (call.role, call.kind) == (name, "generate")]
         slots = max(slots_in_use(call, placements[name]["generate"].layout) for call in calls)
-        for fewer in slots_below(slots):
-            yield f"{name}: num_slots={fewer}", step.with_slots(name, fewer)
+        too_many = partial(_too_many, step, hardware, placements, name)
+        fewer = range(SLOT_STEP, slots, SLOT_STEP)
+        fitting = bisect_left(fewer, True, key=too_many)  # they need more and more
+        if fitting:
+            yield f"{name}: num_slots={fewer[fitting - 1]}"
 
 
 def slots_below(slots: int) -> Iterator[int]:
@@ -117,6 +121,10 @@ def slots_below(slots: int) -> Iterator[int]:
     while slots > SLOT_STEP:
         slots = max(SLOT_STEP, 3 * slots // 4 // SLOT_STEP * SLOT_STEP)
         yield slots
+
+
+def _too_many(step: Step, hardware: Hardware, placements: Placements, name: str, slots: int) -> bool:
+    return not _fits(step.with_slots(name, slots), hardware, placements)
 
 
 def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[list[Change]]:

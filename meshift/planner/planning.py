@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from meshift.planner.bounds import least_seconds
+from meshift.planner.bounds import least_seconds, reduced
 from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware
-from meshift.planner.prove import Proof, prove
+from meshift.planner.prove import Proof, has_solver, prove
 from meshift.planner.remedies import changes_that_fit
 from meshift.planner.search import Score, score, search
 from meshift.planner.strategies import STRATEGIES
@@ -178,13 +178,21 @@ def _proven(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, 
     """
     problem, choice = tuned(problem, choice) or (problem, choice)
     deadline = time.monotonic() + (1 - SEARCH_SHARE) * seconds
-    proof = _with_all_slots(problem, prove(problem, choice, seconds=(1 - SEARCH_SHARE) * seconds))
+    proof = _with_all_slots(problem, _proof(problem, choice, (1 - SEARCH_SHARE) * seconds))
     again = tuned(problem, proof.choice)
     if again is not None:
         problem, choice = again
         left = max(SEARCH_SHARE * seconds, deadline - time.monotonic())
-        proof = _with_all_slots(problem, prove(problem, choice, seconds=left))
+        proof = _with_all_slots(problem, _proof(problem, choice, left))
     return problem, proof
+
+
+def _proof(problem: Problem, choice: Choice, seconds: float) -> Proof:
+    """As `prove`; with nothing left to search where slots that are no candidate's beat all that are."""
+    known = score(problem, choice).seconds
+    if all(reduced(problem, problem.candidates, known).values()):
+        return prove(problem, choice, seconds=seconds)
+    return Proof(choice, known, known, has_solver())
 
 
 def _carried_over(problem: Problem, known: Planned) -> Iterator[tuple[Problem, Choice]]:

@@ -72,7 +72,7 @@ def test_slots_that_no_candidate_has_would_leave_nothing_to_prove(memory):
 
 
 def test_a_plan_would_be_proven_that_a_few_slots_fewer_beat():
-    """An eighth or a quarter fewer may be all that it takes to fit, though they spare but a twentieth of a device."""
+    """An eighth or a quarter fewer may be all that it takes, though they spare but a twentieth of a device."""
     problem = Problem(long_step(), device(1.6), 1)
     every, most, fewer, half, *_ = problem.slot_choices(DRAWN, Layout())
     assert (every, most, fewer, half) == (None, 56, 48, 32)

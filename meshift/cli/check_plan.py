@@ -24,6 +24,7 @@ from meshift.errors import ConfigError, LayoutError, MeshiftError
 from meshift.layout.layout import Placement
 from meshift.planner.checking import on_hosts, shortages, would_fit
 from meshift.planner.evaluate import Event, Placements, evaluate
+from meshift.planner.figures import figure
 from meshift.planner.footprint import footprints, tightest
 from meshift.planner.hardware import KNOWN, Hardware, from_values
 from meshift.planner.workload import ComputeType, Step
@@ -136,8 +137,7 @@ class Told:
 
 def _told(plan: Path) -> Told:
     """Of a plan's file. Raises `ConfigError` for what cannot have been written there."""
-    # JSON is read as such: to YAML 1e-05 is a word.
-    values = json.loads(plan.read_text(encoding="utf-8")) if plan.suffix == ".json" else read_yaml(plan)
+    values = _json(plan) if plan.suffix == ".json" else read_yaml(plan)
     assumed = values.get("assumed", {})
     if not isinstance(assumed, dict):
         raise ConfigError(f"`assumed` of {plan} must hold what `meshift plan` wrote: {assumed!r}")
@@ -155,6 +155,15 @@ def _told(plan: Path) -> Told:
         devices=None if devices is None else int(devices),
         hardware=hardware,
     )
+
+
+def _json(plan: Path) -> dict[str, Any]:
+    """As `read_yaml`, which has read it already; but to YAML 1e-05 is a word."""
+    try:
+        values: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{plan} is not valid JSON: {error}") from None
+    return values
 
 
 def _described(values: Mapping[str, Any], plan: Path) -> Hardware | None:
@@ -261,11 +270,11 @@ def show_plan(file: str, plan: Path, verdict: PlanVerdict) -> bool:
             continue
         placed = ("", "") if placement is None else (str(placement.layout), str(placement.mesh))
         memory = "" if placement is None else f"{event.peak / 1e9:.2f}"
-        row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
+        row = (event.name, *placed, figure(event.start), figure(event.end - event.start), memory)
         table.add_row(*map(Text, row))
     console = make_console()
     seconds = max(event.end for event in verdict.events)
-    title = f"{plan} for {file}: a plan that can run; {seconds:.3g} s a step on {verdict.device}, predicted"
+    title = f"{plan} for {file}: a plan that can run; {figure(seconds)} s a step on {verdict.device}, predicted"
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
     for note in verdict.notes:

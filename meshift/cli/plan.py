@@ -38,6 +38,7 @@ from meshift.cli.which_command import commands_for, training_commands
 from meshift.config.loading import load_config, read_values
 from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof, of_rivals
+from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware, as_values
 from meshift.planner.planning import Planned, shortage
 from meshift.planner.simulate import in_sentences, simulate
@@ -229,7 +230,7 @@ def show(planned: Planned) -> None:
             continue
         placed = ("", "") if use is None else (str(planned.choice[use].candidate.layout), devices[use])
         memory = f"{event.peak / 1e9:.1f}" if use is not None else ""
-        row = (event.name, *placed, f"{event.start:.3g}", f"{event.end - event.start:.3g}", memory)
+        row = (event.name, *placed, figure(event.start), figure(event.end - event.start), memory)
         table.add_row(*map(Text, row))
     problem = planned.problem
     console = make_console()
@@ -244,7 +245,7 @@ def show(planned: Planned) -> None:
     away = [name for name, role in problem.step.roles.items() if role.offloaded]
     if away:
         rows.append(("offload", f"{', '.join(away)}: in the host's memory between calls, since else nothing fits"))
-    print_rows(f"step {planned.seconds:.3g} s", rows)
+    print_rows(f"step {figure(planned.seconds)} s", rows)
 
 
 def _write(path: Path, asked: Asked, planned: Planned, hosts: Sequence[str], page: Callable[[], str]) -> None:

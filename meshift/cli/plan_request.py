@@ -27,6 +27,7 @@ from meshift.data.names import parse_name
 from meshift.errors import ConfigError, DataError, ModelError
 from meshift.models.config import DecoderConfig
 from meshift.models.hf.families import read_config
+from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware, find_hardware
 from meshift.planner.planning import Planned, make_plan
 from meshift.planner.rollout_steps import Lengths
@@ -121,8 +122,8 @@ class TakenLengths:
         """What a step's texts are taken to be, and why."""
         texts = step.calls[0].texts
         return (
-            f"Prompts of {texts.prompt:.4g} tokens in the mean: {self.prompt}; completions of "
-            f"{texts.completion:.4g}: {self.completion}."
+            f"Prompts of {figure(texts.prompt, 4)} tokens in the mean: {self.prompt}; completions of "
+            f"{figure(texts.completion, 4)}: {self.completion}."
         )
 
 
@@ -167,7 +168,7 @@ def check_lengths(asked: Asked, prompt: str, completion: str) -> None:
     ):
         if mean is not None and mean > limit:
             raise UsageError(
-                f"{who}: a mean of {mean:.4g} tokens, where the config has at most {limit}; raise that"
+                f"{who}: a mean of {figure(mean, 4)} tokens, where the config has at most {limit}; raise that"
             )
 
 

@@ -77,9 +77,7 @@ def _rows(hardware: Hardware, out: str) -> list[tuple[str, str]]:
     for kind, found in profile.crowding.items():
         most = max(found, key=int)
         rows.append((f"{kind} in {most} processes", f"{found[most]:.2f} times as long as in one"))
-    from meshift.runtime.profiling.profile import IDLE
-
-    if profile.others > IDLE:
+    if profile.is_disturbed:
         rows.append(("note", f"other work took {profile.others:.1f} processors: measure again when it has ended"))
     return [*rows, ("profile", out), ("use it", f"meshift plan --config run.yaml --devices N --hardware {out}")]
 

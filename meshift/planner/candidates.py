@@ -23,7 +23,7 @@ from meshift.planner.workload import Mixing, PlannedCall, Step
 GRAIN = 0.01
 """Of a device's memory: finer differences do not decide between layouts."""
 SPARED, LEAST_SPARED = 0.2, 0.05
-"""Of a device's memory: fewer slots that spare less are no candidate of their own; and of the fewest there are."""
+"""Of a device's memory: fewer slots that spare less are no candidate; and the two most and the fewest of them."""
 FREE_DEVICES = 8
 """Of one host, up to which a mesh may begin at any device."""
 FEW_HOSTS, FREE_HOSTS = 8, 16
@@ -156,7 +156,7 @@ class Problem:
     def fewer_slots(self, use: Use, layout: Layout) -> Iterator[int]:
         """Slots of a generation below what it has by the config, the most first.
 
-        Three quarters, a half, three eighths, ... in whole steps of what a session's memory grows by.
+        Seven eighths, three quarters, a half, three eighths, ... in whole steps of a session's memory.
         """
         if use.kind != "generate":
             return
@@ -164,8 +164,8 @@ class Problem:
         sessions = min(layout.pipeline, own)
         before = each = min(self.calls(use)[0].num_slots // sessions, ceil(own / sessions))
         for halvings in range(each.bit_length()):
-            for quarters in (3, 2):
-                found = quarters * each // (4 << halvings) // SLOT_STEP * SLOT_STEP
+            for eighths in (6, 4) if halvings else (7, 6, 4):
+                found = eighths * each // (8 << halvings) // SLOT_STEP * SLOT_STEP
                 if 0 < found < before:
                     yield sessions * found
                     before = found
@@ -174,12 +174,15 @@ class Problem:
         """The config's (None), and fewer where that spares memory worth speaking of."""
         yield None
         every = list(self.fewer_slots(use, layout))
-        before = self._working(use, layout, None) if every else 0
+        before = last = self._working(use, layout, None) if every else 0
         for slots in every:
             needed = self._working(use, layout, slots)
-            if before - needed >= (LEAST_SPARED if slots == every[-1] else SPARED) * self.capacity:
-                yield slots
+            if before - needed >= SPARED * self.capacity:
                 before = needed
+            elif slots not in (*every[:2], every[-1]) or last - needed < LEAST_SPARED * self.capacity:
+                continue
+            yield slots
+            last = needed
 
     def all_candidates(self, use: Use) -> Iterator[Candidate]:
         """Every layout with all its slots, whether or not it fits, and whatever is better."""

@@ -5,7 +5,9 @@ It knows nothing of how a plan is written, or of whether its layouts can be cut.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from math import ceil
 
@@ -18,6 +20,8 @@ from meshift.planner.memory import SLOT_STEP, Memory
 from meshift.planner.workload import PlannedCall, Step
 
 GIGABYTE = 1e9
+Change = tuple[str, Step, Placements]
+"""In words, and the step and placements with it."""
 
 
 def on_hosts(placements: Placements, per_host: int) -> dict[str, dict[Kind, Placement]]:
@@ -76,14 +80,17 @@ def _of_cache(step: Step, hardware: Hardware, placements: Placements, call: Plan
 
 
 def would_fit(step: Step, hardware: Hardware, placements: Placements) -> list[str]:
-    """Single changes, with the same meshes, after which every call fits; the cheapest in time first.
+    """Single changes, with the same meshes, after which every call fits; else two of them at once.
 
-    Of slots there is one: the most that fit.
+    Of slots and of micro-batches there is one: the most that fit. Of what is offloaded, the fewest.
     """
-    fewer = (words for words, changed in _fewer_slots(step, placements) if _fits(changed, hardware, placements))
-    changes = _changes(step, placements, can_leave=not hardware.machine.packs)
-    others = [words for words, changed, places in changes if _fits(changed, hardware, places)]
-    return [*islice(fewer, 1), *others]
+    found = list(_fewer_slots(step, hardware, placements))
+    for several in _changes(step, placements, can_leave=not hardware.machine.packs):
+        helping = (words for words, changed, places in several if _fits(changed, hardware, places))
+        found += islice(helping, 1)
+    if not found:
+        found += [w for w, changed, places in _two_changes(step, placements) if _fits(changed, hardware, places)]
+    return found
 
 
 def _fits(step: Step, hardware: Hardware, placements: Placements) -> bool:
@@ -97,13 +104,16 @@ def slots_in_use(call: PlannedCall, layout: Layout) -> int:
     return min(call.num_slots, ceil(call.texts.num_sequences / layout.data))
 
 
-def _fewer_slots(step: Step, placements: Placements) -> Iterator[tuple[str, Step]]:
-    """For roles that generate, the most slots first; nothing else of the step takes longer for it."""
+def _fewer_slots(step: Step, hardware: Hardware, placements: Placements) -> Iterator[str]:
+    """For roles that generate, the most slots that fit; nothing else of the step takes longer for it."""
     for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
         calls = [call for call in step.calls if (call.role, call.kind) == (name, "generate")]
         slots = max(slots_in_use(call, placements[name]["generate"].layout) for call in calls)
-        for fewer in slots_below(slots):
-            yield f"{name}: num_slots={fewer}", step.with_slots(name, fewer)
+        too_many = partial(_too_many, step, hardware, placements, name)
+        fewer = range(SLOT_STEP, slots, SLOT_STEP)
+        fitting = bisect_left(fewer, True, key=too_many)  # they need more and more
+        if fitting:
+            yield f"{name}: num_slots={fewer[fitting - 1]}"
 
 
 def slots_below(slots: int) -> Iterator[int]:
@@ -113,27 +123,38 @@ def slots_below(slots: int) -> Iterator[int]:
         yield slots
 
 
-def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[tuple[str, Step, Placements]]:
+def _too_many(step: Step, hardware: Hardware, placements: Placements, name: str, slots: int) -> bool:
+    return not _fits(step.with_slots(name, slots), hardware, placements)
+
+
+def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[list[Change]]:
+    """Each with its less far-reaching forms first."""
     trained = [name for name, role in step.roles.items() if role.trained]
-    both = " and ".join(trained)
+    both, smaller = " and ".join(trained), list[Change]()
     for part in (2, 4, 8):
         first = step.roles[trained[0]].passes.max_tokens_per_micro_batch
         most = max(1, first // part)
-        smaller = step.with_passes(trained, max_tokens_per_micro_batch=most)
-        yield f"{both}: max_tokens_per_micro_batch={most}", smaller, placements
+        changed = step.with_passes(trained, max_tokens_per_micro_batch=most)
+        smaller.append((f"{both}: max_tokens_per_micro_batch={most}", changed, placements))
+    yield smaller
     shared = _sharded(placements, trained)
     if shared != placements:
-        yield f"{both}: data ranks that share state out (`s` after the layout)", step, shared
+        yield [(f"{both}: data ranks that share state out (`s` after the layout)", step, shared)]
     again = step.with_passes(trained, gradient_checkpointing=True)
-    yield f"{both}: gradient_checkpointing=true", again, placements
+    yield [(f"{both}: gradient_checkpointing=true", again, placements)]
+    if can_leave:
+        still = [name for name in step.roles if name not in trained]
+        words = f"offload: true for {' and '.join(still)}"
+        away = [(words, step.with_offloaded(still), placements)] if still else []
+        yield [*away, ("offload: true for all roles", step.with_offloaded(step.roles), placements)]
+
+
+def _two_changes(step: Step, placements: Placements) -> Iterator[Change]:
+    trained = [name for name, role in step.roles.items() if role.trained]
+    shared = _sharded(placements, trained)
     if shared != placements:
-        yield f"{both}: gradient_checkpointing=true and `s` after the layout", again, shared
-    if not can_leave:
-        return
-    still = [name for name in step.roles if name not in trained]
-    if still:
-        yield f"offload: true for {' and '.join(still)}", step.with_offloaded(still), placements
-    yield "offload: true for all roles", step.with_offloaded(step.roles), placements
+        again = step.with_passes(trained, gradient_checkpointing=True)
+        yield f"{' and '.join(trained)}: gradient_checkpointing=true and `s` after the layout", again, shared
 
 
 def _sharded(placements: Placements, names: list[str]) -> Mapping[str, Mapping[Kind, Placement]]:

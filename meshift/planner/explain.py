@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshift.planner.evaluate import Event
+from meshift.planner.figures import figure
 from meshift.planner.footprint import Footprint, footprints, tightest
 from meshift.planner.planning import Planned
 from meshift.planner.uses import Candidate, Op, Use
@@ -53,7 +54,7 @@ def _of_call(planned: Planned, op: Op) -> str:
     devices = "one device" if spot.candidate.size == 1 else f"{spot.candidate.size} devices"
     return (
         f"{op.name} ({use}) runs as {spot.candidate.layout} on {devices} in "
-        f"{cost.seconds:.3g} s: {', '.join(shares)}{others}."
+        f"{figure(cost.seconds)} s: {', '.join(shares)}{others}."
     )
 
 
@@ -99,15 +100,16 @@ def _together(calls: list[Event]) -> Iterator[str]:
             overlap = min(one.end, other.end) - max(one.start, other.start)
             shorter = min(one.end - one.start, other.end - other.start)
             if overlap > 0.1 * shorter:
-                yield f"{one.name} and {other.name} are on different devices and run {overlap:.3g} s side by side."
+                both = f"{one.name} and {other.name}"
+                yield f"{both} are on different devices and run {figure(overlap)} s side by side."
 
 
 def _moves(planned: Planned) -> Iterator[str]:
     moving = [event for event in planned.events if event.kind != "call" and event.end > event.start]
     if moving:
         total = sum(event.end - event.start for event in moving)
-        names = ", ".join(f"{event.name} {event.end - event.start:.2g} s" for event in moving)
-        yield f"Parameters move for {total:.3g} s, {total / planned.seconds:.1%} of the step: {names}."
+        names = ", ".join(f"{event.name} {figure(event.end - event.start, 2)} s" for event in moving)
+        yield f"Parameters move for {figure(total)} s, {total / planned.seconds:.1%} of the step: {names}."
 
 
 def of_calls(planned: Planned) -> dict[str, list[Footprint]]:
@@ -120,13 +122,13 @@ def of_rivals(planned: Planned) -> Iterator[tuple[str, str]]:
     """Each plan by hand, and how long its step takes, or why it cannot be."""
     for rival in planned.rivals:
         if rival.seconds is None:
-            yield rival.name, "not possible on so few devices"
+            yield rival.name, f"cannot be made of {planned.problem.num_devices:,} devices"
         elif rival.lacking > 0:
             yield rival.name, f"does not fit: {rival.lacking / 1e9:.1f} GB too much on a device"
         else:
             times = f"{rival.seconds / planned.seconds:.2f}"
             beside = "as long as the plan's" if times == "1.00" else f"{times} times the plan's"
-            yield rival.name, f"{rival.seconds:.3g} s, {beside}"
+            yield rival.name, f"{figure(rival.seconds)} s, {beside}"
 
 
 def of_proof(planned: Planned) -> str:
@@ -135,13 +137,13 @@ def of_proof(planned: Planned) -> str:
     if not proof.proven:
         return (
             "Nothing is proven (pip install 'meshift[planner]' for the solver); simple bounds say that no plan "
-            f"takes less than {proof.bound:.3g} s."
+            f"takes less than {figure(proof.bound)} s."
         )
     among = _among(planned)
     if planned.gap <= 0.002:
         return f"No plan of this model of costs{among} is faster: proven, up to rounding ({planned.gap:.2%})."
     return (
-        f"No plan of this model of costs{among} takes less than {proof.bound:.3g} s: this one is within "
+        f"No plan of this model of costs{among} takes less than {figure(proof.bound)} s: this one is within "
         f"{planned.gap:.1%}."
     )
 

@@ -187,7 +187,7 @@ def find_hardware(name: str) -> Hardware:
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():
         raise ConfigError(
-            f"`--hardware {name}` is none of {', '.join(KNOWN)}, and no JSON file of measured numbers"
+            f"`--hardware {name}` is none of {', '.join(KNOWN)} and cpu, and no JSON file of measured numbers"
         )
     try:
         return from_values(json.loads(path.read_text(encoding="utf-8")))

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from meshift.planner.bounds import least_seconds
+from meshift.planner.bounds import least_seconds, reduced
 from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware
-from meshift.planner.prove import Proof, prove
+from meshift.planner.prove import Proof, has_solver, prove
 from meshift.planner.remedies import changes_that_fit
 from meshift.planner.search import Score, score, search
 from meshift.planner.strategies import STRATEGIES
@@ -161,13 +161,14 @@ def _made(first: Problem, seconds: float, known: Sequence[Planned]) -> Planned:
         problem, choice = min([(problem, choice), *_with_more_room(problem, found, seconds)], key=_score_of)
         found = score(problem, choice)
     if found.excess > 0:
-        return _nothing_fits(step, problem, choice, found)
+        problem, choice = _least_short(problem, choice, seconds)
+        return _nothing_fits(first, problem, choice, score(problem, choice).excess)
     problem, proof = _proven(problem, choice, seconds)
     placements, streaming = placements_of(problem, proof.choice), problem.streaming
     events = evaluate(step_of_choice(problem, proof.choice), problem.hardware, placements, streaming=streaming)
     lacking = max(event.peak for event in events) - problem.capacity
     if lacking > 0:  # by the count device by device, which is the stricter one
-        return _nothing_fits(step, problem, proof.choice, replace(found, excess=lacking))
+        return _nothing_fits(first, problem, proof.choice, lacking)
     rivals = _rivals(first, problem, hints)
     return Planned(problem=problem, proof=proof, asked=step, events=tuple(events), rivals=rivals)
 
@@ -179,12 +180,12 @@ def _proven(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, 
     """
     deadline = time.monotonic() + (1 - SEARCH_SHARE) * seconds
     problem, choice = _tuned(problem, choice, seconds) or (problem, choice)
-    proof = _with_all_slots(problem, prove(problem, choice, seconds=deadline - time.monotonic()))
+    proof = _with_all_slots(problem, _proof(problem, choice, deadline - time.monotonic()))
     again = _tuned(problem, proof.choice, seconds)
     if again is not None:
         problem, choice = again
         left = max(SEARCH_SHARE * seconds, deadline - time.monotonic())
-        proof = _with_all_slots(problem, prove(problem, choice, seconds=left))
+        proof = _with_all_slots(problem, _proof(problem, choice, left))
     return problem, proof
 
 
@@ -195,6 +196,14 @@ def _tuned(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, C
         return None
     changed, moved = found
     return changed, search(changed, seconds=TUNED_SHARE * seconds, hints=[moved])
+
+
+def _proof(problem: Problem, choice: Choice, seconds: float) -> Proof:
+    """As `prove`; with nothing left to search where slots that are no candidate's beat all that are."""
+    known = score(problem, choice).seconds
+    if all(reduced(problem, problem.candidates, known).values()):
+        return prove(problem, choice, seconds=seconds)
+    return Proof(choice, known, known, has_solver())
 
 
 def _carried_over(problem: Problem, known: Planned) -> Iterator[tuple[Problem, Choice]]:
@@ -272,10 +281,20 @@ def _with_smaller_passes(problem: Problem, seconds: float) -> tuple[Problem, Cho
     return best
 
 
-def _nothing_fits(step: Step, problem: Problem, choice: Choice, found: Score) -> Planned:
-    least = Proof(choice, found.seconds, 0.0, False)
-    changes = tuple(changes_that_fit(problem, found.excess))
-    return Planned(problem=problem, proof=least, asked=step, lacking=found.excess, changes=changes)
+def _least_short(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, Choice]:
+    """The plan that lacks the least, with all that a plan may set against it: smallest passes, roles offloaded."""
+    small = smaller_passes(problem.step, most_halvings(problem.step))
+    away = [] if problem.hardware.machine.packs else [small.with_offloaded(small.roles)]
+    others = [_of_step(problem, one) for one in (small, *away)]
+    tried = [(other, search(other, seconds=min(2.0, 0.1 * seconds))) for other in others]
+    return min([(problem, choice), *tried], key=_score_of)
+
+
+def _nothing_fits(first: Problem, last: Problem, choice: Choice, lacking: float) -> Planned:
+    """`first` is the problem as it was asked, `last` that of the choice, which lacks so many bytes."""
+    least = Proof(choice, score(last, choice).seconds, 0.0, False)
+    changes = tuple(changes_that_fit(first, lacking))
+    return Planned(problem=last, proof=least, asked=first.step, lacking=lacking, changes=changes)
 
 
 def tuned(problem: Problem, choice: Choice) -> tuple[Problem, Choice] | None:
@@ -370,6 +389,20 @@ def shortage(planned: Planned) -> list[str]:
     return [
         f"nothing fits: the best that was found needs {peaks[worst] / gigabyte:.1f} GB on a device in `{worst}`, "
         f"where {problem.hardware.name} has {problem.capacity / gigabyte:.1f} GB for models and calls: "
-        f"{planned.lacking / gigabyte:.1f} GB too much on each",
+        f"{planned.lacking / gigabyte:.1f} GB too much{_with_all_of(planned)}",
         f"roles keep on a device of theirs: {held}",
     ]
+
+
+def _with_all_of(planned: Planned) -> str:
+    """What the plan that lacks the least sets already."""
+    step, asked = planned.problem.step, planned.asked
+    away = [name for name, role in step.roles.items() if role.offloaded and not asked.roles[name].offloaded]
+    sizes = {
+        role.passes.max_tokens_per_micro_batch
+        for name, role in step.roles.items()
+        if role.passes.max_tokens_per_micro_batch != asked.roles[name].passes.max_tokens_per_micro_batch
+    }
+    told = [f"with {', '.join(away)} in the host's memory between their calls"] if away else []
+    told += [f"with micro-batches of {' or '.join(map(str, sorted(sizes)))} tokens"] if sizes else []
+    return f", even {' and '.join(told)}" if told else ""

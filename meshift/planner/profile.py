@@ -29,6 +29,9 @@ SPEEDS = ("update", "share", "pack", "check", "cache", "copy")
 """Kinds of passes over memory: an update, what it takes more where ranks share one (numbers a second), packing
 weights, fingerprints, the cache of a decode step, and copies (bytes a second)."""
 
+IDLE = 0.2
+"""Processors that others may take: with more, what is measured is too slow to go by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
@@ -79,6 +82,11 @@ class Profile:
     call: float = 0.0
     model: str = ""
     others: float = 0.0
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other work ran beside it."""
+        return self.others > IDLE
 
     def threads_of(self, num_processes: int) -> int:
         """Of each of so many processes on a host, as the launcher shares processors out."""

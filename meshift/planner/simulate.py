@@ -15,6 +15,7 @@ import numpy as np
 from meshift.planner.cost import Cost, Costs
 from meshift.planner.decoding import course
 from meshift.planner.evaluate import Placements, replay
+from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware
 from meshift.planner.workload import PlannedCall, Step, Texts
 
@@ -174,11 +175,11 @@ def _texts_of(call: PlannedCall) -> tuple[int, int]:
 def in_sentences(found: Simulated) -> Iterator[str]:
     """The spread of steps, and what the tail of lengths costs."""
     yield (
-        f"{len(found.seconds)} steps with random lengths take {found.median:.3g} s in the median, "
-        f"{min(found.seconds):.3g} to {max(found.seconds):.3g} s."
+        f"{len(found.seconds)} steps with random lengths take {figure(found.median)} s in the median, "
+        f"{figure(min(found.seconds))} to {figure(max(found.seconds))} s."
     )
     yield (
-        f"Were all completions as long as the mean, a step would take {found.even:.3g} s: longer ones cost "
+        f"Were all completions as long as the mean, a step would take {figure(found.even)} s: longer ones cost "
         f"{found.cost_of_tail:.0%} of it. Half of a device's completions have ended after {found.half:.0%} of its "
         "decode steps."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshift.planner.figures import figure
 from meshift.planner.planning import Planned
 
 AS_IT_IS, DEVICES = "as it is", "devices"
@@ -62,8 +63,8 @@ def table_rows(variants: list[Variant]) -> list[list[str]]:
         rows.append(
             [
                 one.shown,
-                f"{one.planned.seconds:.3g}",
-                f"{one.throughput:.3g}",
+                figure(one.planned.seconds),
+                figure(one.throughput),
                 f"{one.tokens:,.0f}",
                 *([f"{efficiency(one, least):.0%}"] if one.key == DEVICES else []),
                 f"{one.planned.gap:.1%}",

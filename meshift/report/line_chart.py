@@ -22,6 +22,8 @@ HEIGHT = 150
 """Of the plot, in pixels; the style leaves room for the labels around it."""
 SIDE = 1000
 """Paths are drawn on a square of this size, which the page stretches."""
+APART = 0.12
+"""Of the width: labels nearer to each other would run together."""
 MIN_FOR_SMOOTHING = 8
 MAX_POINTS = 400
 MAX_READ = 300
@@ -47,15 +49,18 @@ class Caption:
     note: str = ""
 
 
-def line_chart(caption: Caption, lines: Sequence[Line], *, raw: bool = True) -> Markup:
-    """The chart. With a logarithmic twin where that shows more; without the thin raw lines if `raw` is false."""
+def line_chart(caption: Caption, lines: Sequence[Line], *, raw: bool = True, at_points: bool = False) -> Markup:
+    """The chart. With a logarithmic twin where that shows more; without the thin raw lines if `raw` is false.
+
+    `at_points`: below, the steps that there are stand where there is room, and not round numbers.
+    """
     values = np.concatenate([line.series.finite for line in lines]) if lines else np.zeros(0)
     linear, logarithmic = linear_axis(values), log_axis(values)
     steps = [int(step) for line in lines for step in line.series.steps]
     span = (min(steps, default=0), max(steps, default=1))
-    plots = [_plot(caption, lines, linear, span, raw)]
-    if logarithmic is not None:
-        plots.append(_plot(caption, lines, logarithmic, span, raw))
+    marks = _apart(steps, span) if at_points else None
+    axes = [linear] if logarithmic is None else [linear, logarithmic]
+    plots = [_plot(caption, lines, axis, span, raw, marks) for axis in axes]
     outside = num_outside(linear, values)
     return element(
         "figure",
@@ -90,7 +95,14 @@ def _caption(caption: Caption, lines: Sequence[Line], outside: int, *, switch: b
     )
 
 
-def _plot(caption: Caption, lines: Sequence[Line], axis: Axis, span: tuple[int, int], raw: bool) -> Markup:
+def _plot(
+    caption: Caption,
+    lines: Sequence[Line],
+    axis: Axis,
+    span: tuple[int, int],
+    raw: bool,
+    below: Sequence[int] | None = None,
+) -> Markup:
     budget = max(40, MAX_POINTS // max(1, len(lines)))
     paths = [path for line in lines for path in _paths(line, axis, span, budget, raw)]
     marks = [mark for line in lines for mark in _marks(line, axis, span)]
@@ -98,7 +110,7 @@ def _plot(caption: Caption, lines: Sequence[Line], axis: Axis, span: tuple[int, 
     box = "box log" if axis.log else "box"
     return element(
         "svg",
-        *grid(axis, span),
+        *grid(axis, span, below),
         square,
         *marks,
         role="img",
@@ -108,21 +120,30 @@ def _plot(caption: Caption, lines: Sequence[Line], axis: Axis, span: tuple[int, 
     )
 
 
-def grid(axis: Axis, span: tuple[float, float]) -> list[Markup]:
-    """Horizontal lines with their values, and steps below."""
+def grid(axis: Axis, span: tuple[float, float], below: Sequence[int] | None = None) -> list[Markup]:
+    """Horizontal lines with their values, and steps below: these, or round ones."""
     found = []
     for position, label in axis.labelled_ticks():
         y = f"{100 * (1 - position):.2f}%"
         found.append(element("line", x1=0, x2="100%", y1=y, y2=y, class_="rule"))
         found.append(element("text", label, x=-7, y=y, dy="0.32em", class_="y"))
     low, high = span
-    for step in whole_ticks(math.ceil(low), math.floor(high)):
+    for step in whole_ticks(math.ceil(low), math.floor(high)) if below is None else below:
         position = _across(step, span)
         anchor = "end" if position > 0.97 and len(str(step)) > 2 else None
         found.append(
             element("text", f"{step:,}", x=f"{100 * position:.2f}%", y=HEIGHT + 16, class_="x", text_anchor=anchor)
         )
     return found
+
+
+def _apart(steps: Sequence[int], span: tuple[int, int]) -> list[int]:
+    """Those that can be labelled beside each other: the ends, and of the others the largest."""
+    found = sorted({min(steps), max(steps)}) if steps else []
+    for step in sorted(set(steps) - set(found), reverse=True):
+        if all(abs(_across(step, span) - _across(other, span)) >= APART for other in found):
+            found.append(step)
+    return sorted(found)
 
 
 def _across(step: float, span: tuple[float, float]) -> float:

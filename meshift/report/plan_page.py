@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from meshift.layout.mesh import Mesh
 from meshift.planner.explain import explanation, of_calls, of_proof, of_rivals
+from meshift.planner.figures import figure
 from meshift.planner.footprint import PARTS, WORDS, alike, worst
 from meshift.planner.planning import Planned
 from meshift.planner.variants import Variant, head, table_rows
@@ -28,7 +29,7 @@ def plan_page(planned: Planned, variants: Sequence[list[Variant]] = (), more: Se
     `variants` are what was asked with `--what-if`, by key; `more` are sentences to stand after the reasons.
     """
     problem = planned.problem
-    title = f"A plan for {problem.num_devices} {problem.hardware.name}: {planned.seconds:.3g} s a step"
+    title = f"A plan for {problem.num_devices} {problem.hardware.name}: {figure(planned.seconds)} s a step"
     reasons = element("ul", *(element("li", sentence) for sentence in (*explanation(planned), *more)))
     by_hand = [list(row) for row in of_rivals(planned)]
     return document(
@@ -76,7 +77,7 @@ def _calls(planned: Planned) -> Markup:
         if op.kind != "call":
             continue
         spot = planned.choice[op.uses[0]]
-        seconds, memory = f"{event.end - event.start:.3g}", f"{event.peak / 1e9:.1f}"
+        seconds, memory = figure(event.end - event.start), f"{event.peak / 1e9:.1f}"
         rows.append([op.name, str(spot.candidate.layout), devices[op.uses[0]], seconds, memory])
     return number_table(["call", "layout", "devices", "seconds", "memory, GB"], rows)
 

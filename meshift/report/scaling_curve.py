@@ -26,4 +26,4 @@ def scaling_curve(variants: Sequence[Variant]) -> Markup | None:
         ideal = [first * number / numbers[0] for number in numbers]
         found.append(Line(label="perfect scaling", series=Series(numbers, ideal), slot=6, exact=True))
     caption = Caption(title="Tokens a second", key=key, note="predicted for the best plan of each")
-    return line_chart(caption, found)
+    return line_chart(caption, found, at_points=True)

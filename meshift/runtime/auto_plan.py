@@ -17,6 +17,8 @@ from meshift.config.plan import KINDS, AutoPlan, PlanConfig
 from meshift.config.runs import RunConfig
 from meshift.errors import ConfigError
 from meshift.layout.mesh import Device, Mesh
+from meshift.planner.figures import figure
+from meshift.planner.hardware import Hardware, as_values, from_values
 from meshift.planner.planning import Planned, make_plan, shortage
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
@@ -26,6 +28,7 @@ from meshift.runtime.this_hardware import hardware_of_run, num_devices
 C = TypeVar("C", bound=RunConfig)
 QUIET_S = 5.0
 """A longer search is announced."""
+HARDWARE = "hardware"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,13 @@ class Settled:
 
     config: Any
     found: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hardware(self) -> tuple[Hardware, bool]:
+        """What the plan was searched for, so that what was told then is what is reconciled; else the run's."""
+        if HARDWARE in self.found:
+            return from_values(self.found[HARDWARE]), bool(self.found["hardware_is_measured"])
+        return hardware_of_run(self.config.launch.hardware, dtype_name(self.config))
 
 
 def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) -> Settled:
@@ -67,7 +77,8 @@ def settle(config: C, rows: Callable[[C], Sequence[Any]], observer: Observer) ->
         raise ConfigError(f"{'; '.join(shortage(planned))}; what would fit: {'; or '.join(planned.changes)}")
     plan = _plan_config(config, planned)
     observer.on_message(_in_a_sentence(planned, count, measured=measured))
-    return Settled(config=_with_plan(config, plan), found=_found(planned, auto, count))
+    known = {HARDWARE: as_values(hardware), "hardware_is_measured": measured}
+    return Settled(config=_with_plan(config, plan), found=_found(planned, auto, count) | known)
 
 
 def _with_plan(config: C, plan: PlanConfig) -> C:
@@ -127,15 +138,15 @@ def _in_a_sentence(planned: Planned, count: int, *, measured: bool) -> str:
     where = "one process" if used == 1 else f"{used} processes"
     rivals = [rival for rival in planned.rivals if rival.seconds is not None and rival.lacking == 0]
     best = min(rivals, key=lambda rival: rival.seconds or 0.0, default=None)
-    beside = "" if best is None or best.seconds is None else f"; {best.name}: {best.seconds:.3g} s"
+    beside = "" if best is None or best.seconds is None else f"; {best.name}: {figure(best.seconds)} s"
     fewer = [spot.candidate.slots for spot in planned.choice.values() if spot.candidate.slots is not None]
     tuned = "".join(f"; {count} completions at a time, since more do not fit" for count in fewer)
     tuned += "".join(f"; with {one}, which it sets" for one in planned.settings if one.value not in fewer)
     guess = "" if measured else " (by guesses, since this machine has no profile; `meshift profile` makes one)"
-    bound = f"no plan below {planned.proof.bound:.3g} s"
+    bound = f"no plan below {figure(planned.proof.bound)} s"
     return (
         f"the planner chose {where} of at most {count} on {planned.problem.hardware.name}: "
-        f"{planned.seconds:.3g} s a step predicted{guess}, {bound}{beside}{tuned}"
+        f"{figure(planned.seconds)} s a step predicted{guess}, {bound}{beside}{tuned}"
     )
 
 

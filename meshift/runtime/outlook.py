@@ -76,6 +76,7 @@ class Outlook:
         return {
             "hardware": as_values(replace(self.hardware, profile=None)),  # of which there is a file
             "hardware_is_measured": self.measured,
+            "hardware_was_busy": self.hardware.profile is not None and self.hardware.profile.is_disturbed,
             "lengths": {
                 "prompt": self.lengths.prompt,
                 "completion": self.lengths.completion,

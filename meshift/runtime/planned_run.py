@@ -91,8 +91,7 @@ def plan_file(settled: Settled, method: Method, job: Job, before: float) -> Plan
     config = settled.config
     plan = config.plan.model_dump(mode="json", exclude_none=True, exclude={"auto"})
     placements = placements_of(config.plan, method.uses(config))
-    hardware = hardware_of_run(config.launch.hardware, dtype_name(config))
-    expected = outlook(config, placements, lengths_of(config, job.rows), hardware, before)
+    expected = outlook(config, placements, lengths_of(config, job.rows), settled.hardware, before)
     return PlanFile(values={"plan": plan, **settled.found, **expected.values()}, metrics=expected.metrics)
 
 

@@ -133,6 +133,17 @@ def test_one_process_where_two_gain_nothing(room, hardware, capsys):
     assert (again["plan"], again["search"]) == (written["plan"], written["search"])
 
 
+def test_a_run_is_predicted_by_what_its_plan_was_searched_with(room, monkeypatch):
+    """A profile taken beside other work is in no file; what was told by it is what the report compares."""
+    monkeypatch.setattr(auto_plan, "hardware_of_run", lambda *_, **__: (device(), True))
+    values = {**values_of(room, "sft"), "max_steps": 1}
+    assert main(["sft", "--config", room.config(values), "plan=auto", "plan.auto.devices=1"]) == 0
+    written = json.loads((room.path / "run" / "plan.json").read_text())
+    assert written["hardware"]["name"] == "imaginary"
+    assert written["hardware_is_measured"] is True
+    assert written["search"]["bound_s"] <= 1.001 * written["predicted"]["step_s"]
+
+
 def test_a_plan_that_cannot_fit_is_refused_with_what_would(room, hardware, capsys):
     words = ["grpo", "--config", room.config(values_of(room, "grpo")), "--plan", "auto", *AUTO]
     assert main([*words, hardware(memory=2e5)]) == 2

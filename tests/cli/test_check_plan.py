@@ -131,6 +131,15 @@ def test_devices_beyond_a_host_are_on_the_next_and_farther(check):
     assert "node" not in near
 
 
+@pytest.mark.parametrize("text", ["", '{"plan": {},}', "plan: {}"])
+def test_a_plan_file_that_is_no_json_would_be_a_traceback(check, tmp_path, capsys, text):
+    check(GOOD)
+    (tmp_path / "plan.json").write_text(text)
+    words = ["check", "--config", str(tmp_path / "ppo.yaml"), "--plan", str(tmp_path / "plan.json")]
+    assert main(words) == 2
+    assert "plan.json is not valid JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("assumed", "said"),
     [

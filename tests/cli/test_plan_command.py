@@ -290,6 +290,6 @@ def test_a_model_far_too_large_is_told_how_many_devices_it_takes(tmp_path, capsy
     told = capsys.readouterr().out
     count = re.search(r"what would fit: (\d+) devices instead of 1", told)
     assert count is not None, told
-    assert "GB too much on each" in told
+    assert "GB too much, even with" in told
     assert plan(file, *words, "--devices", count[1]) == 0
     assert plan(file, *words, "--devices", str(int(count[1]) // 2)) == 2

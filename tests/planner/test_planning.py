@@ -12,7 +12,7 @@ from meshift.planner import planning, search
 from meshift.planner.bounds import least_seconds
 from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import evaluate, peak_bytes
-from meshift.planner.explain import explanation
+from meshift.planner.explain import explanation, of_rivals
 from meshift.planner.memory import Machine
 from meshift.planner.planning import make_plan, shortage
 from meshift.planner.prove import Proof, has_solver
@@ -51,6 +51,29 @@ def test_what_is_short_is_said_with_changes_that_help():
     count = next(int(change.split()[0]) for change in planned.changes if "devices instead" in change)
     assert make_plan(step("grpo", given=texts(num_prompts=256)), tight, count, seconds=2).lacking == 0
     assert any("h100" in change and change.endswith("in place of small") for change in planned.changes)
+
+
+def test_what_is_short_is_counted_with_all_that_a_plan_may_set():
+    """Where the others are away and passes are small, one role that is too large is; not all of them together."""
+    large = llama(layers=8)
+    planned = make_plan(step("ppo", actor=large, critic=large), device(memory=1.0), 1, seconds=2)
+    states = [memory.kept(Layout(), Layout().coordinates(0)).total for memory in planned.problem.memories.values()]
+    assert 0 < planned.lacking < sum(states) - planned.problem.capacity
+    said = shortage(planned)[0]
+    assert "even with actor, reference, critic in the host's memory between their calls" in said
+    assert f"{planned.lacking / 1e9:.1f} GB too much" in said
+    processor = replace(device(memory=1.0), machine=Machine(packs=True))
+    kept = make_plan(step("ppo", actor=large, critic=large), processor, 1, seconds=2)
+    assert "host's memory" not in shortage(kept)[0]
+
+
+def test_a_plan_by_hand_that_needs_other_devices_would_be_said_to_need_more():
+    planned = make_plan(step("ppo"), device(), 9, seconds=2)  # one host, and a device of another
+    told = dict(of_rivals(planned))
+    assert {rival.name for rival in planned.rivals if rival.seconds is None} == {
+        name for name, words in told.items() if words == "cannot be made of 9 devices"
+    }
+    assert told["one layout for all"] == "cannot be made of 9 devices"
 
 
 def test_roles_leave_their_devices_only_where_nothing_else_fits():

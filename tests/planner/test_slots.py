@@ -1,10 +1,10 @@
 """Slots are searched where not all completions fit at a time, as many as fit are chosen; else nothing changes."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
-from tiny_steps import device, llama, step, texts
+from tiny_steps import GIB, device, llama, step, texts
 
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.candidates import Problem
@@ -63,6 +63,24 @@ def test_the_plan_is_as_fast_as_the_best_that_counting_through_all_slots_finds(m
     assert all_fit or 0 < planned.values["actor"]["num_slots"] < 64
 
 
+@pytest.mark.parametrize("memory", [1.25, 1.35, 1.7])
+def test_slots_that_no_candidate_has_would_leave_nothing_to_prove(memory):
+    """On a processor nothing but slots gives way; those found in steps of eight may beat every candidate."""
+    planned = make_plan(long_step(), replace(device(memory), machine=Machine(packs=True)), 1, seconds=1)
+    assert planned.lacking == 0
+    assert planned.gap < 0.01
+
+
+def test_a_plan_would_be_proven_that_a_few_slots_fewer_beat():
+    """An eighth or a quarter fewer may be all that it takes, though they spare but a twentieth of a device."""
+    problem = Problem(long_step(), device(1.6), 1)
+    every, most, fewer, half, *_ = problem.slot_choices(DRAWN, Layout())
+    assert (every, most, fewer, half) == (None, 56, 48, 32)
+    needed = [problem.candidate(DRAWN, Layout(), slots).working["rollout"] for slots in (every, most, fewer)]
+    for more, less in pairwise(needed):
+        assert 0.05 <= (more - less) / problem.capacity < 0.2
+
+
 def test_what_is_chosen_fits_by_the_independent_count_and_is_explained():
     planned = make_plan(long_step(), device(1.3), 1, seconds=2)
     slots = planned.choice[DRAWN].candidate.slots
@@ -88,7 +106,7 @@ def test_nothing_changes_where_all_fit_at_once():
 
 def test_fewer_slots_are_whole_steps_of_memory_and_below_what_a_data_rank_has():
     problem = Problem(step("grpo", given=texts(num_prompts=100)), device(), 4)
-    assert list(problem.fewer_slots(DRAWN, Layout())) == [48, 32, 24, 16, 8]
+    assert list(problem.fewer_slots(DRAWN, Layout())) == [56, 48, 32, 24, 16, 8]
     assert list(problem.fewer_slots(DRAWN, Layout(data=4))) == [16, 8]  # of 25 sequences
     assert list(problem.fewer_slots(DRAWN, Layout(pipeline=2))) == [48, 32, 16]  # two sessions of a half each
     assert list(problem.fewer_slots(Use("actor", "train"), Layout())) == []
@@ -128,8 +146,20 @@ def test_a_plan_by_hand_that_lacks_memory_for_drawing_is_told_the_most_slots_tha
     advice = would_fit(given, hardware, PLACED)
     name, _, slots = advice[0].partition("=")
     assert name == "actor: num_slots"
-    fewer, more = (peak_bytes(given.with_slots("actor", int(slots) + n), hardware, PLACED) for n in (0, 16))
+    fewer, more = (peak_bytes(given.with_slots("actor", int(slots) + n), hardware, PLACED) for n in (0, 8))
     assert max(fewer.values()) <= hardware.usable < max(more.values())
+
+
+def test_advice_that_another_makes_needless_would_be_given():
+    """Half of a micro-batch is enough: a quarter is no more advice; nor all roles away where some are enough."""
+    given = step("grpo", given=texts(num_prompts=64, completion=60.0, most=120))
+    given = given.with_passes(["actor"], max_tokens_per_micro_batch=4096)
+    place = {role: {kind: Placement.parse("0-1", "d2t1p1") for kind in kinds} for role, kinds in PLACED.items()}
+    most = max(peak_bytes(given, device(64), place).values())
+    advice = would_fit(given, device(0.999 * most / GIB), place)
+    assert sum("max_tokens_per_micro_batch" in one for one in advice) == 1
+    assert sum("gradient_checkpointing" in one for one in advice) == 1
+    assert sum("offload" in one for one in advice) == 1
 
 
 def test_slots_are_no_advice_where_something_else_is_short():

@@ -1,11 +1,13 @@
 """Series against naive computations."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from meshift.report.axes import linear_axis, log_axis, num_outside
+from meshift.report.line_chart import Caption, Line, line_chart
 from meshift.report.numbers import duration, log_ticks, short, tick_labels, ticks, whole_ticks
 from meshift.report.series import Series
 
@@ -105,3 +107,17 @@ def test_an_axis_of_one_value_would_have_no_length():
         axis = linear_axis(np.array([value, value]))
         assert axis.low <= value <= axis.high
         assert axis.low < axis.high
+
+
+def test_a_curve_over_few_values_is_labelled_where_they_are():
+    """Numbers of devices double: round ones between them would be of no plan; what is too near is left out."""
+
+    def labels(steps, **how):
+        series = Series(steps, [float(step) for step in steps])
+        page = line_chart(Caption(title="t", key="k"), [Line(label="l", series=series, exact=True)], **how)
+        found = re.findall(r'class="x"[^>]*>([\d,]+)<', page)
+        return found[: len(found) // page.count('role="img"')]
+
+    assert labels([8, 16, 32], at_points=True) == ["8", "16", "32"]
+    assert labels([8, 16, 32, 64, 128, 256, 1024], at_points=True) == ["8", "256", "1,024"]
+    assert labels([8, 16, 32]) != ["8", "16", "32"]

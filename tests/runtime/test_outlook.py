@@ -1,5 +1,6 @@
 """What a run predicts of itself: by one rule for all lengths, and in every process what its placements say."""
 
+import json
 from dataclasses import replace
 from itertools import product as pairs
 
@@ -9,10 +10,11 @@ from meshift.config.loading import make_config
 from meshift.data.preferences import Pair
 from meshift.data.prompts import Prompt
 from meshift.layout.layout import Placement
-from meshift.planner.hardware import KNOWN
+from meshift.planner.hardware import KNOWN, as_values
 from meshift.planner.memory import Machine, Memory
 from meshift.planner.profile import PRODUCTS, SPEEDS, Message, Product, Profile
 from meshift.planner.rollout_steps import Lengths
+from meshift.runtime.auto_plan import Settled
 from meshift.runtime.outlook import lengths_of, outlook, planned_step
 
 PLACED = {
@@ -94,3 +96,16 @@ def test_lengths_are_those_of_the_data(ppo_config_on_disk, reward_config_on_disk
     assert lengths_of(expected, prompts) == Lengths(prompt=3.5, completion=5.0)
     pairs_ = [Pair(chosen=[1] * 7, rejected=[1] * 5, num_prompt_tokens=2, where="x:1")]
     assert lengths_of(reward_config_on_disk(tmp_path), pairs_) == Lengths(prompt=2.0, completion=4.0)
+
+
+def test_a_plan_that_was_searched_by_a_profile_is_predicted_by_it(ppo_config_on_disk, tmp_path):
+    """Whatever became of the profile: as the processes of a run are told, in JSON."""
+    config = ppo_config_on_disk(tmp_path)
+    busy = replace(crowded(), profile=replace(crowded().profile, others=1.5))
+    for one, was_busy in ((busy, True), (crowded(), False)):
+        told = {"hardware": as_values(one), "hardware_is_measured": True}
+        settled = Settled(config=config, found=json.loads(json.dumps(told)))
+        assert settled.hardware == (one, True)
+        found = outlook(config, PLACED, Lengths(prompt=4.0), settled.hardware)
+        assert found.values()["hardware_was_busy"] is was_busy
+        assert found.values()["hardware"]["profile"] is None

@@ -39,8 +39,6 @@ RESERVE = 6e8
 FAR_RATE = 1.25e8
 """Of a network that was not measured: 1 Gb/s."""
 LOOK_SECONDS = 0.4
-IDLE = 0.2
-"""Processors that others may take: with more, what is measured is too slow to go by."""
 NUM_PROCESSES = 4
 PER_HOST = 8
 
@@ -201,11 +199,11 @@ def named_hardware(name: str, dtypes: Sequence[str] = ("float32",), observer: Ob
     observer = observer or SilentObserver()
     observer.on_message("this machine is measured first, once: about a minute")
     hardware = measure(Asked(dtypes=tuple(dtypes), effort=QUICK), observer)
-    others = 0.0 if hardware.profile is None else hardware.profile.others
-    if others > IDLE:
+    profile = hardware.profile
+    if profile is not None and profile.is_disturbed:
         observer.on_message(
-            f"other work took {others:.1f} processors meanwhile: what is predicted will be too long, and the "
-            "profile is not kept; plan again when that has ended"
+            f"other work took {profile.others:.1f} processors meanwhile: what is predicted will be too long, "
+            "and the profile is not kept; plan again when that has ended"
         )
     else:
         write(hardware, path)

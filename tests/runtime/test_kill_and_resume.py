@@ -72,7 +72,7 @@ def test_seconds_of_a_planned_run_would_be_differences_and_its_numbers_would_not
     ends = {}
     for name, other in {
         "one": {},
-        "slower": {key: 2.0 for key in [*row][1:6]},
+        "slower": dict.fromkeys([*row][1:6], 2.0),
         "other": {"sync/probe_diff_max": 2.0},
     }.items():
         (tmp_path / name).mkdir()

@@ -98,7 +98,9 @@ class RichObserver:
         """Advance; show reward and KL, or loss and accuracy."""
         self._first = step if self._first is None else self._first  # not 0 in a run that was resumed
         self.num_done = step + 1
-        reading = "  ".join(f"{short} {metrics[key]:.3g}" for key, short in SHOWN.items() if key in metrics)
+        reading = "  ".join(
+            f"{short} {_shown(short, metrics[key])}" for key, short in SHOWN.items() if key in metrics
+        )
         if self._task is not None:
             self._bar.update(self._task, completed=self.num_done, reading=reading, call="")
         elif self.num_done == self._total or self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -117,3 +119,8 @@ class RichObserver:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(short: str, value: float) -> str:
+    """Three digits. KL below 1e-4 is 0: before the first update it is rounding, of either sign."""
+    return f"{round(value, 4) + 0.0 if short == 'kl' else value:.3g}"

@@ -45,6 +45,17 @@ def test_a_pipe_gets_every_slow_step():
     assert "elapsed 0:13:20  eta 0:06:40" in lines[3]
 
 
+def test_rounding_before_the_first_update_would_be_shown_as_a_kl():
+    output = io.StringIO()
+    with RichObserver(Console(file=output, width=160), Clock()) as observer:
+        observer.on_start(3, "PPO")
+        for step, kl in enumerate([-4.2e-6, float("nan"), 0.00318]):
+            observer.on_step(step, {"loss": 4.2e-6, "objective/kl": kl})
+            observer._last_line = float("-inf")
+    endings = [line.split("  ", 3)[-1] for line in output.getvalue().splitlines()[1:]]
+    assert endings == ["kl 0  loss 4.2e-06", "kl nan  loss 4.2e-06", "kl 0.0032  loss 4.2e-06"]
+
+
 def test_a_pipe_gets_no_control_characters():
     assert "\x1b" not in watch(terminal=False, seconds_per_step=10.0)
 

@@ -27,7 +27,7 @@ import time
 import traceback
 from pathlib import Path
 
-TIMINGS = ("timing_s/", "perf/")
+TIMINGS = ("timing_s/", "start_s/", "perf/")
 WRITES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
@@ -39,10 +39,15 @@ def end_of(run: Path) -> dict:
         if path.is_file()
     }
     metrics = [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(TIMINGS)}
+        {key: value for key, value in json.loads(line).items() if not is_time(key)}
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     return {"files": files, "metrics": metrics, "samples": (run / "samples.jsonl").read_bytes().decode()}
+
+
+def is_time(key: str) -> bool:
+    """Whether the metric is of the machine's speed: `timing_s/*`, `sync/verify_seconds`, ..."""
+    return key.startswith(TIMINGS) or (key.startswith("sync/") and key.endswith("seconds"))
 
 
 def differences(one: dict, two: dict) -> list[str]:

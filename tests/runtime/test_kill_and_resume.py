@@ -1,5 +1,7 @@
 """Real processes, killed at random and at chosen moments, end with the bytes of the run that nobody killed."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +50,38 @@ def ppo(make, tmp_path, dtype):
     rewards.write_text(RANDOM_REWARDS, encoding="utf-8")
     reward = {"functions": [{"function": f"{rewards}:answered"}]}
     return make("unused", dtype=dtype, reward=reward, **STEPS, **MEMORY)
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("kill_and_resume", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_seconds_of_a_planned_run_would_be_differences_and_its_numbers_would_not(tmp_path):
+    row = {
+        "reward/mean": 1.0,
+        "timing_s/rollout": 1.0,
+        "start_s/rollout": 1.0,
+        "perf/mfu": 1.0,
+        "sync/seconds": 1.0,
+        "sync/verify_seconds": 1.0,
+        "sync/probe_diff_max": 1.0,
+    }
+    ends = {}
+    for name, other in {
+        "one": {},
+        "slower": dict.fromkeys([*row][1:6], 2.0),
+        "other": {"sync/probe_diff_max": 2.0},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({**row, **other}) + "\n", encoding="utf-8")
+        (tmp_path / name / "samples.jsonl").touch()
+        ends[name] = script().end_of(tmp_path / name)
+    differences = script().differences
+    assert differences(ends["one"], ends["slower"]) == []
+    assert differences(ends["one"], ends["other"]) == ["the metrics of step 1 differ"]
 
 
 def test_a_killed_ppo_run_would_end_with_other_bytes(kill, ppo_config_on_disk, tmp_path):

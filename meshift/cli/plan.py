@@ -40,7 +40,8 @@ from meshift.errors import ConfigError
 from meshift.planner.explain import explanation, of_proof, of_rivals
 from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware, as_values
-from meshift.planner.planning import Planned, shortage
+from meshift.planner.planning import Planned
+from meshift.planner.shortage import shortage
 from meshift.planner.simulate import in_sentences, simulate
 from meshift.planner.written import devices_of, named_hosts, num_idle, placements_of
 from meshift.report.numbers import duration

@@ -19,7 +19,8 @@ from meshift.errors import ConfigError
 from meshift.layout.mesh import Device, Mesh
 from meshift.planner.figures import figure
 from meshift.planner.hardware import Hardware, as_values, from_values
-from meshift.planner.planning import Planned, make_plan, shortage
+from meshift.planner.planning import Planned, make_plan
+from meshift.planner.shortage import shortage
 from meshift.runtime.observer import Observer
 from meshift.runtime.outlook import dtype_name, lengths_of, planned_step
 from meshift.runtime.run_folder import CONFIG, METRICS, written_by_run

@@ -14,9 +14,10 @@ from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation, of_rivals
 from meshift.planner.memory import Machine
-from meshift.planner.planning import make_plan, shortage
+from meshift.planner.planning import make_plan
 from meshift.planner.prove import Proof, has_solver
 from meshift.planner.search import score
+from meshift.planner.shortage import shortage
 from meshift.planner.strategies import STRATEGIES
 from meshift.planner.timeline import Spot, timeline
 from meshift.planner.tuning import with_settings

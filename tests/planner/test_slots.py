@@ -12,7 +12,8 @@ from meshift.planner.checking import shortages, would_fit
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
 from meshift.planner.memory import Machine
-from meshift.planner.planning import make_plan, shortage
+from meshift.planner.planning import make_plan
+from meshift.planner.shortage import shortage
 from meshift.planner.timeline import Spot, excess_bytes, step_seconds
 from meshift.planner.tuning import WORTHWHILE, better_slots
 from meshift.planner.uses import Use

@@ -13,8 +13,8 @@ from meshift.runtime.observer import SilentObserver
 from meshift.runtime.spread_run import run_share
 
 SIGN_OF_NOTHING = ("rloo",)
-"""Methods whose advantages, of equal rewards, are the rounding of a KL of zero: whether such a token counts as clipped
-is its sign, and a clipped share of all tokens moves by whole completions."""
+"""Methods whose advantages, of equal rewards, are the rounding of a KL of zero: whether such a token counts as
+clipped is its sign, and a clipped share of all tokens moves by whole completions."""
 
 
 def shares(rank, told):

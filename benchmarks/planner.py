@@ -276,7 +276,7 @@ SECTIONS: Mapping[str, tuple[Callable[[float], Any], float]] = MappingProxyType(
         "brute_force": (in_brute_force, 10.0),
         "scale": (in_scale, 20.0),
         "strategies": (in_strategies, 8.0),
-        "scaling": (in_scaling, 10.0),
+        "scaling": (in_scaling, 30.0),
         "prediction": (in_prediction, 10.0),
     }
 )

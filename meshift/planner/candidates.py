@@ -47,7 +47,6 @@ class Problem:
         self.costs = {name: Costs(step.roles[name], hardware, memory) for name, memory in self.memories.items()}
         self.moving = {name: Moving(memory, hardware) for name, memory in self.memories.items()}
         self._layouts: dict[Use, frozenset[Layout]] = {}
-        self._most: dict[tuple[Op, Layout | int], float] = {}
         self.uses = tuple(dict.fromkeys(Use(call.role, call.kind) for call in step.calls))
         self.ops = tuple(_ops(step, self))
 
@@ -247,7 +246,7 @@ class Problem:
             yield from sorted(fitting[use], key=lambda one: one.size)
             return
         by_size: dict[int, list[Candidate]] = {}
-        moving: dict[Layout, float] = {}
+        moving, leaving = dict[Layout, float](), dict[tuple[Op, Layout | int], float]()
         home = self.home(use.role)
         at_home = {one.layout for one in found.get(home, ())} if use != home else set()
         alone = sum(other.role == use.role for other in self.uses) == 1
@@ -257,7 +256,7 @@ class Problem:
             lost = 0 if alone or use != home else one.copy
             if one.layout in at_home or not any(self._dominates(other, one, lost, moving) for other in others):
                 others.append(one)
-                moving[one.layout] = self._most_moving(use, one, fitting)
+                moving[one.layout] = self._most_moving(use, one, fitting, leaving)
         for size in sorted(by_size):
             yield from by_size[size]
 
@@ -274,8 +273,17 @@ class Problem:
         gains = [other.seconds[name] - one.seconds[name] for name in one.seconds]
         return min(gains) >= 0 and max(gains) >= moving[one.layout]
 
-    def _most_moving(self, use: Use, one: Candidate, fitting: Mapping[Use, Sequence[Candidate]]) -> float:
-        """The most that all moves and mixings of this candidate together can take."""
+    def _most_moving(
+        self,
+        use: Use,
+        one: Candidate,
+        fitting: Mapping[Use, Sequence[Candidate]],
+        leaving: dict[tuple[Op, Layout | int], float],
+    ) -> float:
+        """The most that all moves and mixings of this candidate together can take.
+
+        `leaving` keeps what those from it to any other take, for candidates of the use for which that is the same.
+        """
         total = 0.0
         for op in self.ops:
             if op.kind == "call" or use not in op.uses:
@@ -283,9 +291,9 @@ class Problem:
             others = {other.layout for other in fitting[next(u for u in op.uses if u != use)]}
             if op.uses[0] == use:
                 alike = op, self._tells(one.layout)
-                if alike not in self._most:
-                    self._most[alike] = max(self.moving_seconds(op, one.layout, other, None) for other in others)
-                total += self._most[alike]
+                if alike not in leaving:
+                    leaving[alike] = max(self.moving_seconds(op, one.layout, other, None) for other in others)
+                total += leaving[alike]
             else:
                 sources = {self._tells(other): other for other in others}.values()
                 total += max(self.moving_seconds(op, other, one.layout, None) for other in sources)

@@ -6,7 +6,7 @@ It knows nothing of how a plan is written, or of whether its layouts can be cut.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -109,22 +109,23 @@ def _fewer_slots(step: Step, hardware: Hardware, placements: Placements) -> Iter
     for name in dict.fromkeys(call.role for call in step.calls if call.kind == "generate"):
         calls = [call for call in step.calls if (call.role, call.kind) == (name, "generate")]
         slots = max(slots_in_use(call, placements[name]["generate"].layout) for call in calls)
-        too_many = partial(_too_many, step, hardware, placements, name)
-        fewer = range(SLOT_STEP, slots, SLOT_STEP)
-        fitting = bisect_left(fewer, True, key=too_many)  # they need more and more
-        if fitting:
-            yield f"{name}: num_slots={fewer[fitting - 1]}"
+        fewer = most_slots(slots, partial(_fits_with, step, hardware, placements, name))
+        if fewer is not None:
+            yield f"{name}: num_slots={fewer}"
 
 
-def slots_below(slots: int) -> Iterator[int]:
-    """Fewer slots that are worth a try, the most first: by three quarters, in steps of a session's memory."""
-    while slots > SLOT_STEP:
-        slots = max(SLOT_STEP, 3 * slots // 4 // SLOT_STEP * SLOT_STEP)
-        yield slots
+def most_slots(slots: int, fits: Callable[[int], bool]) -> int | None:
+    """The most below these, in whole steps of a session's memory, with which a step fits; None: with none.
+
+    Fewer need less, so that half of those that are left are tried at a time.
+    """
+    fewer = range(SLOT_STEP, slots, SLOT_STEP)
+    count = bisect_left(fewer, True, key=lambda some: not fits(some))
+    return fewer[count - 1] if count else None
 
 
-def _too_many(step: Step, hardware: Hardware, placements: Placements, name: str, slots: int) -> bool:
-    return not _fits(step.with_slots(name, slots), hardware, placements)
+def _fits_with(step: Step, hardware: Hardware, placements: Placements, name: str, slots: int) -> bool:
+    return _fits(step.with_slots(name, slots), hardware, placements)
 
 
 def _changes(step: Step, placements: Placements, *, can_leave: bool) -> Iterator[list[Change]]:

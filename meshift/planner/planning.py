@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from meshift.planner.bounds import least_seconds, reduced
+from meshift.planner.bounds import least_seconds
 from meshift.planner.candidates import Problem
 from meshift.planner.evaluate import Event, evaluate
 from meshift.planner.hardware import Hardware
-from meshift.planner.prove import Proof, has_solver, prove
+from meshift.planner.prove import Proof, prove
 from meshift.planner.remedies import changes_that_fit
 from meshift.planner.search import Score, score, search
 from meshift.planner.strategies import STRATEGIES
@@ -180,12 +180,12 @@ def _proven(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, 
     """
     deadline = time.monotonic() + (1 - SEARCH_SHARE) * seconds
     problem, choice = _tuned(problem, choice, seconds) or (problem, choice)
-    proof = _with_all_slots(problem, _proof(problem, choice, deadline - time.monotonic()))
+    proof = _with_all_slots(problem, prove(problem, choice, seconds=deadline - time.monotonic()))
     again = _tuned(problem, proof.choice, seconds)
     if again is not None:
         problem, choice = again
         left = max(SEARCH_SHARE * seconds, deadline - time.monotonic())
-        proof = _with_all_slots(problem, _proof(problem, choice, left))
+        proof = _with_all_slots(problem, prove(problem, choice, seconds=left))
     return problem, proof
 
 
@@ -196,14 +196,6 @@ def _tuned(problem: Problem, choice: Choice, seconds: float) -> tuple[Problem, C
         return None
     changed, moved = found
     return changed, search(changed, seconds=TUNED_SHARE * seconds, hints=[moved])
-
-
-def _proof(problem: Problem, choice: Choice, seconds: float) -> Proof:
-    """As `prove`; with nothing left to search where slots that are no candidate's beat all that are."""
-    known = score(problem, choice).seconds
-    if all(reduced(problem, problem.candidates, known).values()):
-        return prove(problem, choice, seconds=seconds)
-    return Proof(choice, known, known, has_solver())
 
 
 def _carried_over(problem: Problem, known: Planned) -> Iterator[tuple[Problem, Choice]]:

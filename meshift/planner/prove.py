@@ -55,11 +55,14 @@ def has_solver() -> bool:
 def prove(problem: Problem, known: Choice, *, seconds: float, workers: int = NUM_WORKERS) -> Proof:
     """Improve a plan that fits, or bound what could be gained.
 
-    A better plan leaves fewer candidates that could be better still, and so the next model is smaller.
+    A better plan leaves fewer candidates that could be better still, and so the next model is smaller. There may
+    be none from the first: slots that are no candidate's can beat all that are.
     """
     deadline = time.monotonic() + seconds
     found, limit = score(problem, known), MAX_PAIRS
     candidates = reduced(problem, problem.candidates, found.seconds)
+    if not all(candidates.values()):
+        return Proof(known, found.seconds, found.seconds, found.excess == 0 and has_solver())
     least = least_seconds(problem, candidates)
     if found.excess > 0 or not has_solver():
         return Proof(known, found.seconds, least, False)

@@ -16,7 +16,7 @@ from meshift.data.dataset import dataset_rows
 from meshift.errors import MeshiftError
 from meshift.models.config import HeadKind
 from meshift.models.hf.load import check_weights, load_config, open_weights
-from meshift.planner.checking import slots_below
+from meshift.planner.checking import most_slots
 from meshift.rewards.configured import load_functions
 from meshift.rewards.own import OWN
 from meshift.runtime.machine import Memory
@@ -96,15 +96,16 @@ def memory_of(config: RunConfig) -> tuple[bool, str]:
 
 
 def _slots_that_fit(config: RunConfig, memory: Memory) -> int | None:
-    """How many completions could be drawn at a time, if fewer were all that it takes."""
+    """The most completions that could be drawn at a time, if fewer were all that it takes."""
     if not isinstance(config, RolloutRunConfig):
         return None
-    for slots in slots_below(config.generation.num_slots):
+
+    def fits(slots: int) -> bool:
         generation = config.generation.model_copy(update={"num_slots": slots})
         expected = expected_of(config.model_copy(update={"generation": generation}), METHODS[type(config)])
-        if peak_verdict(expected.peaks, expected.worst.name, memory)[0]:
-            return slots
-    return None
+        return peak_verdict(expected.peaks, expected.worst.name, memory)[0]
+
+    return most_slots(config.generation.num_slots, fits)
 
 
 def as_it_would_run(config: RunConfig, tell: Callable[[str], None] = lambda text: None) -> RunConfig:

@@ -134,6 +134,7 @@ def test_the_dearest_move_of_a_layout_is_that_of_all_pairs():
     given = Problem(averaged, device(per_host=2), 4)
     fitting = {use: list(given.all_candidates(use)) for use in given.uses}
     for use in given.uses:
+        kept = {}
         ops = [op for op in given.ops if op.kind != "call" and use in op.uses]
         for one in fitting[use]:
             expected = 0.0
@@ -142,7 +143,19 @@ def test_the_dearest_move_of_a_layout_is_that_of_all_pairs():
                 others = fitting[op.uses[1] if is_source else op.uses[0]]
                 pairs = [(one, other) if is_source else (other, one) for other in others]
                 expected += max(given.moving_seconds(op, a.layout, b.layout, None) for a, b in pairs)
-            assert given._most_moving(use, one, fitting) == expected
+            assert given._most_moving(use, one, fitting, kept) == expected
+
+
+def test_a_plan_that_no_candidate_is_as_fast_as_is_proven_by_that(monkeypatch):
+    given = problem("grpo", 2, device(memory=16))
+    best = search(given, seconds=0.5)
+    slowest = {
+        use: (max(found, key=lambda one: sum(one.seconds.values())),) for use, found in given.candidates.items()
+    }
+    monkeypatch.setattr(given, "candidates", slowest)
+    proof = prove(given, best, seconds=1)
+    assert (proof.choice, proof.seconds, proof.bound) == (best, score(given, best).seconds, proof.seconds)
+    assert proof.proven == has_solver()
 
 
 @pytest.mark.skipif(not has_solver(), reason="OR-Tools is not installed")

@@ -8,7 +8,7 @@ from tiny_steps import GIB, device, llama, step, texts
 
 from meshift.layout.layout import Layout, Placement
 from meshift.planner.candidates import Problem
-from meshift.planner.checking import shortages, would_fit
+from meshift.planner.checking import most_slots, shortages, would_fit
 from meshift.planner.evaluate import evaluate, peak_bytes
 from meshift.planner.explain import explanation
 from meshift.planner.memory import Machine
@@ -111,6 +111,13 @@ def test_fewer_slots_are_whole_steps_of_memory_and_below_what_a_data_rank_has():
     assert list(problem.fewer_slots(DRAWN, Layout(data=4))) == [16, 8]  # of 25 sequences
     assert list(problem.fewer_slots(DRAWN, Layout(pipeline=2))) == [48, 32, 16]  # two sessions of a half each
     assert list(problem.fewer_slots(Use("actor", "train"), Layout())) == []
+
+
+@pytest.mark.parametrize("slots", [1, 8, 9, 64, 100])
+def test_the_most_slots_that_fit_are_those_of_trying_all(slots):
+    for most in range(slots + 1):
+        tried = [count for count in range(8, slots, 8) if count <= most]
+        assert most_slots(slots, lambda count, most=most: count <= most) == max(tried, default=None)
 
 
 PLACED = {

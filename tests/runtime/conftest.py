@@ -4,8 +4,8 @@ import json
 
 import pytest
 from broken_runs import KEPT
+from spread_cases import POLICY, SMOOTH, data_of
 from spread_cases import REWARDS as ODD
-from spread_cases import SMOOTH, data_of
 from tiny_rl import tiny_model
 
 from meshift.config.loading import make_config
@@ -292,6 +292,9 @@ def make_case(tmp_path_factory, spread_files):
         "cost": {"model_name_or_path": spread_files["reward"], "limit": 0.1},
     }
     given[OnlineDPORunConfig] = drawn | {"reference": other}
+    # With the actor's own weights advantages of equal rewards are the rounding of a KL of zero in the first step,
+    # and its sign is whether a token counts as clipped.
+    given[POLICY["rloo"]] = drawn | {"reference": other}
 
     def make(case, output_dir, **sections):
         # What was drawn ahead, or a reference that has moved, shows in the third step.

@@ -12,10 +12,6 @@ from meshift.report.run_data import read_run
 from meshift.runtime.observer import SilentObserver
 from meshift.runtime.spread_run import run_share
 
-SIGN_OF_NOTHING = ("rloo",)
-"""Methods whose advantages, of equal rewards, are the rounding of a KL of zero: whether such a token counts as
-clipped is its sign, and a clipped share of all tokens moves by whole completions."""
-
 
 def shares(rank, told):
     """Every case, one after another, in this process of three."""
@@ -43,7 +39,6 @@ def test_a_method_by_a_plan_would_write_something_else(spread, make_case, tmp_pa
         for ours, theirs in zip(one, other, strict=True):
             kept = {key for key in theirs if not key.startswith(("timing_s/", "perf/"))}
             assert kept <= ours.keys()
-            kept -= {key for key in kept if name in SIGN_OF_NOTHING and "pg_clipfrac" in key}
             wrong = {key: (ours[key], theirs[key]) for key in kept if not is_close(ours[key], theirs[key])}
             assert not wrong, f"{file}: {wrong}"
     check_weights(spread / name, alone)
